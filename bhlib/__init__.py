@@ -1,0 +1,22 @@
+"""Benjamini–Hochberg routing of mixture-of-experts models.
+
+Each token activates as many experts as the Benjamini–Hochberg procedure finds significant at level ``alpha``, instead
+of a fixed number. See the notebooks for the theory, and `BHRoutingIntegration` for the way in.
+"""
+
+from bhlib.loading import load_demo, load_heldout, load_olmoe
+from bhlib.patching import BHRoutingIntegration, RoutingPatch, find_moe_layers
+from bhlib.rules import benjamini_hochberg_routing, topk_routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BHRoutingIntegration",
+    "RoutingPatch",
+    "benjamini_hochberg_routing",
+    "find_moe_layers",
+    "load_demo",
+    "load_heldout",
+    "load_olmoe",
+    "topk_routing",
+]

@@ -1,0 +1,444 @@
+"""Find the routers of a model; patch them with a rule, watch them, restore them.
+
+    with BHRoutingIntegration(model, alpha=0.05) as bh:
+        model.generate(**inputs)
+        print(bh.get_routing_stats())
+
+The patch adds a forward hook to each router, which replaces the weights and indices that the router returns, and
+names the pair-wise twin of the model's experts implementation in its configuration (`bhlib.experts`). Nothing else is
+touched, and both are taken back when the block ends, however it ends.
+"""
+
+import inspect
+import threading
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+from bhlib import experts as pairwise
+from bhlib.procedures import check_alpha
+from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
+from bhlib.records import Records, RoutingStats, Step
+from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
+
+#: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
+OLDEST_TRANSFORMERS = "5.6"
+
+MODES = ("patch", "analyze")
+
+#: Routers under a patch or an analysis now: model code that is patched twice would route twice.
+_patched_routers: WeakKeyDictionary = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """A mixture-of-experts layer that can be patched.
+
+    Attributes
+    ----------
+    index : int
+        Number of the layer among the model's MoE layers, from 0.
+    name : str
+        Dotted name of its router in the model.
+    router, experts : nn.Module
+    num_experts, top_k : int
+        Experts in the layer, and how many the model itself gives to a token.
+    weighting : str
+        How the router makes weights of its scores, one of `bhlib.rules.WEIGHTINGS`.
+    """
+
+    index: int
+    name: str
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    top_k: int
+    weighting: str
+
+
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """Every MoE layer of a transformers model, in order of depth.
+
+    Layers are recognized by what they do, not by the names of their classes: an experts module that dispatches
+    through transformers' `ExpertsInterface`, beside it a router with one row of weights per expert, which returns
+    (logits, weights, indices) with weights that `bhlib.rules` can reproduce bit for bit on a probe of random inputs.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no ``nn.Module``.
+    ImportError
+        If the installed transformers is older than `OLDEST_TRANSFORMERS`.
+    ValueError
+        If the model has no MoE layer, or one that cannot be patched; the message says which and why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module such as OlmoeForCausalLM, got {type(model).__name__}: "
+            f"load one with bhlib.load_demo() or bhlib.load_olmoe()."
+        )
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise ImportError(
+            f"bhlib needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}: "
+            f"earlier routers do not return their logits. "
+            f"Upgrade with: pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
+        )
+    layers = []
+    for name, module in model.named_modules():
+        if not _dispatches_experts(module):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        routers = [
+            (child_name, child)
+            for child_name, child in parent.named_children()
+            if child is not module and _num_rows(child) == module.num_experts
+        ]
+        if len(routers) != 1:
+            raise ValueError(
+                f"{type(model).__name__} cannot be patched: beside {name!r} ({type(module).__name__}) there should be "
+                f"one router with a weight of {module.num_experts} rows, found {len(routers)}."
+            )
+        (router_name, router), prefix = routers[0], name.rpartition(".")[0]
+        top_k, weighting = _probe(router, f"{prefix}.{router_name}", module.num_experts)
+        layers.append(
+            MoELayer(len(layers), f"{prefix}.{router_name}", router, module, module.num_experts, top_k, weighting)
+        )
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no mixture-of-experts layer that bhlib can patch: no module of it dispatches "
+            f"through transformers' ExpertsInterface. BH routing needs a model such as OLMoE: bhlib.load_demo()."
+        )
+    return layers
+
+
+def _dispatches_experts(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` decorated the module's class."""
+    return (
+        hasattr(module, "num_experts")
+        and hasattr(module, "has_gate")
+        and hasattr(module, "is_transposed")
+        and hasattr(type(module).forward, "__wrapped__")
+    )
+
+
+def _num_rows(module: nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+
+@torch.no_grad()
+def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str]:
+    """Run a router on random inputs: its top-k, and which weighting gives its weights to the last bit."""
+    refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
+    device = router.weight.device if router.weight.device.type != "meta" else "cpu"
+    noise = torch.randn(16, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    training = router.training
+    try:
+        # Noise that a router adds in training would hide its rule. `forward` leaves other people's hooks alone.
+        router.training = False
+        output = router.forward(noise.to(device, router.weight.dtype))
+    except TypeError as error:
+        raise ValueError(f"{refusal}it needs more than the hidden states ({error}).") from error
+    finally:
+        router.training = training
+    if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(x, Tensor) for x in output)):
+        raise ValueError(f"{refusal}it does not return (router_logits, top_k_weights, top_k_index).")
+    logits, weights, index = output
+    if logits.shape[-1] != num_experts or weights.shape != index.shape or index.is_floating_point():
+        raise ValueError(
+            f"{refusal}it returns shapes {tuple(logits.shape)}, {tuple(weights.shape)}, {tuple(index.shape)}, "
+            f"not [tokens, {num_experts}] logits with weights and indices [tokens, top_k]."
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"{refusal}its logits are not finite on finite inputs; look at its weights.")
+    top_k = index.shape[-1]
+    for weighting in WEIGHTINGS:
+        routing = TopK(top_k)(logits, weighting=weighting)
+        if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
+            return top_k, weighting
+    raise ValueError(
+        f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
+        f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
+    )
+
+
+class RoutingPatch:
+    """Route a model by a rule, or watch what the rule would do.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers MoE model (`find_moe_layers`).
+    rule : Rule
+        Any rule of `bhlib.rules`.
+    temperature : float
+        Divides the logits in the softmax that the weights are read from.
+    mode : {"patch", "analyze"}
+        ``"analyze"`` leaves every output of the model untouched, bit for bit, and records what the rule would select.
+    collect_stats : bool
+        Whether to record; without, a patched forward pass does no work beyond the routing itself.
+    max_recorded_tokens : int or None
+        Bound on the tokens whose decisions are kept row by row (`bhlib.records`); statistics are complete anyway.
+    weights : str
+        ``"model"`` (the default) for the model's own convention, or one of `bhlib.rules.WEIGHTINGS`.
+
+    Attributes
+    ----------
+    layers : list of MoELayer
+    records : Records
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule,
+        *,
+        temperature: float = 1.0,
+        mode: str = "patch",
+        collect_stats: bool = True,
+        max_recorded_tokens: int | None = None,
+        weights: str = "model",
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(
+                f"mode must be one of {MODES}, got {mode!r}: 'patch' routes by the rule, 'analyze' only watches."
+            )
+        if weights not in ("model", *WEIGHTINGS):
+            raise ValueError(f"weights must be 'model' or one of {WEIGHTINGS}, got {weights!r}.")
+        check_temperature(temperature)
+        self.model, self.rule, self.temperature, self.mode = model, rule, temperature, mode
+        self.collect_stats, self.weights = collect_stats, weights
+        self.layers = find_moe_layers(model)
+        for layer in self.layers:
+            rule.check_num_experts(layer.num_experts)
+        first = self.layers[0]
+        self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
+        self._handles: list = []
+        self._implementations: list[tuple[object, str | None]] = []
+        self._local = threading.local()
+        self._num_sequences = 0
+
+    # -- patching and restoring ------------------------------------------------------------------------------
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether hooks are in place now."""
+        return bool(self._handles)
+
+    def patch_model(self) -> "RoutingPatch":
+        """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already."""
+        for layer in self.layers:
+            if layer.router in _patched_routers:
+                raise RuntimeError(
+                    f"{type(self.model).__name__} is patched already (by {_patched_routers[layer.router]!r}): "
+                    f"call unpatch_model() on that patch, or leave its `with` block, first."
+                )
+        try:
+            for layer in self.layers:
+                _patched_routers[layer.router] = self
+                self._handles.append(layer.router.register_forward_hook(_RouterHook(self, layer)))
+            if self.mode == "patch":
+                self._set_implementations()
+            if self.collect_stats:
+                body = _body(self.model, self.layers)
+                self._handles.append(body.register_forward_pre_hook(self._begin_step, with_kwargs=True))
+                self._handles.append(body.register_forward_hook(self._end_step, always_call=True))
+        except BaseException:
+            self.unpatch_model()
+            raise
+        return self
+
+    def unpatch_model(self) -> None:
+        """Take everything back. Does nothing if the model is not patched."""
+        while self._handles:
+            self._handles.pop().remove()
+        while self._implementations:
+            config, implementation = self._implementations.pop()
+            config._experts_implementation = implementation
+        for layer in self.layers:
+            if _patched_routers.get(layer.router) is self:
+                del _patched_routers[layer.router]
+
+    def __enter__(self) -> "RoutingPatch":
+        return self.patch_model()
+
+    def __exit__(self, *exception) -> None:
+        self.unpatch_model()
+
+    def _set_implementations(self) -> None:
+        for config in {id(layer.experts.config): layer.experts.config for layer in self.layers}.values():
+            implementation = config._experts_implementation
+            name = pairwise.twin(implementation)
+            self._implementations.append((config, implementation))
+            config._experts_implementation = name
+
+    # -- what happens in a forward pass ------------------------------------------------------------------------
+
+    def route(self, layer: MoELayer, router_logits: Tensor) -> Routing:
+        """Apply the rule to one layer's logits [tokens, experts]."""
+        if router_logits.device.type == "cpu":  # elsewhere the check would wait for the device
+            check_logits(router_logits)
+        weighting = layer.weighting if self.weights == "model" else self.weights
+        return self.rule(router_logits, layer.index, weighting=weighting, temperature=self.temperature)
+
+    def _begin_step(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        step = _describe_step(inputs, self._num_sequences)
+        if not step.generated:
+            self._num_sequences += len(step.valid)
+        self._local.step = step
+        self.records.begin(step)
+
+    def _end_step(self, module: nn.Module, args: tuple, output: object) -> None:
+        self._local.step = None
+
+    def _record(self, layer: MoELayer, routing: Routing) -> None:
+        # None while gradient checkpointing repeats a forward pass: its tokens have been counted.
+        step = getattr(self._local, "step", None)
+        if step is not None:
+            self.records.add(layer.index, routing, step.valid.flatten())
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    def get_routing_stats(self) -> RoutingStats:
+        """Exact statistics of every token routed since the last reset, padding not counted."""
+        return self.records.stats(would=self.mode == "analyze")
+
+    def reset_stats(self) -> None:
+        """Forget what was recorded."""
+        self.records.reset()
+        self._num_sequences = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.rule!r}, mode={self.mode!r})"
+
+
+class BHRoutingIntegration(RoutingPatch):
+    """Benjamini–Hochberg routing of a model: each token gets the experts that are significant at level `alpha`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers MoE model such as `OlmoeForCausalLM`.
+    alpha : float
+        Level of the procedure, in (0, 1).
+    temperature : float
+        Divides the logits in the softmax that the weights are read from, > 0.
+    min_k, max_k : int
+        Bounds on the number of experts per token; `max_k` may exceed the model's own top-k.
+    mode : {"patch", "analyze"}
+    collect_stats : bool
+    pvalues : PValueMaker or str
+        Where the p-values come from (`bhlib.pvalues`); ``"token"`` needs no calibration.
+    method : str
+        Multiple-testing procedure (`bhlib.procedures`).
+    weights, max_recorded_tokens
+        See `RoutingPatch`.
+
+    Examples
+    --------
+    >>> from bhlib import BHRoutingIntegration, load_demo
+    >>> model, tokenizer = load_demo()
+    >>> inputs = tokenizer("def main():", return_tensors="pt")
+    >>> with BHRoutingIntegration(model, alpha=0.05) as bh:
+    ...     _ = model(**inputs)
+    >>> bh.get_routing_stats()["top_k"]
+    8
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alpha: float = 0.05,
+        temperature: float = 1.0,
+        min_k: int = 1,
+        max_k: int = 8,
+        mode: str = "patch",
+        collect_stats: bool = True,
+        *,
+        pvalues: PValueMaker | str = "token",
+        method: str = "bh",
+        weights: str = "model",
+        max_recorded_tokens: int | None = None,
+    ) -> None:
+        check_alpha(alpha)
+        check_temperature(temperature)
+        if pvalues == "softmax":
+            pvalues = make_pvalues("softmax", temperature=temperature)
+        super().__init__(
+            model,
+            BH(alpha=alpha, pvalues=pvalues, method=method, min_k=min_k, max_k=max_k),
+            temperature=temperature,
+            mode=mode,
+            collect_stats=collect_stats,
+            weights=weights,
+            max_recorded_tokens=max_recorded_tokens,
+        )
+
+
+class _RouterHook:
+    """Forward hook of one router."""
+
+    def __init__(self, patch: RoutingPatch, layer: MoELayer) -> None:
+        self.patch, self.layer = patch, layer
+
+    def __call__(self, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        patch, layer = self.patch, self.layer
+        router_logits, top_k_weights, _ = output
+        routing = patch.route(layer, router_logits)
+        if patch.collect_stats:
+            patch._record(layer, routing)
+        if patch.mode == "analyze":
+            return None
+        implementation = layer.experts.config._experts_implementation
+        if not (implementation or "").startswith(pairwise.PREFIX):
+            raise RuntimeError(
+                f"The experts implementation was set to {implementation!r} while the model was patched, and cannot "
+                f"skip empty slots: set it before patching, or unpatch first."
+            )
+        index = routing.experts.masked_fill(routing.experts < 0, layer.num_experts)
+        return router_logits, routing.weights.to(top_k_weights.dtype), index
+
+
+def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
+    """The innermost module that holds all routers and takes token ids: it sees the attention mask of every pass."""
+    routers = {id(layer.router) for layer in layers}
+    body = model
+    for module in model.modules():  # parents come before their children
+        takes_ids = "input_ids" in inspect.signature(module.forward).parameters
+        if takes_ids and routers <= {id(child) for child in module.modules()}:
+            body = module
+    return body
+
+
+def _describe_step(inputs: dict, first_sequence: int) -> Step:
+    """Read from the arguments of a forward pass which tokens are real and where they stand."""
+    token_ids = inputs.get("input_ids")
+    tokens = token_ids if token_ids is not None else inputs["inputs_embeds"]
+    batch, length = tokens.shape[:2]
+    cache = inputs.get("past_key_values")
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, dict):  # one mask per kind of attention
+        mask = next(iter(mask.values()))
+    if mask is not None and mask.dim() == 4:
+        # [batch, 1, query, key], True or 0.0 where attention is allowed: a real token may attend to itself.
+        own = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
+        valid = (own if own.dtype == torch.bool else own == 0).expand(batch, length)
+        mask = None
+    elif mask is not None:
+        valid = mask[:, -length:].bool()
+    else:
+        valid = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+    if mask is not None:
+        position = mask.long().cumsum(dim=-1)[:, -length:] - 1
+    else:
+        position = past + valid.long().cumsum(dim=-1) - 1
+    # A sequence numbers on from where its prompt began.
+    if past:
+        first_sequence -= batch
+    return Step(valid, position.clamp(min=0), first_sequence, past > 0, token_ids)

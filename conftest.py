@@ -1,0 +1,21 @@
+"""Settings of a whole pytest run: of the tests, and of the notebooks that nbval executes."""
+
+import os
+
+# One computing thread for each worker of pytest-xdist: more would only contend for the same cores.
+# The kernels of the notebooks inherit the environment.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The suite is the same with and without a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A backend named in the user's shell would take the place of the one that puts figures into a notebook.
+os.environ.pop("MPLBACKEND", None)
+
+
+def pytest_collectstart(collector):
+    """Let nbval pass over what libraries write to stderr: progress, advice."""
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare += ("stderr",)

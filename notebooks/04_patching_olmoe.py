@@ -1,0 +1,162 @@
+# %% [markdown]
+# # Patching OLMoE
+#
+# A mixture-of-experts layer has a *router*: a small matrix that gives each token one logit per expert. OLMoE activates
+# the eight experts with the largest logits, for every token, easy or hard. Here we replace this "always eight" by a
+# decision per token, without touching a weight and without editing the installed `transformers`:
+#
+# 1. find the routers,
+# 2. patch them, so that a token gets the experts that the Benjamini–Hochberg procedure finds significant,
+# 3. generate text, read what happened token by token,
+# 4. watch the model without changing it,
+# 5. restore it, to the last bit.
+#
+# Everything runs on the small OLMoE that comes with this repository (64 experts, top 8, trained on the texts described
+# in `bhlib/demo/README.md`). To use the real one, replace `load_demo()` by `load_olmoe()`; the other cells stay as they are.
+
+# %%
+import torch
+
+from bhlib import BHRoutingIntegration, RoutingPatch, figures, find_moe_layers, load_demo, load_heldout
+from bhlib.rules import TopK
+
+model, tokenizer = load_demo()
+
+# %% [markdown]
+# ## The routers
+#
+# `find_moe_layers` recognizes a mixture-of-experts layer by what it does: an experts module that goes through
+# `transformers`' dispatch, and beside it a router that returns its logits, the weights and the indices of the chosen
+# experts. It also runs each router on a few random inputs, to learn how the model turns logits into weights. OLMoE takes
+# the softmax over all 64 experts and does **not** rescale the eight that it keeps, so neither will we.
+
+# %%
+for layer in find_moe_layers(model):
+    print(layer.index, layer.name, f"{layer.num_experts} experts, top {layer.top_k}, weights: {layer.weighting}")
+
+# %% [markdown]
+# ## Patch, generate, read
+#
+# A patch is a context manager. Inside the block the model routes by BH at level `alpha`; behind it, the model is as before.
+# `generate()` knows nothing of it: prompt and generated tokens are routed alike, each on its own.
+
+# %%
+prompts = {
+    "code": "def mean(values):\n    ",
+    "prose": "It was a bright morning, and she had ",
+}
+
+
+def continue_text(prompt, tokens=40):
+    """The model's most likely continuation of a prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.2)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+# %% tags=["nbval-ignore-output"]
+for name, prompt in prompts.items():
+    with BHRoutingIntegration(model, alpha=0.1) as bh:
+        text = continue_text(prompt)
+    print(f"--- {name}: {bh.get_routing_stats()}\n{text}\n")
+
+# %% [markdown]
+# The same prompts under the model's own routing, for comparison. The texts part ways at some token: a model with
+# fewer experts is a slightly different model. How much worse it is, is measured on held-out text in the figure
+# `loss_vs_experts`, not judged from one sample.
+
+# %% tags=["nbval-ignore-output"]
+for name, prompt in prompts.items():
+    print(f"--- {name}, top-8\n{continue_text(prompt)}\n")
+
+# %% [markdown]
+# ## The statistics
+#
+# `get_routing_stats()` is a mapping. Its numbers are integer counts divided once, over all (token, layer) pairs, and
+# padding is not among them. `sparsity_gain` is the fraction of the model's expert computations that was not made.
+
+# %%
+texts = load_heldout("test", length=256, max_sequences=4)
+domains = list(texts)
+
+with BHRoutingIntegration(model, alpha=0.1) as bh, torch.no_grad():
+    model(input_ids=torch.cat([texts[name] for name in domains]))
+
+stats = bh.get_routing_stats()
+print(f"tokens                 {stats['total_tokens']}")
+print(f"experts per token      {stats['mean_experts_per_token']:.1f} ± {stats['std_experts_per_token']:.1f}")
+print(f"computations saved     {100 * stats['sparsity_gain']:.0f} %")
+print("experts by layer       " + " ".join(f"{mean:.1f}" for mean in stats["mean_experts_per_layer"]))
+
+# %% [markdown]
+# Underneath lie the decisions themselves, one row per token and layer, as a data frame. Here the tokens that were
+# given the most experts and the fewest, on average over the layers, among those that occur often enough to tell.
+
+# %%
+frame = bh.records.to_frame()
+frame.head(3)
+
+# %%
+by_token = frame.groupby("token_id")["count"].agg(["mean", "size"]).query("size >= 160").sort_values("mean")
+by_token.index = [repr(tokenizer.decode([token])) for token in by_token.index]
+print("fewest:", ", ".join(by_token.index[:12]))
+print("most:  ", ", ".join(by_token.index[-12:]))
+
+# %% [markdown]
+# ## A picture of one passage
+#
+# Rows are layers, columns are tokens; the colour is the number of experts. Look for vertical stripes, tokens that are
+# given many experts in every layer, and for rows that are darker than others, layers whose routers are surer.
+
+# %%
+passage = texts[domains[0]][:1, :48]
+figures.draw_token_layer_map(figures.passage_counts(model, tokenizer, passage, alpha=0.1))
+
+# %% [markdown]
+# ## Watching without touching
+#
+# With `mode="analyze"` the model computes what it always computes, and the patch only writes down what BH *would* have
+# selected. The outputs are the same bits.
+
+# %%
+with torch.no_grad():
+    before = model(input_ids=passage).logits
+    with BHRoutingIntegration(model, alpha=0.1, mode="analyze") as watcher:
+        during = model(input_ids=passage).logits
+
+print("largest difference:", (during - before).abs().max().item())
+print(f"BH would select {watcher.get_routing_stats()['bh_would_select_mean']:.1f} experts per token")
+
+# %% [markdown]
+# Under the patch the number differs a little: with fewer experts in one layer, the next layers see other inputs.
+#
+# ## Restored
+#
+# When the block ends, by whatever way, the hooks are gone and the configuration is as it was. And the patch itself adds
+# no error: with a rule that selects exactly the model's own top 8, the outputs under the patch are the model's own.
+
+# %%
+with torch.no_grad():
+    try:
+        with BHRoutingIntegration(model, alpha=0.1):
+            raise RuntimeError("something went wrong inside the block")
+    except RuntimeError:
+        pass
+    restored = model(input_ids=passage).logits
+    with RoutingPatch(model, TopK(8)):
+        own_rule = model(input_ids=passage).logits
+
+print("after an exception: ", (restored - before).abs().max().item())
+print("top-8 as a rule:    ", (own_rule - before).abs().max().item())
+
+# %% [markdown]
+# ## When something is wrong
+#
+# Errors name the value, what is allowed, and the way out.
+
+# %%
+for mistake in ({"alpha": 5}, {"min_k": 9}, {"max_k": 100}, {"mode": "watch"}):
+    try:
+        BHRoutingIntegration(model, **mistake)
+    except ValueError as error:
+        print(f"{mistake}: {error}\n")

@@ -1,0 +1,91 @@
+"""The experts see the selected pairs and nothing else."""
+
+import pytest
+import torch
+from models import tiny_olmoe
+from rows import count_rows
+
+from bhlib.experts import pairwise_forward, twin
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+
+
+def dense_by_loop(module, hidden_states, top_k_index, top_k_weights):
+    """What the forward pass means: every token's experts one after the other, in float64."""
+    hidden, gate_up, down = (x.double() for x in (hidden_states, module.gate_up_proj, module.down_proj))
+    out = torch.zeros_like(hidden)
+    for token, (experts, weights) in enumerate(zip(top_k_index.tolist(), top_k_weights.double(), strict=True)):
+        for expert, weight in zip(experts, weights, strict=True):
+            if expert < module.num_experts:
+                gate, up = (gate_up[expert] @ hidden[token]).chunk(2)
+                out[token] += weight * (down[expert] @ (torch.nn.functional.silu(gate) * up))
+    return out
+
+
+def routing(num_tokens, slots, empty, num_experts=64):
+    generator = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(num_experts, generator=generator)[:slots] for _ in range(num_tokens)])
+    weights = torch.rand(num_tokens, slots, generator=generator)
+    drop = torch.rand(num_tokens, slots, generator=generator) < empty
+    return index.masked_fill(drop, num_experts), weights.masked_fill(drop, 0.0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("num_tokens", "slots", "empty"), [(40, 8, 0.5), (40, 64, 0.7), (1, 8, 0.5), (5, 8, 1.0)])
+def test_agrees_with_a_loop(implementation, dtype, tolerance, num_tokens, slots, empty):
+    module = tiny_olmoe().model.layers[0].mlp.experts.to(dtype)
+    torch.nn.init.normal_(module.gate_up_proj, std=0.2)
+    torch.nn.init.normal_(module.down_proj, std=0.2)
+    hidden = torch.randn(num_tokens, 64).to(dtype)
+    index, weights = routing(num_tokens, slots, empty)
+    weights = weights.to(dtype)
+    got = pairwise_forward(implementation, module, hidden, index, weights)
+    expected = dense_by_loop(module, hidden, index, weights)
+    assert got.dtype == dtype
+    scale = expected.abs().max().clamp(min=1e-9)
+    assert ((got.double() - expected).abs().max() / scale) < tolerance
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_empty_slots_the_bits_are_the_models_own(implementation, dtype):
+    model = tiny_olmoe().to(dtype)
+    model.set_experts_implementation(implementation)
+    module = model.model.layers[0].mlp.experts
+    hidden = torch.randn(100, 64).to(dtype)
+    index, weights = routing(100, 8, 0.0)
+    own = module(hidden, index, weights.to(dtype))
+    assert torch.equal(pairwise_forward(implementation, module, hidden, index, weights.to(dtype)), own)
+
+
+def test_gradients_flow_as_without_the_patch():
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    index, weights = routing(20, 8, 0.0)
+    grads = []
+    for forward in (module, lambda *inputs: pairwise_forward("grouped_mm", module, *inputs)):
+        hidden = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        leaf = weights.clone().requires_grad_()
+        module.zero_grad()
+        forward(hidden, index, leaf).square().sum().backward()
+        grads.append((hidden.grad, leaf.grad, module.down_proj.grad.clone()))
+    for own, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, own)
+
+
+def test_twin_names():
+    assert twin("grouped_mm") == "bh_grouped_mm" and twin(None) == "bh_eager"
+    with pytest.raises(ValueError, match="'bh_eager' is a twin already"):
+        twin("bh_eager")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_multiplied_are_the_pairs(implementation):
+    """Counted at the matrix products themselves, not in our own bookkeeping."""
+    index, weights = routing(50, 8, 0.6)
+    pairs = int((index < 64).sum())
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    module.config._experts_implementation = twin(implementation)
+    with count_rows(module) as counter:
+        module(torch.randn(50, 64), index, weights)
+    assert counter.rows == {"gate_up_proj": pairs, "down_proj": pairs}

@@ -1,0 +1,82 @@
+"""The embedded model and its held-out text; the way to the real model."""
+
+import json
+import time
+
+import pytest
+import torch
+from transformers import OlmoeForCausalLM
+
+from bhlib import find_moe_layers, load_demo, load_heldout, load_olmoe
+from bhlib.evaluation import evaluate
+from bhlib.loading import DEMO, SPLITS, heldout_domains
+from bhlib.rules import TopK
+
+
+def test_demo_is_an_olmoe_with_olmoes_routing():
+    model, tokenizer = load_demo()
+    assert isinstance(model, OlmoeForCausalLM) and not model.training
+    config = model.config
+    assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (64, 8, False)
+    assert len(find_moe_layers(model)) == config.num_hidden_layers
+    text = "def main():\n    return 'é' # naïve"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.timing
+def test_demo_loads_in_three_seconds():
+    load_demo()  # the first call imports the model's code
+    start = time.perf_counter()
+    load_demo()
+    assert time.perf_counter() - start < 3
+
+
+def test_demo_files_are_small():
+    sizes = {path.name: path.stat().st_size for path in DEMO.rglob("*") if path.is_file()}
+    assert max(sizes.values()) < 20e6
+    assert sum(size for name, size in sizes.items() if name.startswith("model")) <= 45e6
+    assert sizes["heldout.safetensors"] < 2e6
+
+
+def test_heldout_is_described_and_cut():
+    described = heldout_domains()
+    for split in SPLITS:
+        data = load_heldout(split, length=512)
+        assert len(data) >= 5
+        for domain, sequences in data.items():
+            assert sequences.dtype == torch.int64 and sequences.shape[1] == 512 and len(sequences) >= 16
+            assert 0 <= sequences.min() and sequences.max() < 4096
+            assert domain in json.dumps(described)
+    few = load_heldout("test", length=128, max_sequences=3)
+    assert all(len(sequences) == 3 for sequences in few.values())
+    flat = {split: torch.cat([x.flatten() for x in load_heldout(split, length=64).values()]) for split in SPLITS}
+    blocks = {split: {tuple(row) for row in tokens.view(-1, 64).tolist()} for split, tokens in flat.items()}
+    assert not blocks["calibration"] & blocks["test"] and not blocks["validation"] & blocks["test"]
+
+
+def test_heldout_bad_arguments():
+    with pytest.raises(ValueError, match="split must be one of .*got 'train'"):
+        load_heldout("train")
+    with pytest.raises(ValueError, match="length must be 2 or more.*got 1"):
+        load_heldout(length=1)
+
+
+def test_the_gate_has_learned():
+    """Fewer experts cost what they should: top-1 at least 0.3 nats against top-8, monotonically."""
+    model, _ = load_demo()
+    data = load_heldout("validation", length=256, max_sequences=4)
+    losses = [evaluate(model, data, TopK(k))["loss"].mean() for k in (1, 2, 4, 8)]
+    assert losses[0] - losses[3] >= 0.3
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_an_unreachable_hub_names_the_demo():
+    with pytest.raises(OSError, match=r"'no/such-model' could not be loaded.*bhlib.load_demo\(\)"):
+        load_olmoe("no/such-model")
+
+
+def test_load_olmoe_from_a_folder():
+    model, tokenizer = load_olmoe(str(DEMO / "model"), device_map=None)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert len(find_moe_layers(model)) == model.config.num_hidden_layers
+    assert len(tokenizer) == model.config.vocab_size

@@ -1,0 +1,725 @@
+"""P-values: statistics and nulls against slow twins, their guarantees by simulation, and the calibration file."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from scipy import stats
+
+from bhlib.procedures import benjamini_hochberg, critical_values, reject
+from bhlib.pvalues import (
+    STATISTICS,
+    ConformalNull,
+    KDENull,
+    ResolutionWarning,
+    SoftmaxPseudo,
+    SoftmaxPseudoWarning,
+    TokenGaussian,
+    check_logits,
+    load_null,
+    make_pvalues,
+    null_values,
+)
+
+NUM_EXPERTS = 64
+SHIFT_INVARIANT = ("log_prob", "centered", "standardized")
+
+
+def random_logits(*shape, spread=2.0, shift=-1.0):
+    """Gaussian logits, a few of each token raised: what a trained router looks like."""
+    logits = spread * torch.randn(*shape) + shift
+    logits[..., :6] += 2 * spread * torch.rand(*shape[:-1], 6)
+    return logits
+
+
+def softmax_pseudo(temperature=1.0):
+    with pytest.warns(SoftmaxPseudoWarning):
+        return SoftmaxPseudo(temperature)
+
+
+def fit(null, samples, **options):
+    return null.fit(samples, model_name="tiny", num_experts=NUM_EXPERTS, **options)
+
+
+def fit_per_expert(null, tokens=400, layers=2):
+    """A null for each of 64 experts, from samples of unequal sizes."""
+    samples = []
+    for _ in range(layers):
+        values, experts = null_values(random_logits(tokens, NUM_EXPERTS) + torch.linspace(0, 3, NUM_EXPERTS))
+        samples.append([values[experts == expert] for expert in range(NUM_EXPERTS)])
+    return fit(null, samples, per_expert=True)
+
+
+def all_makers():
+    values, _ = null_values(random_logits(200, NUM_EXPERTS))
+    sample = values.flatten()
+    return {
+        "softmax": softmax_pseudo(),
+        "trimmed": TokenGaussian(),
+        "truncated": TokenGaussian(estimator="truncated"),
+        "kde": fit(KDENull, [sample]),
+        "conformal": fit(ConformalNull, [sample]),
+    }
+
+
+MAKERS = ("softmax", "trimmed", "truncated", "kde", "conformal")
+
+
+# ------------------------------------------------------------------------------------------------- logits, statistics
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        ([0.0, 1.0], TypeError, "list.*torch.Tensor"),
+        (torch.zeros(3, 4, dtype=torch.int64), TypeError, "torch.int64.*floating-point"),
+        (torch.tensor(1.0), ValueError, r"shape \(\).*2 experts"),
+        (torch.zeros(3, 1), ValueError, r"shape \(3, 1\).*2 experts"),
+        (torch.tensor([[0.0, 1.0], [2.0, torch.nan]]), ValueError, r"1 values.*\(1, 1\): nan"),
+        (torch.tensor([[torch.inf, 1.0], [2.0, torch.nan]]), ValueError, r"2 values.*\(0, 0\): inf"),
+    ],
+)
+def test_logits_that_cannot_be_routed(logits, error, message):
+    with pytest.raises(error, match=message):
+        check_logits(logits)
+
+
+def test_good_logits_pass():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        check_logits(torch.randn(2, 3, 8).to(dtype))
+
+
+def statistic_by_hand(name, token, exclude_top):
+    """One token's statistics, in float64."""
+    background = np.sort(token)[: len(token) - exclude_top]
+    return {
+        "logit": lambda: token,
+        "log_prob": lambda: token - np.log(np.exp(token).sum()),
+        "centered": lambda: token - background.mean(),
+        "standardized": lambda: (token - background.mean()) / background.std(ddof=1),
+    }[name]()
+
+
+@pytest.mark.parametrize("exclude_top", [0, 8, 62])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_their_definitions(name, exclude_top):
+    logits = random_logits(50, NUM_EXPERTS)
+    logits[0] = logits[0].round()  # ties, also across the border of the top
+    found = STATISTICS[name](logits, exclude_top)
+    expected = [statistic_by_hand(name, token, exclude_top) for token in logits.double().numpy()]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_rise_with_the_logit(name):
+    logits = random_logits(1000, NUM_EXPERTS).sort(-1).values.bfloat16()
+    found = STATISTICS[name](logits)
+    assert found.dtype == torch.float32
+    assert ((found.diff(dim=-1) > 0) == (logits.float().diff(dim=-1) > 0)).all()
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_statistics_of_the_top_alone_have_the_same_bits(maker):
+    logits = random_logits(500, NUM_EXPERTS).bfloat16()
+    maker = all_makers()[maker]
+    for size in (1, 4, 9, NUM_EXPERTS):
+        top = logits.topk(size)
+        assert torch.equal(maker.statistic_of(logits, top.values), maker.statistic_of(logits).gather(-1, top.indices))
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_only_the_raw_logit_sees_a_common_shift(name):
+    logits = random_logits(200, NUM_EXPERTS)
+    shift = 50 * torch.randn(200, 1)
+    moved = (STATISTICS[name](logits + shift) - STATISTICS[name](logits)).abs().max()
+    assert (moved < 1e-4) == (name in SHIFT_INVARIANT)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_only_the_standardized_statistic_ignores_the_scale(name):
+    logits = random_logits(200, NUM_EXPERTS)
+    moved = (STATISTICS[name](logits * 8) - STATISTICS[name](logits)).abs().max()
+    assert (moved < 1e-5) == (name == "standardized")
+
+
+def test_the_background_does_not_see_the_top():
+    logits = random_logits(100, NUM_EXPERTS)
+    raised = logits + 1e6 * torch.zeros_like(logits).scatter(-1, logits.topk(8).indices, 1)
+    lower = logits.topk(56, largest=False).indices
+    for name in ("centered", "standardized"):
+        before, after = STATISTICS[name](logits).gather(-1, lower), STATISTICS[name](raised).gather(-1, lower)
+        assert torch.equal(before, after)
+
+
+def test_a_token_without_spread_stays_finite():
+    logits = torch.full((1, NUM_EXPERTS), 3.0)
+    logits[0, 5] = 40.0
+    pvals = TokenGaussian()(logits)[0]
+    assert pvals[5] == 0 and (pvals[torch.arange(NUM_EXPERTS) != 5] == 0.5).all()
+    assert torch.isfinite(TokenGaussian().statistic_of(logits)).all()
+
+
+@pytest.mark.parametrize("exclude_top", [-1, 63])
+def test_exclude_top_must_leave_two_experts(exclude_top):
+    with pytest.raises(ValueError, match=rf"exclude_top is {exclude_top}.*0\.\.62"):
+        null_values(random_logits(3, NUM_EXPERTS), exclude_top=exclude_top)
+    with pytest.raises(ValueError, match=rf"exclude_top is {exclude_top}.*0\.\.62"):
+        fit(KDENull, [torch.randn(9)], exclude_top=exclude_top)
+
+
+@pytest.mark.parametrize("exclude_top", [0, 8])
+def test_null_values_are_those_outside_the_top(exclude_top):
+    logits = random_logits(40, NUM_EXPERTS)
+    values, experts = null_values(logits, "log_prob", exclude_top)
+    for token in range(40):
+        order = logits[token].argsort()[: NUM_EXPERTS - exclude_top]
+        assert experts[token].tolist() == order.tolist()
+        assert torch.equal(values[token], logits.log_softmax(-1)[token, order]) or torch.allclose(
+            values[token], logits.log_softmax(-1)[token, order], rtol=1e-6
+        )
+
+
+def test_an_unknown_statistic():
+    with pytest.raises(ValueError, match="'loggit'.*'logit', 'log_prob', 'centered', 'standardized'"):
+        null_values(random_logits(3, NUM_EXPERTS), "loggit")
+
+
+# ---------------------------------------------------------------------------------------------------- every maker
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_pvalues_are_float32_whatever_the_logits(maker, dtype):
+    maker = all_makers()[maker]
+    logits = random_logits(2, 30, NUM_EXPERTS).to(dtype)
+    pvals = maker(logits)
+    assert pvals.dtype == torch.float32 and pvals.shape == logits.shape
+    assert torch.equal(pvals, maker(logits.float()))
+    assert ((pvals >= 0) & (pvals <= 1)).all()
+
+
+@pytest.mark.parametrize("maker", ["softmax", "trimmed", "kde"])
+def test_bfloat16_logits_resolve_one_in_a_million(maker):
+    """The resolution that bfloat16 p-values lack: 0.0078 near 1, and 0.4 % of p itself."""
+    logits = random_logits(1, NUM_EXPERTS).repeat(4, 1)
+    logits[:, 0] = logits.max() + torch.tensor([14.0, 14.25, 14.5, 14.75])
+    pvals = all_makers()[maker](logits.bfloat16())[:, 0]
+    assert pvals[0] < 1e-4 and pvals.max() > 0
+    assert (pvals.diff() < 0).all()
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_pvalues_fall_as_the_logit_rises(maker):
+    logits = random_logits(300, NUM_EXPERTS).sort(-1).values
+    assert (all_makers()[maker](logits).diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_nan_stays_nan(maker):
+    logits = random_logits(2, NUM_EXPERTS)
+    logits[0, 3] = torch.nan
+    pvals = all_makers()[maker](logits)
+    assert pvals[0, 3].isnan() and pvals[1].isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["bh", "by", "hochberg", "bonferroni", "fixed"])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_critical_statistics_decide_as_the_pvalues_do(maker, method):
+    """On a million statistics, and on the float32 numbers next to each critical one."""
+    maker = all_makers()[maker]
+    for alpha in (0.01, 0.05, 0.5):
+        critical_p = critical_values(NUM_EXPERTS, alpha, method)
+        critical = maker.critical_statistics(critical_p)
+        assert critical.dtype == torch.float32 and (critical.diff() <= 0).all()
+        random = maker.statistic_of(random_logits(5500, NUM_EXPERTS)).flatten()
+        finite = critical[critical.isfinite()]
+        below, above = (finite.nextafter(torch.full_like(finite, side)) for side in (-torch.inf, torch.inf))
+        statistics = torch.cat([random, finite, below, above])
+        pvals = maker.survival(statistics).double()
+        for k in {0, 1, 7, 8, 31, 63} if method not in ("bonferroni", "fixed") else {0}:
+            assert torch.equal(statistics >= critical[k], pvals <= critical_p[k])
+
+
+def test_critical_statistics_reach_the_ends():
+    kde = all_makers()["kde"]
+    everything, nothing = kde.critical_statistics(torch.tensor([1.0, 0.0]))
+    assert everything == torch.finfo(torch.float32).min
+    assert kde.survival(nothing) == 0 and kde.survival(nothing.nextafter(torch.tensor(-torch.inf))) > 0
+    conformal = fit(ConformalNull, [torch.randn(9)])
+    assert conformal.critical_statistics(torch.tensor([0.099])) == torch.inf
+    assert conformal.critical_statistics(torch.tensor([0.101])) == conformal.tensors["sample.0"].max().nextafter(
+        torch.tensor(torch.inf)
+    )
+
+
+def test_float64_critical_values_are_not_rounded_up():
+    maker = TokenGaussian()
+    statistics = torch.linspace(2, 5, 1000)
+    exact = maker.survival(statistics).double()
+    for critical_p in (exact, exact * (1 - 1e-12), exact * (1 + 1e-12)):
+        critical = maker.critical_statistics(critical_p)
+        assert torch.equal(statistics >= critical, exact <= critical_p)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_ranks_against_critical_statistics_make_bh_decisions(maker):
+    """What routing does: sort the statistics, compare with the table, count."""
+    maker = all_makers()[maker]
+    logits = random_logits(3000, NUM_EXPERTS).bfloat16()
+    ordered = maker.statistic_of(logits, logits.sort(-1, descending=True).values)
+    for alpha in (0.05, 0.3):
+        passed = ordered >= maker.critical_statistics(critical_values(NUM_EXPERTS, alpha))
+        counts = (passed * torch.arange(1, NUM_EXPERTS + 1)).amax(-1)
+        assert torch.equal(counts, benjamini_hochberg(maker(logits), alpha).sum(-1))
+
+
+# -------------------------------------------------------------------------------------------- softmax pseudo p-values
+
+
+def test_softmax_pseudo_warns_with_the_theorem():
+    with pytest.warns(SoftmaxPseudoWarning, match="alpha < 1 - 1/N.*rejects at most one expert"):
+        SoftmaxPseudo()
+
+
+def test_softmax_pseudo_is_the_share_of_the_others():
+    logits = random_logits(50, NUM_EXPERTS, spread=8.0)
+    found = softmax_pseudo(0.5)(logits).double()
+    shares = (logits.double() / 0.5).softmax(-1)
+    for expert in range(NUM_EXPERTS):
+        others = torch.cat([shares[:, :expert], shares[:, expert + 1 :]], dim=-1).sum(-1)
+        torch.testing.assert_close(found[:, expert], others, rtol=1e-5, atol=1e-38)
+    assert found.min() < 1e-10  # where 1 - softmax in float32 is 0
+
+
+@given(
+    logits=hnp.arrays(np.float32, st.tuples(st.just(50), st.integers(2, 70)), elements=st.floats(-60, 60, width=32)),
+    share=st.floats(1e-4, 0.999),
+    temperature=st.floats(0.05, 20),
+)
+def test_softmax_theorem(logits, share, temperature):
+    """Whatever the logits and the temperature: at most one rejection while alpha < 1 - 1/N."""
+    num_experts = logits.shape[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SoftmaxPseudoWarning)
+        pvals = SoftmaxPseudo(temperature)(torch.from_numpy(logits))
+    alpha = share * (1 - 1 / num_experts)
+    rejected = benjamini_hochberg(pvals, alpha)
+    assert rejected.sum(-1).max() <= 1
+    assert (1 - pvals[rejected] >= (1 - alpha / num_experts) * (1 - 1e-6)).all()
+
+
+def test_softmax_theorem_is_sharp():
+    maker = softmax_pseudo()
+    one = torch.zeros(64)
+    one[0] = 20.0
+    assert benjamini_hochberg(maker(one), 0.05).sum() == 1
+    assert benjamini_hochberg(maker(torch.zeros(64)), 1 - 1 / 64 - 1e-4).sum() == 0
+    assert benjamini_hochberg(maker(torch.zeros(64)), 1 - 1 / 64 + 1e-4).sum() == 64
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_softmax_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+        SoftmaxPseudo(temperature)
+
+
+# ------------------------------------------------------------------------------------------------------ token Gaussian
+
+
+def test_gaussian_tail_down_to_1e_30():
+    z = torch.linspace(-6, 11.5, 100_001)
+    found = TokenGaussian().survival(z).double().numpy()
+    expected = stats.norm.sf(z.double().numpy())
+    assert expected.min() < 1e-30
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_gaussian_tail_never_rises():
+    """Over every float32 number from 2 to 8: nothing else is asked of it by the critical statistics."""
+    bits = torch.arange(torch.tensor(2.0).view(torch.int32), torch.tensor(8.0).view(torch.int32), dtype=torch.int32)
+    assert (TokenGaussian().survival(bits.view(torch.float32)).diff() <= 0).all()
+
+
+def test_truncated_estimator_is_calibrated_on_gaussian_noise():
+    """Efron's null: p-values of pure noise are uniform, but for the far tail; 40,000 tokens x 64 p-values."""
+    pvals = TokenGaussian(estimator="truncated")(5 * torch.randn(40_000, NUM_EXPERTS) + 3)
+    for a in (0.01, 0.05, 0.1, 0.2, 0.3):
+        assert (pvals <= a).float().mean() == pytest.approx(a, rel=0.08)
+    assert (pvals <= 7.8e-4).float().mean() == pytest.approx(1.5 * 7.8e-4, rel=0.15)
+
+
+@pytest.mark.parametrize(("estimator", "share"), [("trimmed", 0.47), ("truncated", 0.07)])
+def test_share_of_noise_tokens_with_a_rejection(estimator, share):
+    """The numbers of the docstring, within 4 standard errors of 20,000 tokens."""
+    pvals = TokenGaussian(estimator=estimator)(torch.randn(20_000, NUM_EXPERTS))
+    found = benjamini_hochberg(pvals, 0.05).any(-1).float().mean()
+    assert found == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 20_000))
+
+
+def test_estimators_agree_when_nothing_is_excluded():
+    logits = random_logits(100, NUM_EXPERTS)
+    trimmed, truncated = (TokenGaussian(0, estimator).statistic_of(logits) for estimator in ("trimmed", "truncated"))
+    torch.testing.assert_close(trimmed, truncated)
+
+
+def test_estimators_differ_by_the_map_of_the_docstring():
+    logits = random_logits(100, NUM_EXPERTS)
+    trimmed, truncated = (TokenGaussian(8, estimator).statistic_of(logits) for estimator in ("trimmed", "truncated"))
+    torch.testing.assert_close(truncated, 0.821 * trimmed - 0.235, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["trimmed", "truncated"])
+def test_default_level_selects_adaptively(estimator):
+    counts = benjamini_hochberg(TokenGaussian(estimator=estimator)(random_logits(5000, NUM_EXPERTS)), 0.05).sum(-1)
+    counts = counts.float().clamp(min=1)
+    assert 1 < counts.mean() < 8 and counts.std() > 0.3
+
+
+def test_token_gaussian_refuses():
+    with pytest.raises(ValueError, match="'mad'.*'trimmed' or 'truncated'"):
+        TokenGaussian(estimator="mad")
+    with pytest.raises(ValueError, match="exclude_top is -1"):
+        TokenGaussian(exclude_top=-1)
+    with pytest.raises(ValueError, match=r"exclude_top is 8.*0\.\.6"):
+        TokenGaussian()(torch.randn(5, 8))
+
+
+# ------------------------------------------------------------------------------------------------------------ KDE null
+
+
+def kde_cases():
+    rng = np.random.default_rng(1)
+    outlier = np.append(rng.normal(size=3000), [9.0, 14.0])
+    return {
+        "gaussian": (rng.normal(size=5000), None, None),
+        "small": (rng.normal(size=40), None, None),
+        "heavy tail": (rng.standard_t(3, size=5000), None, None),
+        "two bumps, far from 0": (np.append(rng.normal(100, 0.2, 900), rng.normal(112, 2, 600)), "silverman", None),
+        "outliers, narrow kernels": (outlier, 0.05, None),
+        "weights": (outlier, None, rng.exponential(size=3002) ** 3),
+        "a weight of almost nothing": (outlier, None, np.append(np.ones(3001), 1e-7)),
+        "atoms": (rng.integers(0, 4, size=1000).astype(float), 0.2, None),
+    }
+
+
+@pytest.mark.parametrize("case", kde_cases())
+def test_table_against_integrate_box_1d(case):
+    """Relative error below 1e-3 wherever p >= 1e-8, at 2,000 statistics between the nodes."""
+    sample, bw_method, weights = kde_cases()[case]
+    weights_of_layers = None if weights is None else [weights]
+    null = fit(KDENull, [sample], bw_method=bw_method, weights=weights_of_layers)
+    kde = stats.gaussian_kde(sample, bw_method=bw_method, weights=weights)
+    lowest, highest = null.critical_statistics(torch.tensor([1 - 1e-6, 1e-8]))
+    points = lowest + (highest - lowest) * torch.rand(2000)
+    found = null.survival(points).double().numpy()
+    expected = np.array([kde.integrate_box_1d(point, np.inf) for point in points.double().numpy()])
+    assert found.min() < 1e-6
+    error = np.abs(found / expected - 1).max()
+    assert error < 1e-3
+    assert error < 2 * null.header["table_error"] + 1e-5  # fitting measures what there is
+
+
+def test_tail_beyond_the_sample_is_gaussian():
+    """To the end of float32: one kernel is left, and its tail is known in closed form."""
+    null = fit(KDENull, [np.array([-1.0, 1.0])])
+    bandwidth = math.sqrt(stats.gaussian_kde([-1.0, 1.0]).covariance.item())
+    points = torch.linspace(5, 12, 500) * bandwidth + 1
+    z = (points.double().numpy() - np.array([[1.0], [-1.0]])) / bandwidth
+    expected = stats.norm.sf(z).mean(0)
+    assert expected.min() < 1e-30
+    np.testing.assert_allclose(null.survival(points).double().numpy(), expected, rtol=3e-3)
+    assert (null.survival(points).diff() < 0).all()
+
+
+def test_ends_of_the_table():
+    null = fit(KDENull, [np.random.default_rng(0).normal(size=500)])
+    ends = torch.tensor([-torch.inf, -1e30, -50.0, 50.0, 1e30, torch.inf])
+    torch.testing.assert_close(null.survival(ends), torch.tensor([1.0, 1, 1, 0, 0, 0]), rtol=1e-6, atol=0)
+
+
+def test_table_never_rises_between_neighbouring_numbers():
+    null = fit(KDENull, [np.random.default_rng(0).standard_t(3, size=500)])
+    for start in (-0.1, 1.0, 4.0):
+        first = torch.tensor(start).view(torch.int32)
+        bits = torch.arange(first, first + 2**20, dtype=torch.int32)
+        bits = bits.flip(0) if start < 0 else bits
+        assert (null.survival(bits.view(torch.float32)).diff() <= 0).all()
+
+
+def test_each_expert_has_its_own_density():
+    null = fit_per_expert(KDENull)
+    assert not null.shared and null.header["table_error"] < 1e-3
+    statistics = 3 * torch.randn(4, 5, NUM_EXPERTS)
+    found = null.survival(statistics, layer=1)
+    values, experts = null_values_of_layer(1)
+    for expert in (0, 17, 63):
+        kde = stats.gaussian_kde(values[experts == expert].double().numpy())
+        exact = [kde.integrate_box_1d(point, np.inf) for point in statistics[..., expert].flatten().double().numpy()]
+        np.testing.assert_allclose(found[..., expert].flatten(), exact, rtol=1e-3, atol=1e-8)
+
+
+def null_values_of_layer(layer, tokens=400):
+    """The values that `fit_per_expert` fitted on, drawn again from the seed of the test."""
+    torch.manual_seed(0)
+    for _ in range(layer + 1):
+        drawn = null_values(random_logits(tokens, NUM_EXPERTS) + torch.linspace(0, 3, NUM_EXPERTS))
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "message"),
+    [
+        ([np.ones(5)], {}, "layer 0 has no spread.*5 values"),
+        ([np.arange(5.0), np.ones(1)], {}, "layer 1 has no spread.*1 values"),
+        ([np.arange(5.0)], {"weights": [np.ones(4)]}, r"layer 0 have shape \(4,\).*\(5,\)"),
+        ([np.append(np.arange(50.0), 1e6)], {"bw_method": 1e-6}, "bandwidth of layer 0.*larger bw_method"),
+        ([], {}, "samples is empty"),
+        ([np.zeros((2, 2))], {}, r"samples\[0\] has shape \(2, 2\)"),
+        ([np.array([0.0, np.nan])], {}, r"samples\[0\] has 1 values that are NaN"),
+        ([[np.arange(3.0)] * 3], {"per_expert": True}, r"samples\[0\] holds 3 experts.*64"),
+        ([[np.arange(3.0)] * 63 + [[]]], {"per_expert": True}, r"samples\[0\]\[63\] is empty.*exclude_top=0"),
+        ([np.arange(5.0)], {"statistic": "t"}, "statistic is 't'"),
+    ],
+)
+def test_samples_that_make_no_density(samples, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(KDENull, samples, **options)
+
+
+def test_a_null_needs_the_name_of_its_model():
+    with pytest.raises(ValueError, match="model_name is ''"):
+        KDENull.fit([np.arange(5.0)], model_name="", num_experts=4)
+
+
+# ------------------------------------------------------------------------------------------------------ conformal null
+
+
+def test_conformal_is_a_count():
+    sample = torch.randn(301).round(decimals=1)  # with ties
+    found = fit(ConformalNull, [sample]).survival(torch.linspace(-4, 4, 161).round(decimals=1))
+    for statistic, pval in zip(torch.linspace(-4, 4, 161).round(decimals=1), found, strict=True):
+        assert pval == torch.tensor((1 + int((sample >= statistic).sum())) / 302)
+
+
+def test_conformal_is_a_count_for_each_expert():
+    null = fit_per_expert(ConformalNull)
+    statistics = 2 * torch.randn(3, 7, NUM_EXPERTS)
+    found = null.survival(statistics, layer=1)
+    values, experts = null_values_of_layer(1)
+    sizes = [int((experts == expert).sum()) for expert in range(NUM_EXPERTS)]
+    assert len(set(sizes)) > 1 and null.header["sample_sizes"][1] == sizes
+    for expert in range(NUM_EXPERTS):
+        sample = values[experts == expert]
+        for index in np.ndindex(3, 7):
+            counted = int((sample >= statistics[index][expert]).sum())
+            assert found[index][expert] == torch.tensor((1 + counted) / (1 + sizes[expert]))
+
+
+@pytest.mark.parametrize("kind", ["heavy tail", "ties", "dependent"])
+def test_conformal_pvalues_are_valid(kind):
+    """P(p <= a) <= a for exchangeable values, whatever their distribution: 40,000 calibrations of 59 values each."""
+    repetitions, n = 40_000, 59
+    drawn = torch.distributions.StudentT(2.0).sample((repetitions, n + 1))
+    drawn = {"heavy tail": drawn, "ties": drawn.round(), "dependent": drawn + 5 * torch.randn(repetitions, 1)}[kind]
+    # Each repetition is an "expert" with a calibration sample of its own.
+    null = ConformalNull.fit([drawn[:, :n]], model_name="noise", num_experts=repetitions, per_expert=True)
+    pvals = null.survival(drawn[:, n])
+    for a in (1 / 60, 0.05, 0.2, 0.5):
+        found, error = (pvals <= a).float().mean(), math.sqrt(a * (1 - a) / repetitions)
+        assert found <= a + 4 * error
+        if kind != "ties":  # without ties p is uniform on its 60 values, so nothing is given away
+            assert found >= a - 4 * error
+
+
+@pytest.mark.parametrize(("alpha", "enough"), [(0.05, 1280), (0.1, 640), (0.3, 214)])
+def test_resolution(alpha, enough):
+    """One clear expert among 64 is rejected exactly if the check is content."""
+    for n in (enough // 2, enough - 2, enough):
+        null = fit(ConformalNull, [torch.randn(n)])
+        pvals = null.survival(torch.cat([torch.tensor([99.0]), torch.full((63,), -99.0)]))
+        if n == enough:
+            assert null.check_resolution(alpha, NUM_EXPERTS)
+        else:
+            with pytest.warns(
+                ResolutionWarning, match=f"{n:,} calibration values.*alpha = {alpha:g}.*{enough:,} values"
+            ):
+                assert not null.check_resolution(alpha, NUM_EXPERTS)
+        assert benjamini_hochberg(pvals, alpha).sum() == (n == enough)
+
+
+def test_resolution_is_that_of_the_smallest_sample():
+    with pytest.warns(ResolutionWarning, match="100 calibration values"):
+        fit(ConformalNull, [torch.randn(5000), torch.randn(100)]).check_resolution(0.05, NUM_EXPERTS)
+
+
+def test_continuous_nulls_have_no_floor():
+    assert TokenGaussian().check_resolution(1e-9, NUM_EXPERTS)
+    assert fit(KDENull, [torch.randn(50)]).check_resolution(1e-9, NUM_EXPERTS)
+
+
+# --------------------------------------------------------------------------------------------- layers, experts, files
+
+
+@pytest.mark.parametrize("layer", [None, -1, 3])
+def test_a_layer_must_be_named(layer):
+    null = fit(KDENull, [torch.randn(50) for _ in range(3)])
+    with pytest.raises(ValueError, match=rf"layer is {layer}.*3 layers; pass layer=0\.\.2"):
+        null(random_logits(2, NUM_EXPERTS), layer)
+
+
+def test_layers_differ_and_one_layer_needs_no_name():
+    logits = random_logits(5, NUM_EXPERTS)
+    both = fit(KDENull, [torch.randn(50), torch.randn(50) + 2])
+    assert (both(logits, 1) > both(logits, 0)).float().mean() > 0.9
+    one = fit(KDENull, [torch.randn(50)])
+    assert torch.equal(one(logits), one(logits, 0))
+
+
+def test_nulls_refuse_another_number_of_experts():
+    with pytest.raises(ValueError, match=r"shape \(2, 8\).*64 experts"):
+        fit(KDENull, [torch.randn(50)])(torch.randn(2, 8))
+
+
+def test_a_null_per_expert_has_no_common_critical_statistic():
+    null = fit_per_expert(ConformalNull)
+    with pytest.raises(ValueError, match="null per expert.*compare p-values"):
+        null.critical_statistics(torch.tensor([0.05]), layer=0)
+    with pytest.raises(ValueError, match=r"shape \(3, 8\).*all 64 experts"):
+        null.survival(torch.zeros(3, 8), layer=0)
+
+
+def test_tables_are_moved_to_a_device_once():
+    null = fit(KDENull, [torch.randn(50), torch.randn(50)])
+    first = null._tables(1, torch.device("cpu"))
+    null(random_logits(3, NUM_EXPERTS), 1)
+    assert null._tables(1, torch.device("cpu")) is first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a CUDA device with the CPU")
+@pytest.mark.parametrize("maker", ["kde", "conformal"])
+def test_fitted_nulls_have_the_same_bits_on_a_gpu(maker):
+    maker = all_makers()[maker]
+    statistics = 3 * torch.randn(1000, NUM_EXPERTS)
+    assert torch.equal(maker.survival(statistics.cuda()).cpu(), maker.survival(statistics))
+
+
+SAVED = [(KDENull, False), (KDENull, True), (ConformalNull, False), (ConformalNull, True)]
+
+
+@pytest.mark.parametrize(("null", "per_expert"), SAVED)
+def test_a_file_gives_back_the_same_bits(null, per_expert, tmp_path):
+    path = tmp_path / "null.safetensors"
+    saved = (
+        fit_per_expert(null)
+        if per_expert
+        else fit(null, [torch.randn(300), torch.randn(200)], statistic="log_prob", exclude_top=4, seed=7)
+    )
+    saved.save(path)
+    loaded = load_null(path, model_name="tiny", num_layers=2, num_experts=64, statistic=saved.statistic)
+    logits = random_logits(100, NUM_EXPERTS)
+    for layer in range(2):
+        assert torch.equal(loaded(logits, layer), saved(logits, layer))
+    assert type(loaded) is null and loaded.header == saved.header and repr(loaded) == repr(saved)
+    assert (loaded.statistic, loaded.exclude_top, loaded.shared) == (saved.statistic, saved.exclude_top, not per_expert)
+    loaded.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_the_header_tells_the_story(tmp_path):
+    path = tmp_path / "null.safetensors"
+    fit(KDENull, [torch.randn(300), torch.randn(200)], seed=7, bw_method="silverman").save(path)
+    with safe_open(path, framework="np") as file:
+        header = json.loads(file.metadata()["bhlib"])
+    assert header.pop("table_error") < 1e-3
+    assert header == dict(
+        format=1,
+        null="kde",
+        statistic="standardized",
+        exclude_top=8,
+        model_name="tiny",
+        num_layers=2,
+        num_experts=64,
+        per_expert=False,
+        sample_sizes=[300, 200],
+        seed=7,
+        bw_method="silverman",
+        weighted=False,
+    )
+
+
+def test_repr_tells_the_story():
+    null = fit(KDENull, [torch.randn(3000), torch.randn(2000)], seed=7)
+    assert repr(null).startswith(
+        "KDENull(standardized without top 8, 2 layers, shared by 64 experts, 2,000 values or more each, "
+        "fitted on 'tiny', seed 7, table error "
+    )
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"model_name": "allenai/OLMoE"}, "model_name 'tiny', but model_name 'allenai/OLMoE' is expected"),
+        ({"num_layers": 16}, "num_layers 1, but num_layers 16 is expected"),
+        ({"num_experts": 8}, "num_experts 64, but num_experts 8 is expected"),
+        ({"statistic": "logit"}, "statistic 'standardized', but statistic 'logit' is expected"),
+    ],
+)
+def test_a_calibration_for_something_else_is_refused(expected, message, tmp_path):
+    path = tmp_path / "null.safetensors"
+    fit(ConformalNull, [torch.randn(30)]).save(path)
+    load_null(path)
+    with pytest.raises(ValueError, match=message):
+        load_null(path, **expected)
+
+
+def test_files_that_are_no_calibration(tmp_path):
+    path = tmp_path / "null.safetensors"
+    with pytest.raises(FileNotFoundError):
+        load_null(path)
+    path.write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_null(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="no calibration"):
+        load_null(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "format version 99, but 1 is read"),
+        ({"null": "cauchy"}, "null 'cauchy'.*'kde', 'conformal'"),
+        ({"num_layers": 3}, r"damaged.*sample\.2, size\.2"),
+        ({"per_expert": True}, "damaged.*1 rows, but 64"),
+        ({"sample_sizes": [30, 31]}, r"layer 1 holds \[30\] values, but 31"),
+    ],
+)
+def test_a_header_that_does_not_fit_its_tables(change, message, tmp_path):
+    path = tmp_path / "null.safetensors"
+    null = fit(ConformalNull, [torch.randn(30), torch.randn(30)])
+    null.save(path)
+    save_file(load_file(path), path, metadata={"bhlib": json.dumps(null.header | change)})
+    with pytest.raises(ValueError, match=message):
+        load_null(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- by name
+
+
+def test_makers_by_name():
+    assert isinstance(make_pvalues("token"), TokenGaussian)
+    with pytest.warns(SoftmaxPseudoWarning):
+        assert make_pvalues("softmax", temperature=2.0).temperature == 2.0
+    maker = TokenGaussian(exclude_top=4)
+    assert make_pvalues(maker) is maker
+    with pytest.raises(ValueError, match="'magic'.*'token', 'softmax'"):
+        make_pvalues("magic")

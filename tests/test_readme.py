@@ -1,0 +1,69 @@
+"""Every code block of the README works as it stands there.
+
+Python blocks run in one fresh interpreter, top to bottom, so that a later block may use what an earlier
+one made. A shell block is read line by line: a make target has to exist, and so has a command of
+`python -m bhlib`.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+if not README.exists():
+    pytest.skip("there is no README.md yet", allow_module_level=True)
+
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+SHELL_LINES = [
+    line.partition("#")[0].strip()
+    for language, body in BLOCKS
+    if language in ("bash", "sh", "shell", "console")
+    for line in body.splitlines()
+    if line.partition("#")[0].strip()
+]
+# Fetching the repository and installing it is what CI does before it comes here.
+FETCHING = ("git clone ", "cd ", "pip install ", "python -m pip install ")
+
+
+def finish(command, cwd=ROOT):
+    """Run a command to its end, and return the finished process."""
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_every_block_names_its_language():
+    known = {"python", "bash", "sh", "shell", "console", "text", "bibtex"}
+    assert {language for language, _ in BLOCKS} <= known
+
+
+def test_python_blocks_run_in_order(tmp_path):
+    code = "\n".join(body for language, body in BLOCKS if language == "python")
+    assert code, "the README shows how the package is called"
+    run = finish([sys.executable, "-c", code], cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("line", SHELL_LINES)
+def test_shell_line_is_a_command_that_exists(line):
+    if line.startswith("make "):
+        if shutil.which("make") is None:
+            pytest.skip("make is not installed here")
+        plan = finish([*line.split(), "--dry-run"])
+        assert plan.returncode == 0, plan.stderr
+    elif line.removeprefix(".venv/bin/").startswith("python -m bhlib"):
+        command = [sys.executable, *line.split()[1:], "--help"]
+        shown = finish(command)
+        assert shown.returncode == 0, shown.stderr
+    else:
+        assert line.startswith(FETCHING), f"no test knows how to run {line!r}"
+
+
+def test_files_that_the_readme_links_to_exist():
+    targets = re.findall(r"\]\(([^)#\s]+)", TEXT) + re.findall(r'(?:src|href)="([^"#]+)"', TEXT)
+    local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
+    assert [target for target in local if not (ROOT / target).exists()] == []

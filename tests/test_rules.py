@@ -1,0 +1,149 @@
+"""Rules: from logits to experts and weights."""
+
+import pytest
+import torch
+
+from bhlib import benjamini_hochberg_routing, topk_routing
+from bhlib.procedures import PROCEDURES, reject
+from bhlib.pvalues import TokenGaussian
+from bhlib.rules import BH, WEIGHTINGS, TopK, gather_weights, router_scores
+
+
+def random_logits(*shape, seed=0, spread=2.0):
+    return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bh_by_hand(logits, alpha, min_k, max_k):
+    """One token, p-values by the maker, the step-up rule as in the paper, then the bounds: a list of experts."""
+    pvals = TokenGaussian()(logits[None])[0].tolist()
+    order = sorted(range(len(pvals)), key=lambda i: pvals[i])
+    passed = [k for k in range(1, len(pvals) + 1) if pvals[order[k - 1]] <= alpha * k / len(pvals)]
+    return order[: min(max(max(passed, default=0), min_k), max_k)]
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize(("min_k", "max_k"), [(1, 8), (2, 4), (1, 64)])
+def test_bh_routing_is_the_step_up_rule(alpha, min_k, max_k):
+    logits = random_logits(200, 64)
+    weights, experts, counts = benjamini_hochberg_routing(logits, alpha, min_k=min_k, max_k=max_k)
+    for token in range(len(logits)):
+        expected = bh_by_hand(logits[token], alpha, min_k, max_k)
+        assert counts[token] == len(expected)
+        assert experts[token, : counts[token]].tolist() == expected
+        assert (experts[token, counts[token] :] == -1).all()
+        assert weights[token].nonzero().flatten().tolist() == sorted(expected)
+
+
+def test_weights_are_the_softmax_of_the_kept_experts():
+    logits = random_logits(50, 64)
+    weights, experts, counts = benjamini_hochberg_routing(logits, alpha=0.2, temperature=0.7)
+    for token in range(50):
+        kept = experts[token, : counts[token]]
+        expected = torch.softmax(logits[token, kept] / 0.7, dim=-1)
+        torch.testing.assert_close(weights[token, kept], expected)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(50))
+    assert (weights >= 0).all()
+
+
+@pytest.mark.parametrize("method", sorted(PROCEDURES))
+def test_every_procedure_decides_as_on_the_pvalues(method):
+    """The critical statistics of the hot path give the decisions of the p-values themselves."""
+    logits = random_logits(5000, 64)
+    maker = TokenGaussian()
+    rule = BH(alpha=0.1, pvalues=maker, method=method, min_k=1, max_k=64)
+    expected = reject(maker(logits), 0.1, method).sum(-1).clamp(min=1)
+    assert torch.equal(rule(logits).counts, expected)
+    assert expected.float().std() > 0
+
+
+def test_counts_grow_with_alpha_and_stay_in_bounds():
+    logits = random_logits(2000, 64)
+    previous = torch.zeros(2000, dtype=torch.int64)
+    for alpha in (0.001, 0.01, 0.05, 0.1, 0.3, 0.6, 0.9):
+        _, _, counts = benjamini_hochberg_routing(logits, alpha, min_k=2, max_k=6)
+        assert (counts >= previous).all() and counts.min() >= 2 and counts.max() <= 6
+        previous = counts
+    assert previous.float().mean() > 2
+
+
+def test_shapes_with_batch_and_sequence():
+    logits = random_logits(2, 5, 64)
+    weights, experts, counts = benjamini_hochberg_routing(logits, max_k=6)
+    assert weights.shape == (2, 5, 64) and experts.shape == (2, 5, 6) and counts.shape == (2, 5)
+    flat = benjamini_hochberg_routing(logits.view(10, 64), max_k=6)
+    assert torch.equal(weights.view(10, 64), flat[0]) and torch.equal(experts.view(10, 6), flat[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_decisions_are_those_of_the_same_logits_in_float64(dtype):
+    logits = random_logits(2000, 64).to(dtype)
+    counts = benjamini_hochberg_routing(logits)[2]
+    wide = benjamini_hochberg_routing(logits.double())[2]
+    # float32 arithmetic may fall on the other side of a critical value, once in a long while.
+    assert (counts != wide).float().mean() <= 0.001
+    assert 1 < counts.float().mean() < 8
+
+
+def test_shifting_the_logits_changes_nothing():
+    logits = random_logits(500, 64)
+    assert torch.equal(benjamini_hochberg_routing(logits)[2], benjamini_hochberg_routing(logits + 3.0)[2])
+
+
+def test_topk_routing():
+    logits = random_logits(100, 64)
+    weights, experts, counts = topk_routing(logits, k=8)
+    top = torch.softmax(logits, -1).topk(8)
+    assert torch.equal(experts, top.indices) and (counts == 8).all()
+    torch.testing.assert_close(weights.gather(-1, experts), top.values / top.values.sum(-1, keepdim=True))
+
+
+def test_empty_slots_at_min_k_zero():
+    logits = torch.zeros(3, 64)  # nothing stands out
+    weights, experts, counts = benjamini_hochberg_routing(logits, min_k=0)
+    assert (counts == 0).all() and (experts == -1).all() and (weights == 0).all()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weightings(weighting):
+    logits = random_logits(20, 16)
+    scores = router_scores(logits, weighting)
+    order = logits.argsort(-1, descending=True)[:, :4]
+    weights = gather_weights(scores, order, torch.full((20,), 3), weighting).weights
+    kept = torch.softmax(logits, -1).gather(-1, order[:, :3])
+    expected = kept if weighting == "softmax" else kept / kept.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights[:, :3], expected)
+    assert (weights[:, 3] == 0).all()
+    nothing = gather_weights(scores, order, torch.zeros(20, dtype=torch.int64), weighting)
+    assert (nothing.weights == 0).all() and (nothing.experts == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"alpha": 0.0}, ValueError, "alpha=0.0 must lie strictly between 0 and 1"),
+        ({"alpha": 1.0}, ValueError, "alpha=1.0"),
+        ({"temperature": 0.0}, ValueError, "temperature must be a finite number above 0, got 0.0"),
+        ({"temperature": -1.0}, ValueError, "got -1.0"),
+        ({"min_k": 5, "max_k": 4}, ValueError, "min_k=5 and max_k=4: lower min_k or raise max_k"),
+        ({"min_k": -1}, ValueError, "min_k must be 0 or more, got -1"),
+        ({"max_k": 0}, ValueError, "max_k must be 1 or more, got 0"),
+        ({"max_k": 65}, ValueError, "max_k=65 for 64 experts: use max_k=64"),
+        ({"max_k": 2.5}, TypeError, "max_k must be an int, got 2.5"),
+        ({"method": "magic"}, ValueError, "magic"),
+        ({"pvalues": "magic"}, ValueError, "magic"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        benjamini_hochberg_routing(random_logits(4, 64), **arguments)
+
+
+def test_bad_logits_are_named():
+    with pytest.raises(TypeError, match="int64"):
+        benjamini_hochberg_routing(torch.zeros(4, 64, dtype=torch.int64))
+    logits = random_logits(4, 64)
+    logits[2, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"(?i)nan"):
+        benjamini_hochberg_routing(logits)
+    with pytest.raises(ValueError, match="k must be an int of 1 or more, got 0"):
+        TopK(0)
