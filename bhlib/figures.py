@@ -11,6 +11,7 @@ same ``draw`` functions.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, wraps
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
 from bhlib import evaluation
@@ -54,14 +56,24 @@ PVALUES_1995 = (
 )  # fmt: skip
 
 #: Levels at which the default rule is measured.
-ALPHAS = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
+ALPHAS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95)
+
+
+class Picture(Figure):
+    """A Figure that a notebook shows, whatever backend is chosen, and that nobody has to close."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+        return buffer.getvalue()
 
 
 class Demo:
     """The embedded model and its held-out text, loaded when first needed."""
 
     #: Sequences of each domain on which figures are computed: a compromise between time and intervals.
-    sequences_per_domain = 24
+    sequences_per_domain = 16
 
     @cached_property
     def model_and_tokenizer(self) -> tuple:
@@ -171,7 +183,7 @@ def compute_stepup(demo: Demo | None = None, alpha: float = 0.05) -> pd.DataFram
 @figure("stepup_1995", compute_stepup)
 def draw_stepup(table: pd.DataFrame) -> Figure:
     """The step-up rule: sorted p-values against the line alpha k/m."""
-    fig = Figure(figsize=(6.4, 3.2), layout="constrained")
+    fig = Picture(figsize=(6.4, 3.2), layout="constrained")
     for axes, limit in zip(fig.subplots(1, 2), (len(table), 9.5), strict=True):
         axes.plot(table["rank"], table["bh"], color=BLUE, label="BH: α k / m")
         axes.plot(table["rank"], table["bonferroni"], color=RED, linestyle="--", label="Bonferroni: α / m")
@@ -182,6 +194,7 @@ def draw_stepup(table: pd.DataFrame) -> Figure:
             facecolor="white", edgecolor=BLACK, zorder=3, label="not rejected",
         )  # fmt: skip
         axes.set(xlabel="rank k", ylabel="p-value", xlim=(0.5, limit + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(ylim=(-0.001, 0.05), title="the smallest, enlarged")
     fig.axes[0].set_title(f"the 15 p-values of 1995 (m = {len(table)})")
     fig.axes[0].legend(fontsize=7.5)
@@ -211,18 +224,24 @@ def compute_experts_vs_alpha(demo: Demo) -> pd.DataFrame:
 @figure("experts_vs_alpha", compute_experts_vs_alpha)
 def draw_experts_vs_alpha(table: pd.DataFrame) -> Figure:
     """Experts per token against alpha, a line per domain."""
-    fig = Figure(figsize=(5.6, 3.6), layout="constrained")
+    fig = Picture(figsize=(6.6, 3.6), layout="constrained")
     axes = fig.subplots()
-    for domain, part in table.groupby("domain"):
-        axes.fill_between(part["alpha"], part["low"], part["high"], alpha=0.2, linewidth=0)
-        axes.plot(part["alpha"], part["mean_k"], marker="o", markersize=3, label=domain)
+    # More domains than colours: the line style tells the second round from the first.
+    order = table.groupby("domain")["mean_k"].mean().sort_values(ascending=False).index
+    for i, domain in enumerate(order):
+        part = table[table["domain"] == domain]
+        (line,) = axes.plot(
+            part["alpha"], part["mean_k"], "-" if i < 6 else "--", color=f"C{i % 6}", marker="o", markersize=3,
+            label=domain,
+        )  # fmt: skip
+        axes.fill_between(part["alpha"], part["low"], part["high"], alpha=0.2, linewidth=0, color=line.get_color())
     axes.axhline(8, color=BLACK, linestyle=":", label="the model's own top-8")
     axes.set(xscale="log", xlabel="α", ylabel="experts per token and layer", ylim=(0, 8.4))
     axes.set_title(
         f"default p-values, max_k = 8; per domain {table['sequences'].iloc[0]} sequences of "
         f"{table['tokens_per_sequence'].iloc[0]} tokens, 95 % bands", fontsize=8
     )  # fmt: skip
-    axes.legend(fontsize=7.5)
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
 
@@ -237,9 +256,9 @@ def compute_loss_vs_experts(demo: Demo) -> pd.DataFrame:
 @figure("loss_vs_experts", compute_loss_vs_experts)
 def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
     """Loss minus the loss of the model's own top-8, against experts per token."""
-    fig = Figure(figsize=(5.6, 3.6), layout="constrained")
+    fig = Picture(figsize=(5.6, 3.6), layout="constrained")
     axes = fig.subplots()
-    looks = {"top": (BLACK, "s", "static top-k"), "BH": (BLUE, "o", "BH, default p-values, α from 0.001 to 0.5")}
+    looks = {"top": (BLACK, "s", "static top-k"), "BH": (BLUE, "o", "BH, default p-values, α from 0.01 to 0.95")}
     for kind, (color, marker, label) in looks.items():
         part = table[(table["kind"] == kind) & (table["mean_k"] > 1.2)].sort_values("mean_k")
         error = part["difference"] - part["low"], part["high"] - part["difference"]
@@ -259,7 +278,7 @@ def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
 def compute_count_distribution(demo: Demo) -> pd.DataFrame:
     """How many (token, layer) pairs get k experts, per alpha; a fifth of the test sequences."""
     rows = []
-    for alpha in (0.01, 0.05, 0.1, 0.3):
+    for alpha in (0.01, 0.05, 0.2, 0.5):
         with BHRoutingIntegration(demo.model, alpha=alpha, mode="analyze", max_recorded_tokens=0) as bh:
             for sequences in demo.test.values():
                 with torch.no_grad():
@@ -278,7 +297,7 @@ def compute_count_distribution(demo: Demo) -> pd.DataFrame:
 def draw_count_distribution(table: pd.DataFrame) -> Figure:
     """Distribution of the number of experts per token and layer, one panel per alpha."""
     alphas = sorted(table["alpha"].unique())
-    fig = Figure(figsize=(7.2, 2.4), layout="constrained")
+    fig = Picture(figsize=(7.2, 2.4), layout="constrained")
     for axes, alpha in zip(fig.subplots(1, len(alphas), sharey=True), alphas, strict=True):
         part = table[table["alpha"] == alpha]
         axes.bar(part["experts"], 100 * part["fraction"], color=BLUE)
@@ -293,7 +312,7 @@ def draw_count_distribution(table: pd.DataFrame) -> Figure:
 # -- one passage ---------------------------------------------------------------------------------------------
 
 
-def compute_token_layer_map(demo: Demo, alpha: float = 0.1, length: int = 40) -> pd.DataFrame:
+def compute_token_layer_map(demo: Demo, alpha: float = 0.2, length: int = 40) -> pd.DataFrame:
     """Experts per token and layer of a passage from each of two test domains."""
     parts = []
     domains = sorted(demo.test)
@@ -339,7 +358,7 @@ def passage_counts(model, tokenizer, input_ids: torch.Tensor, **bh_options) -> p
 def draw_token_layer_map(table: pd.DataFrame) -> Figure:
     """Experts per token and layer, a row of panels per passage (column ``domain``, if there is one)."""
     passages = list(table.groupby("domain")) if "domain" in table else [("passage", table)]
-    fig = Figure(figsize=(9.0, 2.5 * len(passages)), layout="constrained")
+    fig = Picture(figsize=(9.0, 2.5 * len(passages)), layout="constrained")
     for axes, (name, part) in zip(np.atleast_1d(fig.subplots(len(passages), 1)), passages, strict=True):
         grid = part.pivot(index="layer", columns="position", values="count")
         texts = part.drop_duplicates("position")["token"]

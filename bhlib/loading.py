@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 DEMO = Path(str(files("bhlib") / "demo"))
 
@@ -23,8 +24,14 @@ def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreT
     dtype : torch.dtype
         Of the weights, which are stored in bfloat16. float32 is the fastest on most CPUs.
     """
-    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(DEMO / "model", local_files_only=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # half a second needs none
+    try:
+        model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=dtype, local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return model.eval(), AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
 
 
 def load_olmoe(

@@ -333,7 +333,7 @@ class BHRoutingIntegration(RoutingPatch):
     mode : {"patch", "analyze"}
     collect_stats : bool
     pvalues : PValueMaker or str
-        Where the p-values come from (`bhlib.pvalues`); ``"token"`` needs no calibration.
+        Where the p-values come from (`bhlib.pvalues`); ``"dirichlet"`` needs no calibration.
     method : str
         Multiple-testing procedure (`bhlib.procedures`).
     weights, max_recorded_tokens
@@ -360,7 +360,7 @@ class BHRoutingIntegration(RoutingPatch):
         mode: str = "patch",
         collect_stats: bool = True,
         *,
-        pvalues: PValueMaker | str = "token",
+        pvalues: PValueMaker | str = "dirichlet",
         method: str = "bh",
         weights: str = "model",
         max_recorded_tokens: int | None = None,

@@ -166,7 +166,7 @@ def two_stage_bh(pvals: torch.Tensor, alpha: float = 0.05, *, check: bool = True
     .. [1] Benjamini, Krieger & Yekutieli (2006), Biometrika 93, 491-507, definition 6.
     """
     pvals = _prepare(pvals, alpha, check)
-    return _two_stage(pvals, alpha / (1.0 + alpha))
+    return _two_stage(pvals, float(alpha) / (1.0 + float(alpha)))
 
 
 def two_stage_bh_full_level(pvals: torch.Tensor, alpha: float = 0.05, *, check: bool = True) -> torch.Tensor:
@@ -527,8 +527,8 @@ def _two_stage(pvals: torch.Tensor, first_level: float) -> torch.Tensor:
     fractions = _fractions(pvals)
     num_tests = pvals.shape[-1]
     found = _step_up(pvals, fractions * first_level).sum(dim=-1, keepdim=True).double()
-    # If all were rejected, no null is left to estimate; one left over rejects all again.
-    second_level = _divide(first_level * num_tests, (num_tests - found).clamp(min=1.0))
+    # If all were rejected, the second level is infinite and rejects all again.
+    second_level = _divide(first_level * num_tests, num_tests - found)
     return _step_up(pvals, fractions * second_level) & (found > 0)
 
 

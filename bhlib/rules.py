@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bhlib.procedures import canonical_method, check_alpha, critical_values, reject
-from bhlib.pvalues import PValueMaker, TokenGaussian, check_logits, make_pvalues
+from bhlib.pvalues import DirichletNull, PValueMaker, check_logits, make_pvalues
 
 #: How a model turns the scores of the experts that it keeps into weights.
 #: ``softmax``: the probabilities as they are (OLMoE); ``normalized``: divided by their sum (Mixtral, Qwen3-MoE);
@@ -185,8 +185,7 @@ class BH(Rule):
     alpha : float
         Level of the procedure, in (0, 1).
     pvalues : PValueMaker or str
-        Maker of the p-values (`bhlib.pvalues`), or the name of one that needs no calibration. The default reads
-        the null from the token's own logits.
+        Maker of the p-values (`bhlib.pvalues`), or the name of one that needs no calibration.
     method : str
         Procedure, see `bhlib.procedures`; ``"bh"`` by default.
 
@@ -201,7 +200,7 @@ class BH(Rule):
     """
 
     alpha: float = 0.05
-    pvalues: PValueMaker | str = field(default_factory=TokenGaussian)
+    pvalues: PValueMaker | str = field(default_factory=DirichletNull)
     method: str = "bh"
     _thresholds: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -251,7 +250,7 @@ def benjamini_hochberg_routing(
     min_k: int = 1,
     max_k: int = 8,
     *,
-    pvalues: PValueMaker | str = "token",
+    pvalues: PValueMaker | str = "dirichlet",
     method: str = "bh",
     layer: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,7 +268,7 @@ def benjamini_hochberg_routing(
     min_k, max_k : int
         Bounds on the number of experts per token.
     pvalues : PValueMaker or str
-        Where the p-values come from (`bhlib.pvalues`); ``"token"`` needs no calibration.
+        Where the p-values come from (`bhlib.pvalues`); ``"dirichlet"`` needs no calibration.
     method : str
         Multiple-testing procedure (`bhlib.procedures`).
     layer : int, optional

@@ -1,9 +1,9 @@
 """False discovery rate and power of the procedures, by simulation, as tidy tables.
 
-All simulations test normal means from one side: a test's score is ``z ~ N(effect, 1)``, its p-value the survival
-function of N(0, 1) at ``z``, so a true null (effect 0) has an exactly uniform p-value. What varies is how the
-scores depend on each other. Every procedure and level sees the same scores: comparisons between rows of one
-table are paired, and far more precise than the standard errors of the single rows suggest.
+All simulations test normal means from one side: a test's score is ``z ~ N(effect, 1)``, its p-value the
+survival function of N(0, 1) at ``z``, so a true null (effect 0) has an exactly uniform p-value. What varies
+is how the scores depend on each other. Every procedure and level sees the same scores: comparisons between
+rows of one table are paired, and more precise than the standard errors of the single rows suggest.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,9 @@ import torch
 
 from bhlib.procedures import canonical_method, check_alpha, reject
 
-ALL_METHODS = ("bh", "by", "storey", "tsbky", "bonferroni", "holm", "hochberg", "fixed")
+METHODS = ("bh", "by", "storey", "tsbky", "tsbh", "bonferroni", "holm", "hochberg", "fixed")
+"""Whose level is an error rate, of one kind or another: all but Higher Criticism."""
+
 METHODS_1995 = ("bonferroni", "hochberg", "bh", "by", "storey")
 
 CONFIGURATIONS_1995 = {"D": (4, 3, 2, 1), "E": (1, 1, 1, 1), "I": (1, 2, 3, 4)}
@@ -26,7 +28,7 @@ CONFIGURATIONS_1995 = {"D": (4, 3, 2, 1), "E": (1, 1, 1, 1), "I": (1, 2, 3, 4)}
 
 def simulate_fdr(
     alphas: Sequence[float] = (0.01, 0.05, 0.1, 0.2),
-    methods: Sequence[str] = ALL_METHODS,
+    methods: Sequence[str] = METHODS,
     dependence: str = "independent",
     *,
     num_tests: int = 64,
@@ -49,8 +51,8 @@ def simulate_fdr(
         ``"independent"``, ``"equicorrelated"`` (correlation `rho` between any two scores), or, with
         `correlation`, a name of your own for it.
     num_tests, num_null : int
-        Number of tests ``m`` and of true nulls among them. The false nulls sit at random positions, drawn anew in
-        each repetition, so with a given `correlation` no test is special.
+        Number of tests ``m`` and of true nulls among them. The false nulls sit at random positions, drawn
+        anew in each repetition, so with a given `correlation` no test is special.
     effect : float
         Mean of a false null's score, in standard deviations.
     rho : float
@@ -65,10 +67,10 @@ def simulate_fdr(
     -------
     DataFrame
         One row per (alpha, method), columns ``dependence, method, alpha, fdr, fdr_se, fwer, fwer_se, power,
-        power_se, num_tests, num_null, effect, repetitions, seed``. ``fdr`` is the mean over repetitions of false
-        rejections / rejections (0 if there are none), ``fwer`` the fraction of repetitions with a false
-        rejection, ``power`` the mean fraction of false nulls rejected (NaN if there are no false nulls).
-        Memory: about 40 bytes × `repetitions` × `num_tests`.
+        power_se, num_tests, num_null, effect, repetitions, seed``. ``fdr`` is the mean over repetitions of
+        false rejections / rejections (0 if there are none), ``fwer`` the fraction of repetitions with a false
+        rejection, ``power`` the mean fraction of false nulls rejected (NaN if there are no false nulls);
+        ``_se`` are their standard errors.
 
     Raises
     ------
@@ -106,10 +108,11 @@ def simulate_power_1995(
 ) -> pd.DataFrame:
     """Power in the setting of figure 1 of Benjamini & Hochberg (1995).
 
-    Independent normal scores with unit variance; ``m`` of them, a fraction of which are true nulls; the effects of
-    the false nulls are ``L/4, 2L/4, 3L/4, L``, their numbers at these effects Decreasing, Equal or Increasing.
-    The paper uses L = 5 and 10, and 20,000 repetitions. Where the paper is silent: tests are one-sided, and few
-    false nulls are spread over the four effects as `effects_1995` says.
+    There are ``m`` independent normal scores of unit variance, a fraction of them true nulls. The false nulls
+    have the effects ``L/4, 2L/4, 3L/4, L``, in numbers that Decrease, are Equal or Increase with the effect.
+    The paper has L = 5 and 10 and 20,000 repetitions. Choices made here where it leaves them open: tests are
+    one-sided, and numbers of false nulls that cannot be divided as prescribed are divided so on average
+    (`effects_1995`). Hence the mean effect does not depend on ``m``, and powers can be compared between them.
 
     Parameters
     ----------
@@ -133,8 +136,8 @@ def simulate_power_1995(
     -------
     DataFrame
         One row per setting and method, columns ``num_tests, null_fraction, num_null, configuration, method,
-        alpha, fdr, fdr_se, fwer, fwer_se, power, power_se, largest_effect, repetitions, seed``; ``power`` is the
-        mean fraction of false nulls that are rejected, the paper's "average power".
+        alpha, fdr, fdr_se, fwer, fwer_se, power, power_se, largest_effect, repetitions, seed``. Rates as in
+        `simulate_fdr`; ``power`` is the paper's "average power".
 
     Raises
     ------
@@ -146,7 +149,9 @@ def simulate_power_1995(
     Benjamini & Hochberg (1995), J. R. Statist. Soc. B 57, 289-300, section 4.
     """
     methods = _check_levels_and_methods([alpha], methods)
-    noise = np.random.default_rng(seed).standard_normal((repetitions, max(num_tests)))
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((repetitions, max(num_tests)))
+    start = rng.random(repetitions)
     rows = []
     for m in num_tests:
         for null_fraction in null_fractions:
@@ -154,9 +159,9 @@ def simulate_power_1995(
             _check_counts(m, num_null, repetitions)
             is_null = torch.arange(m) < num_null
             for configuration in configurations:
-                effects = np.zeros(m)
-                effects[num_null:] = effects_1995(m - num_null, configuration, largest_effect)
-                pvals = _one_sided_pvalues(noise[:, :m] + effects)
+                scores = noise[:, :m].copy()
+                scores[:, num_null:] += effects_1995(m - num_null, configuration, largest_effect, start)
+                pvals = _one_sided_pvalues(scores)
                 setting = {
                     "num_tests": m,
                     "null_fraction": null_fraction,
@@ -171,11 +176,15 @@ def simulate_power_1995(
     return pd.DataFrame(rows).assign(largest_effect=largest_effect, repetitions=repetitions, seed=seed)
 
 
-def effects_1995(num_false: int, configuration: str, largest_effect: float = 5.0) -> np.ndarray:
-    """Effects of the false nulls, nondecreasing.
+def effects_1995(
+    num_false: int, configuration: str, largest_effect: float = 5.0, start: float | np.ndarray = 0.5
+) -> np.ndarray:
+    """Effects of the false nulls, nondecreasing along the last axis.
 
-    With `num_false` too small to be divided as `CONFIGURATIONS_1995` says, the i-th false null gets the effect
-    that the quantile ``(i - 1/2) / num_false`` of the intended distribution has.
+    They are quantiles of the distribution that `CONFIGURATIONS_1995` prescribes, at equal distances: at
+    ``(i + start) / num_false`` for ``i = 0, ..., num_false - 1``. Over a uniformly random `start`, the
+    expected number at each effect is the prescribed one, for any `num_false`, and the actual number differs
+    from it by less than one.
 
     Parameters
     ----------
@@ -184,24 +193,26 @@ def effects_1995(num_false: int, configuration: str, largest_effect: float = 5.0
         ``"D"``, ``"E"`` or ``"I"``.
     largest_effect : float
         ``L``, in standard deviations.
+    start : float or array [...]
+        In [0, 1).
 
     Returns
     -------
-    array [num_false], float64
+    array [..., num_false], float64
         Values among ``L/4, 2L/4, 3L/4, L``.
 
     Examples
     --------
     >>> effects_1995(8, "D", largest_effect=4.0).tolist()
-    [1.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0]
+    [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 4.0]
     """
     if configuration not in CONFIGURATIONS_1995:
         known = ", ".join(map(repr, CONFIGURATIONS_1995))
         raise ValueError(f"configuration={configuration!r} is unknown; choose one of {known}")
     weights = np.array(CONFIGURATIONS_1995[configuration])
-    # Both sides of the comparison are multiplied by 2 * num_false * sum(weights): integers, no rounding.
-    quantiles = (2 * np.arange(num_false) + 1) * weights.sum()
-    group = np.searchsorted(2 * num_false * weights.cumsum(), quantiles)
+    inner_edges = weights.cumsum()[:-1] / weights.sum()
+    quantiles = (np.arange(num_false) + np.asarray(start)[..., None]) / num_false
+    group = np.searchsorted(inner_edges, quantiles, side="right")
     return largest_effect * (group + 1) / 4
 
 
@@ -213,9 +224,7 @@ def _one_sided_pvalues(scores: np.ndarray) -> torch.Tensor:
     return torch.special.ndtr(-torch.from_numpy(scores))
 
 
-def _correlation(
-    dependence: str, num_tests: int, rho: float, correlation: np.ndarray | None
-) -> np.ndarray:
+def _correlation(dependence: str, num_tests: int, rho: float, correlation: np.ndarray | None) -> np.ndarray:
     """The correlation matrix [m, m] that `dependence` means."""
     if correlation is not None:
         if dependence in ("independent", "equicorrelated"):
@@ -223,35 +232,40 @@ def _correlation(
                 f"dependence={dependence!r} has a correlation of its own; give yours another name, e.g. "
                 "dependence='fitted'"
             )
-        return np.asarray(correlation, dtype=np.float64)
+        correlation = np.asarray(correlation, dtype=np.float64)
+        if correlation.shape != (num_tests, num_tests):
+            raise ValueError(
+                f"correlation has shape {correlation.shape}; with num_tests={num_tests} it must be "
+                f"{(num_tests, num_tests)}"
+            )
+        return correlation
     if dependence == "independent":
         return np.eye(num_tests)
     if dependence == "equicorrelated":
         return np.full((num_tests, num_tests), rho) + (1.0 - rho) * np.eye(num_tests)
     raise ValueError(
-        f"dependence={dependence!r} is unknown; choose 'independent' or 'equicorrelated', or pass the correlation "
-        "matrix that it stands for as correlation="
+        f"dependence={dependence!r} is unknown; choose 'independent' or 'equicorrelated', or pass the "
+        "correlation matrix that it stands for as correlation="
     )
 
 
 def _square_root(correlation: np.ndarray) -> np.ndarray:
     """A matrix whose product with its transpose is `correlation`; singular ones are fine."""
-    shape = correlation.shape
-    if correlation.ndim != 2 or shape[0] != shape[1]:
-        raise ValueError(f"correlation has shape {shape}; it must be square, [num_tests, num_tests]")
     if not np.allclose(correlation, correlation.T, atol=1e-8):
         raise ValueError("correlation is not symmetric; use (correlation + correlation.T) / 2")
-    if not np.allclose(np.diag(correlation), 1.0, atol=1e-6):
-        worst = np.diag(correlation)[np.abs(np.diag(correlation) - 1.0).argmax()]
+    diagonal = np.diag(correlation)
+    if not np.allclose(diagonal, 1.0, atol=1e-6):
+        worst = diagonal[np.abs(diagonal - 1.0).argmax()]
         raise ValueError(
-            f"correlation has {worst:.3g} on its diagonal, which must be 1; divide a covariance by the standard "
-            "deviations (numpy.corrcoef does)"
+            f"correlation has {worst:.3g} on its diagonal, which must be 1; divide a covariance by the "
+            "standard deviations, as numpy.corrcoef does"
         )
     eigenvalues, eigenvectors = np.linalg.eigh(correlation)
     if eigenvalues[0] < -1e-6:
         raise ValueError(
-            f"correlation has the negative eigenvalue {eigenvalues[0]:.3g}, so no scores have it; estimate all its "
-            "entries from the same complete data, or, if equicorrelated, keep rho >= -1 / (num_tests - 1)"
+            f"correlation has the negative eigenvalue {eigenvalues[0]:.3g}, so no scores have it; estimate "
+            "all its entries from the same complete data; if equicorrelated, keep rho between "
+            "-1 / (num_tests - 1) and 1"
         )
     return eigenvectors * np.sqrt(eigenvalues.clip(min=0.0))
 
@@ -271,13 +285,13 @@ def _error_rates(rejected: torch.Tensor, is_null: torch.Tensor) -> dict[str, flo
     false_rejections = (rejected & is_null).sum(dim=-1)
     false_nulls = (~is_null).sum(dim=-1)
     samples = {
-        "fdr": false_rejections / rejected.sum(dim=-1).clamp(min=1),
+        "fdr": false_rejections.double() / rejected.sum(dim=-1).clamp(min=1),
         "fwer": (false_rejections > 0).double(),
-        "power": (rejected & ~is_null).sum(dim=-1) / false_nulls,  # 0 / 0 = NaN where there is nothing to find
+        # 0 / 0 = NaN where there is nothing to find
+        "power": (rejected & ~is_null).sum(dim=-1).double() / false_nulls,
     }
     rates = {}
     for name, sample in samples.items():
-        sample = sample.double()
         rates[name] = sample.mean().item()
         rates[f"{name}_se"] = (sample.std() / len(sample) ** 0.5).item()
     return rates
@@ -306,7 +320,7 @@ def _whole_number_of_nulls(num_tests: int, null_fraction: float) -> int:
     num_null = null_fraction * num_tests
     if not 0 <= null_fraction < 1 or num_null != round(num_null):
         raise ValueError(
-            f"null_fraction={null_fraction} of num_tests={num_tests} is {num_null:g} true nulls; it must be a "
-            "whole number below num_tests, so that there is a false null to find"
+            f"null_fraction={null_fraction} of num_tests={num_tests} is {num_null:g} true nulls; it must be "
+            "a whole number from 0 to num_tests - 1, so that there is a false null to find"
         )
     return round(num_null)

@@ -76,7 +76,7 @@ def test_an_unreachable_hub_names_the_demo():
 
 
 def test_load_olmoe_from_a_folder():
-    model, tokenizer = load_olmoe(str(DEMO / "model"), device_map=None)
+    model, tokenizer = load_olmoe(str(DEMO), device_map=None)
     assert model.dtype == torch.bfloat16 and not model.training
     assert len(find_moe_layers(model)) == model.config.num_hidden_layers
     assert len(tokenizer) == model.config.vocab_size

@@ -1,5 +1,6 @@
 """The targets of the Makefile: each sets itself up, and refuses a Python that is not supported."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,10 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed here")
 
+# What a make hands down to those that it starts.
+OUTER = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "VENV"}
+
 
 def make(*arguments):
-    """Run make in the repository, and return the finished process."""
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    """Run make in the repository, apart from the make that may have started the tests."""
+    environment = {name: value for name, value in os.environ.items() if name not in OUTER}
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @needs_make

@@ -176,6 +176,13 @@ def higher_criticism_loop(pvals: list[float], alpha: float) -> list[bool]:
     return [p <= cutoff for p in pvals]
 
 
+def test_higher_criticism_searches_the_fraction_alpha():
+    # 0.29 * 100 is 28.999999999999996 in floating point.
+    pvals = torch.cat([torch.arange(40) * 1e-6, torch.linspace(0.5, 1.0, 60)])
+    assert reject(pvals, 0.29, "hc").sum() == 29
+    assert reject(pvals, 0.9, "hc").sum() == 40
+
+
 def fixed_loop(pvals: list[float], alpha: float) -> list[bool]:
     return [p <= alpha for p in pvals]
 

@@ -5,7 +5,7 @@ import torch
 
 from bhlib import benjamini_hochberg_routing, topk_routing
 from bhlib.procedures import PROCEDURES, reject
-from bhlib.pvalues import TokenGaussian
+from bhlib.pvalues import DirichletNull, TokenGaussian
 from bhlib.rules import BH, WEIGHTINGS, TopK, gather_weights, router_scores
 
 
@@ -15,7 +15,7 @@ def random_logits(*shape, seed=0, spread=2.0):
 
 def bh_by_hand(logits, alpha, min_k, max_k):
     """One token, p-values by the maker, the step-up rule as in the paper, then the bounds: a list of experts."""
-    pvals = TokenGaussian()(logits[None])[0].tolist()
+    pvals = DirichletNull()(logits[None])[0].tolist()
     order = sorted(range(len(pvals)), key=lambda i: pvals[i])
     passed = [k for k in range(1, len(pvals) + 1) if pvals[order[k - 1]] <= alpha * k / len(pvals)]
     return order[: min(max(max(passed, default=0), min_k), max_k)]
@@ -45,11 +45,11 @@ def test_weights_are_the_softmax_of_the_kept_experts():
     assert (weights >= 0).all()
 
 
+@pytest.mark.parametrize("maker", [DirichletNull(), TokenGaussian()], ids=repr)
 @pytest.mark.parametrize("method", sorted(PROCEDURES))
-def test_every_procedure_decides_as_on_the_pvalues(method):
+def test_every_procedure_decides_as_on_the_pvalues(method, maker):
     """The critical statistics of the hot path give the decisions of the p-values themselves."""
     logits = random_logits(5000, 64)
-    maker = TokenGaussian()
     rule = BH(alpha=0.1, pvalues=maker, method=method, min_k=1, max_k=64)
     expected = reject(maker(logits), 0.1, method).sum(-1).clamp(min=1)
     assert torch.equal(rule(logits).counts, expected)

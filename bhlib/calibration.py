@@ -1,0 +1,437 @@
+"""From a model and text to a fitted null, in one pass: `calibrate`.
+
+    null = calibrate(model, load_heldout("calibration"))
+    null.save("null.safetensors")
+
+    null = load_calibration("null.safetensors", model)       # refused if it was fitted on another model
+    with BHRoutingIntegration(model, alpha=0.01, pvalues=null) as bh:
+        ...
+
+A pass over 50,000 tokens sees three million logits in every layer. Each layer's null is fitted on a *reservoir*: a
+sample of fixed size, drawn without replacement and uniformly from all values that the layer showed, so that memory is
+bounded however long the text is. The draw depends on the seed and on the order of the tokens, not on the batch size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bhlib.experts import PREFIX
+from bhlib.patching import MoELayer, find_moe_layers
+from bhlib.procedures import adjusted_pvalues
+from bhlib.pvalues import NULLS, FittedNull, PValueMaker, check_logits, load_null, null_values
+
+#: Values that are kept of a layer, and of one expert of a layer where each has a null of its own.
+VALUES_PER_LAYER = 50_000
+VALUES_PER_EXPERT = 4_000
+
+
+def calibrate(
+    model: nn.Module,
+    token_ids: Tensor | Mapping[str, Tensor],
+    *,
+    null: str | type[FittedNull] = "kde",
+    statistic: str = "standardized",
+    exclude_top: int | None = None,
+    per_expert: bool = False,
+    max_values: int | None = None,
+    attention_mask: Tensor | Mapping[str, Tensor] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+    **options,
+) -> FittedNull:
+    """Fit a null on the router logits that a model shows on a text.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers MoE model (`find_moe_layers`), not patched, in evaluation mode, on any device. Its hooks and
+        outputs are afterwards what they were before, also after an error.
+    token_ids : Tensor [sequences, length], int64, or a mapping of names to such tensors
+        For instance ``load_heldout("calibration")``. Not the text that results are reported on.
+    null : str or subclass of FittedNull
+        ``"kde"`` or ``"conformal"`` (`bhlib.pvalues.NULLS`).
+    statistic : str
+        A name in `bhlib.pvalues.STATISTICS`.
+    exclude_top : int, optional
+        How many of each token's largest logits to leave out; by default as many as the model itself selects.
+    per_expert : bool
+        Whether each expert gets a null of its own.
+    max_values : int, optional
+        Size of the sample, by default 50,000 values per layer; with `per_expert`, 4,000 per layer and expert. While
+        the model runs a value takes 12 bytes.
+    attention_mask : as `token_ids`, optional
+        0 for padding, which is not counted.
+    batch_size : int
+        Sequences per forward pass.
+    seed : int
+        Of the sample.
+    progress : bool
+        Whether to show a bar.
+    **options
+        For the null: ``bw_method`` for ``"kde"``.
+
+    Returns
+    -------
+    FittedNull
+        Also a `PValueMaker`: pass it to `BHRoutingIntegration` as ``pvalues``, or call ``save(path)``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown null or statistic, ids or a mask of the wrong shape, a model in training mode, logits that are
+        not finite.
+    RuntimeError
+        If the model is patched.
+
+    Examples
+    --------
+    >>> from bhlib import calibrate, load_demo, load_heldout
+    >>> model, tokenizer = load_demo()
+    >>> text = load_heldout("calibration", length=64, max_sequences=2)
+    >>> null = calibrate(model, text, null="conformal", max_values=2_000, progress=False)
+    >>> null.num_layers, null.smallest_sample
+    (8, 2000)
+    """
+    layers = find_moe_layers(model)
+    exclude_top = layers[0].top_k if exclude_top is None else exclude_top
+    num_experts = _common_num_experts(layers)
+    sampler = _Sampler(len(layers), num_experts, statistic, exclude_top, per_expert, max_values, seed)
+    make = _null_class(null)
+    _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add)
+    return make.fit(sampler.samples(), model_name=name_of(model), **sampler.settings, **options)
+
+
+def fit_null(
+    router_logits: Tensor,
+    *,
+    model_name: str,
+    null: str | type[FittedNull] = "kde",
+    statistic: str = "standardized",
+    exclude_top: int = 8,
+    per_expert: bool = False,
+    max_values: int | None = None,
+    seed: int = 0,
+    **options,
+) -> FittedNull:
+    """`calibrate` on logits that are in memory already: one pass over a model, any number of nulls.
+
+    Parameters
+    ----------
+    router_logits : Tensor [layers, tokens, experts]
+        As `collect_router_logits` returns them.
+    model_name : str
+        Whose logits these are, for instance ``name_of(model)``.
+    null, statistic, exclude_top, per_expert, max_values, seed, **options
+        As for `calibrate`, which returns the same null for the same tokens.
+    """
+    num_layers, _, num_experts = router_logits.shape
+    sampler = _Sampler(num_layers, num_experts, statistic, exclude_top, per_expert, max_values, seed)
+    for layer, logits in enumerate(router_logits):
+        sampler.add(layer, logits)
+    return _null_class(null).fit(sampler.samples(), model_name=model_name, **sampler.settings, **options)
+
+
+def collect_router_logits(
+    model: nn.Module,
+    token_ids: Tensor | Mapping[str, Tensor],
+    *,
+    attention_mask: Tensor | Mapping[str, Tensor] | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Tensor:
+    """Every router logit of an unpatched model on a text. Parameters and errors as for `calibrate`.
+
+    Returns
+    -------
+    Tensor [layers, tokens, experts], float32, on the CPU
+        Sequence by sequence, padding left out. Not bounded in memory: 4 bytes per logit, which is 2 kB per token for
+        the demo's 8 layers of 64 experts.
+    """
+    layers = find_moe_layers(model)
+    _common_num_experts(layers)
+    parts: list[list[Tensor]] = [[] for _ in layers]
+
+    def take(layer: int, logits: Tensor) -> None:
+        parts[layer].append(logits.float().cpu())
+
+    _run(model, layers, token_ids, attention_mask, batch_size, progress, take)
+    return torch.stack([torch.cat(part) for part in parts])
+
+
+def load_calibration(path: str | Path, model: nn.Module) -> FittedNull:
+    """Load a null that was fitted on this model, refusing any other.
+
+    Raises
+    ------
+    ValueError
+        If the file is no calibration, or one for a model of another name, number of MoE layers or number of experts;
+        the message names both.
+    """
+    layers = find_moe_layers(model)
+    return load_null(
+        path, model_name=name_of(model), num_layers=len(layers), num_experts=_common_num_experts(layers)
+    )
+
+
+def name_of(model: nn.Module) -> str:
+    """The name that a calibration is filed under: where the model was loaded from, or else the name of its class.
+
+    Of a local folder only the last part counts, so that a calibration is good on other machines too.
+    """
+    source = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if Path(source).is_absolute() or Path(source).is_dir():
+        source = Path(source).name
+    return source or type(model).__name__
+
+
+def alpha_for_mean_experts(
+    pvalues: PValueMaker,
+    router_logits: Tensor,
+    mean_experts: float,
+    *,
+    method: str = "bh",
+    min_k: int = 1,
+    max_k: int = 8,
+) -> float:
+    """The level at which the tokens are given so many experts on average: how to compare rules at equal cost.
+
+    Parameters
+    ----------
+    pvalues : PValueMaker
+    router_logits : Tensor [layers, tokens, experts]
+        As `collect_router_logits` returns them. A patched model sees somewhat other logits, so its mean will be close
+        to `mean_experts`, not equal.
+    mean_experts : float
+        Strictly between `min_k` and `max_k`.
+    method : str
+        A procedure that has adjusted p-values.
+    min_k, max_k : int
+        Bounds on the number of experts of a token, as in the rule.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If the mean is not between the bounds, or no level below 1 gives so many.
+
+    Notes
+    -----
+    A procedure rejects at the level alpha what has an adjusted p-value of at most alpha. The mean number is therefore
+    `min_k` plus the expected number of adjusted p-values up to alpha among the (min_k + 1)-th to max_k-th smallest of a
+    token, and the level that is sought is a quantile of these.
+    """
+    if not min_k < mean_experts < max_k:
+        raise ValueError(
+            f"mean_experts is {mean_experts}, but must lie strictly between min_k={min_k} and max_k={max_k}"
+        )
+    undecided = [
+        adjusted_pvalues(pvalues(logits, layer), method, check=False)
+        .topk(max_k, largest=False)
+        .values[:, min_k:]
+        .flatten()
+        for layer, logits in enumerate(router_logits)
+    ]
+    share = (mean_experts - min_k) / (max_k - min_k)
+    alpha = float(np.quantile(torch.cat(undecided).double().cpu().numpy(), share))
+    if not 0 < alpha < 1:
+        raise ValueError(
+            f"no alpha strictly between 0 and 1 gives {mean_experts} experts on average with {pvalues!r} (it would be "
+            f"{alpha:g}); choose a number further from the bounds, or another null"
+        )
+    return alpha
+
+
+# -- the pass over the model ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _run(
+    model: nn.Module,
+    layers: list[MoELayer],
+    token_ids: Tensor | Mapping[str, Tensor],
+    attention_mask: Tensor | Mapping[str, Tensor] | None,
+    batch_size: int,
+    progress: bool,
+    take: Callable[[int, Tensor], None],
+) -> None:
+    """Run the model and hand over, per forward pass and layer, the logits [real tokens, experts] of each router."""
+    pieces = _pieces(token_ids, attention_mask)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be 1 or more")
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, where dropout and router noise change the logits: "
+            "call model.eval() first"
+        )
+    if any((layer.experts.config._experts_implementation or "").startswith(PREFIX) for layer in layers):
+        raise RuntimeError(
+            f"{type(model).__name__} is patched, so its layers do not see what the model's own routing makes of the "
+            "text: calibrate outside the `with` block, or call unpatch_model() first"
+        )
+    body = getattr(model, "base_model", model)  # without the head: only the routers are of interest
+    device = next(model.parameters()).device
+    valid = None
+
+    def hook_of(layer: MoELayer) -> Callable:
+        def hook(router: nn.Module, args: tuple, output: tuple) -> None:
+            logits = output[0].reshape(-1, layer.num_experts)
+            logits = logits if valid is None else logits[valid.flatten().to(logits.device)]
+            check_logits(logits)
+            take(layer.index, logits)
+
+        return hook
+
+    with ExitStack() as stack:
+        total = sum(len(ids) for ids, _ in pieces)
+        bar = stack.enter_context(tqdm(total=total, unit="seq", desc="router logits", disable=not progress))
+        for layer in layers:
+            stack.callback(layer.router.register_forward_hook(hook_of(layer)).remove)
+        for ids, mask in _batches(pieces, batch_size):
+            valid = None if mask is None else mask.bool()
+            inputs = {} if mask is None else {"attention_mask": mask.to(device)}
+            body(input_ids=ids.to(device), use_cache=False, **inputs)
+            bar.update(len(ids))
+
+
+def _pieces(
+    token_ids: Tensor | Mapping[str, Tensor], attention_mask: Tensor | Mapping[str, Tensor] | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The texts, each with its mask, checked."""
+    texts = token_ids if isinstance(token_ids, Mapping) else {"token_ids": token_ids}
+    if attention_mask is None:
+        masks = dict.fromkeys(texts)
+    else:
+        masks = attention_mask if isinstance(attention_mask, Mapping) else {"token_ids": attention_mask}
+    if masks.keys() != texts.keys():
+        raise ValueError(
+            f"attention_mask is there for {sorted(masks)}, but token_ids for {sorted(texts)}; pass one mask per text"
+        )
+    for name, ids in texts.items():
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            found = f"shape {tuple(ids.shape)}, {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"{name} must be an integer tensor [sequences, length], got {found}")
+        if masks[name] is not None and masks[name].shape != ids.shape:
+            raise ValueError(
+                f"the attention_mask of {name} has shape {tuple(masks[name].shape)}, its ids {tuple(ids.shape)}; "
+                "they must agree"
+            )
+    if not sum(ids.numel() for ids in texts.values()):
+        raise ValueError("token_ids holds no token; pass a text to calibrate on")
+    return [(ids, masks[name]) for name, ids in texts.items()]
+
+
+def _batches(pieces: list[tuple[Tensor, Tensor | None]], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for ids, mask in pieces:
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, start + batch_size)
+            yield ids[rows], None if mask is None else mask[rows]
+
+
+def _common_num_experts(layers: list[MoELayer]) -> int:
+    numbers = sorted({layer.num_experts for layer in layers})
+    if len(numbers) > 1:
+        raise ValueError(f"the MoE layers have {numbers} experts; a calibration needs the same number in each")
+    return numbers[0]
+
+
+def _null_class(null: str | type[FittedNull]) -> type[FittedNull]:
+    if isinstance(null, type) and issubclass(null, FittedNull):
+        return null
+    if null not in NULLS:
+        raise ValueError(
+            f"null is {null!r}, but must be one of {', '.join(map(repr, NULLS))} or a subclass of FittedNull"
+        )
+    return NULLS[null]
+
+
+# -- the sample ----------------------------------------------------------------------------------------------
+
+
+class _Sampler:
+    """Reservoirs of the null values of every layer, or of every layer and expert."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        statistic: str,
+        exclude_top: int,
+        per_expert: bool,
+        max_values: int | None,
+        seed: int,
+    ) -> None:
+        if max_values is None:
+            max_values = VALUES_PER_EXPERT if per_expert else VALUES_PER_LAYER
+        if max_values < 2:
+            raise ValueError(f"max_values is {max_values}, but must be 2 or more; {VALUES_PER_LAYER:,} is the default")
+        self.settings = dict(
+            statistic=statistic, exclude_top=exclude_top, num_experts=num_experts, per_expert=per_expert, seed=seed
+        )
+        null_values(torch.zeros(0, num_experts), statistic, exclude_top)  # refuses what cannot be, before the pass
+        # One stream of random numbers per layer: the draw does not depend on the order in which layers run.
+        self._rngs = [np.random.default_rng([seed, layer]) for layer in range(num_layers)]
+        columns = num_experts if per_expert else 1
+        self._reservoirs = [[Reservoir(max_values) for _ in range(columns)] for _ in range(num_layers)]
+
+    def add(self, layer: int, router_logits: Tensor) -> None:
+        """Take in logits [tokens, experts] of a layer."""
+        values, experts = null_values(router_logits, self.settings["statistic"], self.settings["exclude_top"])
+        values = values.flatten().cpu().numpy()
+        keys = self._rngs[layer].random(len(values))
+        reservoirs = self._reservoirs[layer]
+        if len(reservoirs) == 1:
+            reservoirs[0].add(values, keys)
+            return
+        experts = experts.flatten().cpu().numpy()
+        order = np.argsort(experts, kind="stable")
+        ends = np.bincount(experts, minlength=len(reservoirs)).cumsum()[:-1]
+        parts = np.split(values[order], ends), np.split(keys[order], ends)
+        for reservoir, part, part_keys in zip(reservoirs, *parts, strict=True):
+            reservoir.add(part, part_keys)
+
+    def samples(self) -> list:
+        """What ``FittedNull.fit`` takes: [layers] or [layers][experts] arrays."""
+        samples = [[reservoir.sample() for reservoir in layer] for layer in self._reservoirs]
+        return samples if self.settings["per_expert"] else [columns[0] for columns in samples]
+
+
+class Reservoir:
+    """A uniform sample of fixed size, without replacement, of a stream of values.
+
+    Every value comes with a random key, and the values with the `size` smallest keys are kept: each set of `size`
+    values is equally likely, whatever the length of the stream and however it is cut into batches.
+
+    Parameters
+    ----------
+    size : int
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._values = np.empty(0, np.float32)
+        self._keys = np.empty(0)
+        self._limit = np.inf  # no key above it can be among the smallest any more
+
+    def add(self, values: np.ndarray, keys: np.ndarray) -> None:
+        """Take in values [n], float32, with their keys [n], independent and uniform."""
+        candidates = keys < self._limit
+        self._values = np.concatenate([self._values, values[candidates]])
+        self._keys = np.concatenate([self._keys, keys[candidates]])
+        if len(self._keys) > self.size:
+            kept = np.argpartition(self._keys, self.size - 1)[: self.size]
+            self._values, self._keys = self._values[kept], self._keys[kept]
+            self._limit = self._keys.max()
+
+    def sample(self) -> np.ndarray:
+        """The values kept, in the order of their keys; all of them if there were no more than `size`."""
+        return self._values[np.argsort(self._keys)]

@@ -1,0 +1,149 @@
+"""On a CUDA device, with OLMoE at its full size and random weights: loads, patches, skips, generates, restores.
+
+    python -m pytest tests/test_gpu.py -m gpu -s      # prints rows, seconds and memory
+
+The router's weights are spread so that its logits have a standard deviation of about 1.8, like a trained router's.
+"""
+
+import statistics
+
+import pytest
+import torch
+from rows import count_rows
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
+from bhlib.rules import TopK
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device with 40 GB of memory"),
+]
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+
+
+def full_size():
+    """OLMoE-1B-7B's shapes, bfloat16, random weights, made on the device."""
+    config = OlmoeConfig(bos_token_id=None, eos_token_id=None, pad_token_id=1)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_experts) == (2048, 16, 64)
+    config.intermediate_size = 1024
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = OlmoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=0.04)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = full_size()
+    yield model
+    del model
+    torch.cuda.empty_cache()
+
+
+def random_ids(*shape):
+    return torch.randint(2, 50_000, shape, generator=torch.Generator().manual_seed(1)).cuda()
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def test_it_is_olmoe_in_size(model):
+    assert 6.8e9 < model.num_parameters() < 7.0e9
+    assert len(find_moe_layers(model)) == 16
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_parity_and_restore(model, implementation):
+    model.set_experts_implementation(implementation)
+    ids = random_ids(1, 64) if implementation == "batched_mm" else random_ids(2, 512)
+    before = logits_of(model, ids)
+    again = logits_of(model, ids)
+    with RoutingPatch(model, TopK(8)):
+        during = logits_of(model, ids)
+    with BHRoutingIntegration(model, alpha=0.3) as bh:
+        routed = logits_of(model, ids)
+    after = logits_of(model, ids)
+    print(f"\n{implementation}: run to run {(again - before).abs().max().item()}, "
+          f"patched with top-8 {(during - before).abs().max().item()}, restored {(after - before).abs().max().item()}, "
+          f"{bh.get_routing_stats()}")  # fmt: skip
+    assert torch.equal(before, again), "the unpatched model itself is not deterministic"
+    assert torch.equal(before, during) and torch.equal(before, after) and not torch.equal(before, routed)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_in_prefill_and_decoding(model, implementation):
+    model.set_experts_implementation(implementation)
+    experts = [layer.experts for layer in find_moe_layers(model)]
+    with BHRoutingIntegration(model, alpha=0.3) as bh, count_rows(*experts) as counter:
+        model.generate(random_ids(2, 32), max_new_tokens=8, do_sample=False)
+    frame = bh.records.to_frame()
+    selected, slots = int(frame["count"].sum()), 8 * len(frame)
+    print(f"\n{implementation}: {counter.rows} rows, {selected} selected, {slots} slots, "
+          f"{frame['generated'].sum() // 16} decoded tokens")  # fmt: skip
+    assert counter.rows == {"gate_up_proj": selected, "down_proj": selected}
+    assert selected < slots
+
+
+def test_memory_and_time(model):
+    """Reports; asserts only that memory is given back and that the patch needs no more than the model alone."""
+    model.set_experts_implementation("grouped_mm")
+    ids = random_ids(4, 1024)
+
+    def run():
+        torch.cuda.reset_peak_memory_stats()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        model.model(input_ids=ids, use_cache=False)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end), torch.cuda.max_memory_allocated()
+
+    with torch.no_grad():
+        run()
+        held = torch.cuda.memory_allocated()
+        plain, patched = [], []
+        for _ in range(7):
+            plain.append(run())
+            with BHRoutingIntegration(model, alpha=0.3, collect_stats=False):
+                patched.append(run())
+        with BHRoutingIntegration(model, alpha=0.3) as bh:
+            model.model(input_ids=ids, use_cache=False)
+        mean_k = bh.get_routing_stats()["mean_experts_per_token"]
+        del bh
+    ratio = statistics.median(t for t, _ in patched) / statistics.median(t for t, _ in plain)
+    peaks = max(m for _, m in patched) / max(m for _, m in plain)
+    print(f"\nprefill 4 x 1,024 at mean k {mean_k:.2f}: time {ratio:.2f} of unpatched, peak memory {peaks:.3f}; "
+          f"held before {held / 2**30:.2f} GiB, after {torch.cuda.memory_allocated() / 2**30:.2f} GiB")  # fmt: skip
+    assert torch.cuda.memory_allocated() <= held + 2**20
+    assert peaks < 1.05
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus(model):
+    """Layers on two devices under accelerate's hooks: same result as on one, exact counts, restored."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    ids = random_ids(2, 64)
+    model.set_experts_implementation("grouped_mm")
+    with BHRoutingIntegration(model, alpha=0.3) as bh:
+        expected, counts = logits_of(model, ids), bh.records.counts()
+    spread = full_size()
+    spread.load_state_dict(model.state_dict())
+    device_map = infer_auto_device_map(
+        spread, max_memory={0: "8GiB", 1: "40GiB"}, no_split_module_classes=["OlmoeDecoderLayer"]
+    )
+    spread = dispatch_model(spread, device_map)
+    assert {p.device.index for p in spread.parameters()} == {0, 1}
+    plain = logits_of(spread, ids)
+    with BHRoutingIntegration(spread, alpha=0.3) as bh:
+        got = logits_of(spread, ids)
+        assert (bh.records.counts() == counts).all()
+        spread.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(got.cpu(), expected.cpu())
+    assert torch.equal(logits_of(spread, ids), plain)
