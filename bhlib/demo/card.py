@@ -75,8 +75,9 @@ document was cut out of the training text. `heldout.safetensors` holds int16 tok
 |---|---|---|---|---|
 {sources}
 
-The dictionary domain contains WordNet 3.0: "WordNet 3.0 Copyright 2006 by Princeton University. All
-rights reserved." It is used under the WordNet licence, provided "as is" and without warranty.
+Texts that are not in the public domain keep their licences; `NOTICE.md` has their notices. The dictionary domain
+contains WordNet 3.0, "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved.", under the WordNet
+licence, provided "as is" and without warranty.
 """
 
 
