@@ -514,8 +514,11 @@ def ascending(values: torch.Tensor) -> torch.Tensor:
 
 def _step_up(pvals: torch.Tensor, critical: torch.Tensor) -> torch.Tensor:
     """Reject the K smallest, K the largest k with ``p_(k) <= critical[..., k-1]`` (nondecreasing in k)."""
-    ordered = ascending(pvals)
-    return _reject_up_to_last(pvals, ordered, ordered <= critical)
+    if pvals.shape[-1] == 0:
+        return torch.zeros_like(pvals, dtype=torch.bool)
+    passed = ascending(pvals) <= critical
+    # A p-value beyond the K-th exceeds its own critical value, and so the K-th one too: no rank is needed any more.
+    return pvals <= torch.where(passed, critical, -math.inf).amax(dim=-1, keepdim=True)
 
 
 def _step_down(pvals: torch.Tensor, critical: torch.Tensor) -> torch.Tensor:
