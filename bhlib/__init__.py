@@ -4,6 +4,7 @@ Each token activates as many experts as the Benjamini–Hochberg procedure finds
 of a fixed number. See the notebooks for the theory, and `BHRoutingIntegration` for the way in.
 """
 
+from bhlib.calibration import calibrate, load_calibration
 from bhlib.loading import load_demo, load_heldout, load_olmoe
 from bhlib.patching import BHRoutingIntegration, RoutingPatch, find_moe_layers
 from bhlib.rules import benjamini_hochberg_routing, topk_routing
@@ -14,7 +15,9 @@ __all__ = [
     "BHRoutingIntegration",
     "RoutingPatch",
     "benjamini_hochberg_routing",
+    "calibrate",
     "find_moe_layers",
+    "load_calibration",
     "load_demo",
     "load_heldout",
     "load_olmoe",

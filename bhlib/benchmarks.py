@@ -1,21 +1,31 @@
 """How long routing takes: nanoseconds per token, on the processor and on the GPU if there is one.
 
     python -m bhlib bench routing
+
+and how much faster a model runs that skips experts:
+
+    python -m bhlib bench experts
 """
 
 import warnings
+from contextlib import nullcontext
+from time import perf_counter
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import softmax
+from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
+from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from bhlib.calibration import fit_null
+from bhlib.patching import RoutingPatch, find_moe_layers
 from bhlib.procedures import PROCEDURES, reject
 from bhlib.pvalues import DirichletNull, PValueMaker, TokenGaussian
-from bhlib.rules import BH
+from bhlib.rules import BH, Rule, TopK
 
 BASELINE = "softmax + topk"
 
@@ -42,7 +52,7 @@ def bench_routing(
     max_k : int
         Experts per token of the baseline, and the bound of the rules.
     loop_tokens : int
-        Tokens for the loop over statsmodels, which is timed on so many only; its time per token does not depend on it.
+        Tokens for the loops, which are timed on so many only: their time per token does not depend on it.
     min_run_time : float
         Seconds to spend on each row.
     devices : list of str, optional
@@ -61,7 +71,8 @@ def bench_routing(
         "rule" : the whole of `bhlib.rules.BH`, from logits to weights, indices and counts.
         "p-values" : from logits to p-values alone.
         "procedure" : from p-values to decisions alone.
-        "statsmodels" : from p-values to decisions, a loop over the tokens, on the CPU.
+        "loop" : the same by a loop over the tokens with scipy and statsmodels, on the CPU: ``rule, gaussian`` from
+        logits to weights and experts (`loop_route`), the others from p-values to decisions (`loop_reject`).
     """
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(num_tokens, num_experts, generator=generator)
@@ -140,12 +151,132 @@ def _timers(logits: torch.Tensor, makers: dict[str, PValueMaker], alpha: float, 
     for method in PROCEDURES:
         yield "procedure", method, timer("reject(pvals, alpha, method, check=False)", method=method), tokens
     if logits.device.type == "cpu":
-        few = pvals[:loop_tokens].double().numpy()
+        few = logits[:loop_tokens].double().numpy()
+        route = timer("loop(few, alpha, max_k)", loop=loop_route, few=few)
+        yield "loop", "rule, gaussian", route, len(few)
+        few_pvals = pvals[:loop_tokens].double().numpy()
         for method in ("fdr_bh", "fdr_tsbky"):
-            loop = timer("loop(few, alpha, method)", loop=statsmodels_loop, few=few, method=method)
-            yield "statsmodels", f"loop, {method}", loop, len(few)
+            decide = timer("loop(few_pvals, alpha, method)", loop=loop_reject, few_pvals=few_pvals, method=method)
+            yield "loop", method, decide, len(few)
 
 
-def statsmodels_loop(pvals: np.ndarray, alpha: float, method: str) -> np.ndarray:
+def loop_reject(pvals: np.ndarray, alpha: float, method: str) -> np.ndarray:
     """Decisions [tokens, experts] of ``statsmodels.stats.multitest.multipletests``, token by token."""
     return np.stack([multipletests(row, alpha, method)[0] for row in pvals])
+
+
+def loop_route(logits: np.ndarray, alpha: float, max_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`BH` with `TokenGaussian` as one would write it with scipy and statsmodels: weights, experts, counts."""
+    rows = []
+    for row in logits:
+        background = np.sort(row)[:-max_k]
+        pvals = norm.sf((row - background.mean()) / background.std(ddof=1))
+        count = min(max(multipletests(pvals, alpha, "fdr_bh")[0].sum(), 1), max_k)
+        empty = np.arange(max_k) >= count
+        experts = np.argsort(-row)[:max_k]
+        weights = softmax(row)[experts]
+        rows.append((np.where(empty, 0.0, weights), np.where(empty, -1, experts), count))
+    return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+
+def bench_experts(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    rules: dict[str, Rule] | None = None,
+    *,
+    repetitions: int = 7,
+) -> pd.DataFrame:
+    """Time a forward pass under rules that use fewer experts, against the unpatched model in the same run.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model that can be patched, on the CPU or on one GPU.
+    input_ids : Tensor [batch, length]
+        Tokens of one prefill, without a cache.
+    rules : dict of str to Rule, optional
+        By default static top-8, 4 and 2, and BH at two levels.
+    repetitions : int
+        Rounds, after one that is not counted. Each times every rule and the unpatched model once.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per rule, the first ``unpatched``: ``rule``, ``mean_k`` (experts per token and layer), ``experts_ms``
+        (median time in the experts modules, all layers together), ``experts_ratio``, ``experts_iqr`` (median and
+        interquartile range over the rounds of the ratio to the unpatched model of the same round), ``model_ms``,
+        ``model_ratio``, ``model_iqr`` (the whole forward pass), ``tokens``, ``threads``.
+    """
+    if rules is None:
+        rules = {f"top-{k}": TopK(k) for k in (8, 4, 2)} | {f"BH, alpha={a}": BH(alpha=a) for a in (0.2, 0.05)}
+    patches = {"unpatched": None} | {
+        name: RoutingPatch(model, rule, max_recorded_tokens=0) for name, rule in rules.items()
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in patches}
+    for _ in tqdm(range(1 + repetitions), desc="bench experts", unit="round"):
+        for name, patch in patches.items():
+            with nullcontext() if patch is None else patch:
+                times[name].append(_time_pass(model, input_ids))
+    seconds = {name: np.array(rounds[1:]) for name, rounds in times.items()}
+    top_k = find_moe_layers(model)[0].top_k
+    rows = []
+    for name, patch in patches.items():
+        ratios = seconds[name] / seconds["unpatched"]
+        low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75), axis=0)
+        experts_ms, model_ms = 1e3 * np.median(seconds[name], axis=0)
+        mean_k = top_k if patch is None else patch.get_routing_stats()["mean_experts_per_token"]
+        rows.append(
+            {
+                "rule": name,
+                "mean_k": mean_k,
+                "experts_ms": experts_ms,
+                "experts_ratio": median[0],
+                "experts_iqr": high[0] - low[0],
+                "model_ms": model_ms,
+                "model_ratio": median[1],
+                "model_iqr": high[1] - low[1],
+                "tokens": input_ids.numel(),
+                "threads": torch.get_num_threads(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _time_pass(model: nn.Module, input_ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds in the experts modules, and in the whole of one forward pass."""
+    spent, started = 0.0, 0.0
+
+    def now() -> float:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    def enter(*_) -> None:
+        nonlocal started
+        started = now()
+
+    def leave(*_) -> None:
+        nonlocal spent
+        spent += now() - started
+
+    handles = []
+    for layer in find_moe_layers(model):
+        handles += [layer.experts.register_forward_pre_hook(enter), layer.experts.register_forward_hook(leave)]
+    try:
+        begun = now()
+        model(input_ids=input_ids, use_cache=False)
+        return spent, now() - begun
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def format_experts(frame: pd.DataFrame) -> str:
+    """The table of `bench_experts` as text."""
+    columns = ["rule", "mean_k", "experts_ms", "experts_ratio", "experts_iqr", "model_ms", "model_ratio", "model_iqr"]
+    table = frame[columns].to_string(index=False, float_format="{:.2f}".format)
+    return (
+        f"{frame['tokens'].iloc[0]:,} tokens, {frame['threads'].iloc[0]} threads; ratios to the unpatched model of the "
+        f"same round\n\n{table}\n"
+    )

@@ -4,9 +4,11 @@ transformers gives every token the same number of slots, so an expert that a rul
 matrix product, whatever weight it has. Here the filled slots are gathered into a list of pairs, each pair is
 handed to the model's own experts implementation as a token with a single slot, and the results are summed back
 per token. The model's code computes; this module only decides which rows it sees. Hence dropped experts cost
-nothing in *every* implementation, and with no slot empty the result has the same bits as without the patch.
+nothing in *every* implementation. Where no slot is empty there is nothing to gather, and the model's own forward
+runs on its own arguments: the result has the same bits as without the patch.
 
-Each implementation ``name`` gets a twin ``bh_name`` in transformers' `ExpertsInterface`. Because `generate()` looks
+Each implementation ``name`` gets a twin ``bh_name`` in transformers' `ExpertsInterface`, and a second one,
+``bh_kernels_name``, which leaves inputs that they can compute to the kernels of `bhlib.kernels`. As `generate()` looks
 for the literal name ``grouped_mm`` to swap it in decoding, a twin is never swapped.
 """
 
@@ -14,35 +16,73 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 PREFIX = "bh_"
+KERNELS = "kernels_"
 
 
-def twin(implementation: str | None) -> str:
+#: From here on torch.compile traces a subclass of str. Before, a configuration that is copied while its model is
+#: patched keeps the twin's name; the twin of a model that is not patched computes the model's own bits.
+TWIN_NAMES_COMPILE = "2.13"
+
+
+class TwinName(str):
+    """Name of a twin, as it stands in a patched model's configuration.
+
+    Whoever copies or pickles the configuration gets the name that it replaces: a copy of a patched model is plain.
+    """
+
+    def __new__(cls, original: str | None, kernels: bool = False) -> "TwinName":
+        name = super().__new__(cls, PREFIX + (KERNELS if kernels else "") + (original or "eager"))
+        name.original = original
+        return name
+
+    def __deepcopy__(self, memo: dict) -> str | None:
+        return self.original
+
+    def __copy__(self) -> str | None:
+        return self.original
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return (type(None), ()) if self.original is None else (str, (self.original,))
+
+
+def twin(implementation: str | None, kernels: bool = False) -> str:
     """Name of the pair-wise twin of an experts implementation, registered on first use.
 
     Parameters
     ----------
     implementation : str or None
         A name known to transformers' `ExpertsInterface`, ``"eager"``, or None, which transformers reads as eager.
+    kernels : bool
+        Whether the twin may use the kernels; it does where they compute the inputs, and is pair-wise elsewhere.
     """
     if implementation is not None and implementation.startswith(PREFIX):
-        raise ValueError(f"{implementation!r} is a twin already: the model is patched.")
-    name = PREFIX + (implementation or "eager")
-    if name not in ALL_EXPERTS_FUNCTIONS:
-        ALL_EXPERTS_FUNCTIONS.register(name, partial(pairwise_forward, implementation or "eager"))
-    return name
+        raise ValueError(f"{str(implementation)!r} is a twin already: the model is patched.")
+    name = TwinName(implementation, kernels)
+    if name not in _interface():
+        forward = kernel_forward if kernels else pairwise_forward
+        _interface().register(str(name), partial(forward, implementation or "eager"))
+    return name if Version(torch.__version__) >= Version(TWIN_NAMES_COMPILE) else str(name)
+
+
+def _interface():
+    # Imported late: the module does not exist in a transformers too old to be patched, which gets an error of its own.
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS
 
 
 def original_forward(module: nn.Module, implementation: str) -> Callable[..., Tensor]:
     """The model's own forward of an experts module under an implementation's name."""
     # `use_experts_implementation` wraps the class's eager forward with functools.wraps.
     eager = type(module).forward.__wrapped__
-    return ALL_EXPERTS_FUNCTIONS.get_interface(implementation, eager)
+    return _interface().get_interface(implementation, eager)
 
 
+@torch.compiler.disable  # how many pairs there are is known at run time only
 def pairwise_forward(
     implementation: str,
     module: nn.Module,
@@ -65,33 +105,39 @@ def pairwise_forward(
 
     Returns
     -------
-    Tensor [tokens, hidden], in the dtype of `hidden_states`.
+    Tensor [tokens, hidden], in the dtype of `hidden_states`. A token's experts are added up in float32 or wider, in
+    the order of their slots: the result does not vary from run to run, on a GPU either.
     """
     forward = original_forward(module, implementation)
     filled = top_k_index < module.num_experts
-    if implementation == "eager":
-        # The eager loop visits an expert's rows by slot, then token, and adds up a token's experts in the order of
-        # their indices. To round as it does, list the pairs and place their outputs in the same orders.
-        slot, token = torch.nonzero(filled.T, as_tuple=True)
-        column = torch.argsort(torch.argsort(top_k_index, dim=-1, stable=True), dim=-1)[token, slot]
-    else:
-        token, slot = torch.nonzero(filled, as_tuple=True)
-        column = slot
-    weights = top_k_weights[token, slot, None]
+    slot, token = torch.nonzero(filled.T, as_tuple=True)
+    if len(token) == filled.numel():
+        return forward(module, hidden_states, top_k_index, top_k_weights)
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    total = torch.zeros(hidden_states.shape, dtype=wide, device=hidden_states.device)
     if len(token):
-        # Weight 1 for every pair, and the weights here: so the products round as in the model, also where the
-        # weights are wider than the hidden states.
-        pairs = forward(module, hidden_states[token], top_k_index[token, slot, None], torch.ones_like(weights))
-    else:
-        pairs = hidden_states[token]
-    weighted = pairs * weights
-    if implementation == "eager":
-        weighted = weighted.to(hidden_states.dtype)
-    slots = weighted.new_zeros(*top_k_index.shape, hidden_states.shape[-1])
-    slots = slots.index_put((token, column), weighted)
-    if implementation != "eager":
-        return slots.sum(dim=1).to(hidden_states.dtype)
-    total = torch.zeros_like(hidden_states)
-    for addend in slots.unbind(dim=1):
-        total = total + addend
-    return total
+        pairs = forward(
+            module,
+            hidden_states.index_select(0, token),
+            top_k_index[token, slot, None],
+            top_k_weights[token, slot, None],
+        )
+        # Slot by slot, since within a slot no token occurs twice: one index_add over all would add in any order.
+        per_slot = filled.sum(dim=0).tolist()
+        for tokens, outputs in zip(token.split(per_slot), pairs.split(per_slot), strict=True):
+            total.index_add_(0, tokens, outputs.to(wide))
+    return total.to(hidden_states.dtype)
+
+
+def kernel_forward(
+    implementation: str, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """`pairwise_forward`, by the kernels where they compute these inputs (`bhlib.kernels.forward.inputs_fit`).
+
+    The kernels' results differ from the model's own in rounding, whether or not slots are empty.
+    """
+    from bhlib.kernels.forward import experts_forward, inputs_fit  # imports Triton, which not everybody has
+
+    if inputs_fit(module, hidden_states):
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    return pairwise_forward(implementation, module, hidden_states, top_k_index, top_k_weights)

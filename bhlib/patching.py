@@ -6,12 +6,17 @@
 
 The patch adds a forward hook to each router, which replaces the weights and indices that the router returns, and
 names the pair-wise twin of the model's experts implementation in its configuration (`bhlib.experts`). Nothing else is
-touched, and both are taken back when the block ends, however it ends.
+touched, and both are taken back when the block ends, however it ends. A copy, a pickle or a saved checkpoint of a
+patched model is the plain model.
 """
 
+import copyreg
 import inspect
+import sys
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +25,11 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from bhlib import experts as pairwise
+from bhlib import kernels as triton_kernels
+from bhlib.passes import PassReader
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
-from bhlib.records import Records, RoutingStats, Step
+from bhlib.records import Records, RoutingStats
 from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
 
 #: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
@@ -91,28 +98,45 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     for name, module in model.named_modules():
         if not _dispatches_experts(module):
             continue
-        parent = model.get_submodule(name.rpartition(".")[0])
-        routers = [
-            (child_name, child)
-            for child_name, child in parent.named_children()
-            if child is not module and _num_rows(child) == module.num_experts
-        ]
-        if len(routers) != 1:
-            raise ValueError(
-                f"{type(model).__name__} cannot be patched: beside {name!r} ({type(module).__name__}) there should be "
-                f"one router with a weight of {module.num_experts} rows, found {len(routers)}."
-            )
-        (router_name, router), prefix = routers[0], name.rpartition(".")[0]
-        top_k, weighting = _probe(router, f"{prefix}.{router_name}", module.num_experts)
-        layers.append(
-            MoELayer(len(layers), f"{prefix}.{router_name}", router, module, module.num_experts, top_k, weighting)
-        )
+        router_name, router = _find_router(model, name, module)
+        top_k, weighting = _probe(router, router_name, module.num_experts)
+        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, top_k, weighting))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no mixture-of-experts layer that bhlib can patch: no module of it dispatches "
             f"through transformers' ExpertsInterface. BH routing needs a model such as OLMoE: bhlib.load_demo()."
         )
+    shapes = {(layer.num_experts, layer.top_k) for layer in layers}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: its MoE layers differ in (experts, top-k): {sorted(shapes)}."
+        )
     return layers
+
+
+def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, nn.Module]:
+    """The router that goes with an experts module, and its dotted name: it stands beside it, or one level above.
+
+    One level above, if an adapter is wrapped around the experts.
+    """
+    prefix = name
+    for _ in range(2):
+        prefix = prefix.rpartition(".")[0]
+        beside = {
+            child_name: child
+            for child_name, child in model.get_submodule(prefix).named_children()
+            if not any(module is experts for module in child.modules())
+        }
+        found = [child_name for child_name, child in beside.items() if _num_rows(child) == experts.num_experts]
+        if found:
+            break
+    if len(found) != 1:
+        seen = ", ".join(f"{child_name} ({type(child).__name__})" for child_name, child in beside.items())
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: beside {name!r} ({type(experts).__name__}) there should be "
+            f"one router with a weight of {experts.num_experts} rows, found {len(found)} among: {seen or 'nothing'}."
+        )
+    return f"{prefix}.{found[0]}".lstrip("."), beside[found[0]]
 
 
 def _dispatches_experts(module: nn.Module) -> bool:
@@ -135,7 +159,9 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str]:
     """Run a router on random inputs: its top-k, and which weighting gives its weights to the last bit."""
     refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
     device = router.weight.device if router.weight.device.type != "meta" else "cpu"
-    noise = torch.randn(16, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    if router.weight.device.type == "meta" and "forward" not in vars(router):  # where accelerate brings them in
+        raise ValueError(f"{refusal}its weights are on the meta device, without values. Load the model first.")
+    noise = torch.randn(256, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
     training = router.training
     try:
         # Noise that a router adds in training would hide its rule. `forward` leaves other people's hooks alone.
@@ -159,11 +185,19 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str]:
     for weighting in WEIGHTINGS:
         routing = TopK(top_k)(logits, weighting=weighting)
         if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
+            _refuse_corrections(router, refusal, num_experts)
             return top_k, weighting
     raise ValueError(
         f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
         f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
     )
+
+
+def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> None:
+    """Raise if the router holds one number more per expert: so small as not to show in the probe, it shows in use."""
+    for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+        if name not in ("weight", "bias") and tensor.numel() == num_experts and tensor.any():
+            raise ValueError(f"{refusal}it corrects the scores of its experts ({name}).")
 
 
 class RoutingPatch:
@@ -185,6 +219,12 @@ class RoutingPatch:
         Bound on the tokens whose decisions are kept row by row (`bhlib.records`); statistics are complete anyway.
     weights : str
         ``"model"`` (the default) for the model's own convention, or one of `bhlib.rules.WEIGHTINGS`.
+    kernels : bool or "auto"
+        Whether `bhlib.kernels` may compute the routing and the experts, where they can: on a CUDA device, in half
+        precision, without gradients. ``"auto"`` (the default) uses them unless the rule is static top-k with the
+        model's own k. False multiplies by the model's own implementation always, so that a pass in which the rule
+        selects exactly the model's own experts gives the model's own logits, bit for bit; with kernels, the same up to
+        rounding. True refuses a machine or a model that has no use for them.
 
     Attributes
     ----------
@@ -202,7 +242,10 @@ class RoutingPatch:
         collect_stats: bool = True,
         max_recorded_tokens: int | None = None,
         weights: str = "model",
+        kernels: bool | str = "auto",
     ) -> None:
+        if kernels not in (True, False, "auto"):
+            raise ValueError(f"kernels must be True, False or 'auto', got {kernels!r}.")
         if mode not in MODES:
             raise ValueError(
                 f"mode must be one of {MODES}, got {mode!r}: 'patch' routes by the rule, 'analyze' only watches."
@@ -214,20 +257,22 @@ class RoutingPatch:
         self.collect_stats, self.weights = collect_stats, weights
         self.layers = find_moe_layers(model)
         for layer in self.layers:
-            rule.check_num_experts(layer.num_experts)
+            rule.check_model(len(self.layers), layer.num_experts)
+        rule.check_num_layers(len(self.layers))
+        self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
-        self._handles: list = []
+        self._reader = PassReader(_padding_tokens(model))
+        self._hooks: list[tuple[nn.Module, object]] = []
         self._implementations: list[tuple[object, str | None]] = []
         self._local = threading.local()
-        self._num_sequences = 0
 
     # -- patching and restoring ------------------------------------------------------------------------------
 
     @property
     def is_patched(self) -> bool:
         """Whether hooks are in place now."""
-        return bool(self._handles)
+        return bool(self._hooks)
 
     def patch_model(self) -> "RoutingPatch":
         """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already."""
@@ -238,15 +283,20 @@ class RoutingPatch:
                     f"call unpatch_model() on that patch, or leave its `with` block, first."
                 )
         try:
+            self.rule.rewind()
             for layer in self.layers:
                 _patched_routers[layer.router] = self
-                self._handles.append(layer.router.register_forward_hook(_RouterHook(self, layer)))
+                self._add_hook(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
             if self.mode == "patch":
                 self._set_implementations()
+            if self.kernels:
+                for layer in self.layers:
+                    self.rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
             if self.collect_stats:
                 body = _body(self.model, self.layers)
-                self._handles.append(body.register_forward_pre_hook(self._begin_step, with_kwargs=True))
-                self._handles.append(body.register_forward_hook(self._end_step, always_call=True))
+                self._add_hook(body, body.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
+                self._add_hook(body, body.register_forward_hook(self._end_pass, with_kwargs=True))
+            _forget_compiled_code()
         except BaseException:
             self.unpatch_model()
             raise
@@ -254,14 +304,59 @@ class RoutingPatch:
 
     def unpatch_model(self) -> None:
         """Take everything back. Does nothing if the model is not patched."""
-        while self._handles:
-            self._handles.pop().remove()
+        if self._hooks:
+            _forget_compiled_code()
+        while self._hooks:
+            module, handle = self._hooks.pop()
+            handle.remove()
+            vars(module).pop("__reduce_ex__", None)
         while self._implementations:
             config, implementation = self._implementations.pop()
             config._experts_implementation = implementation
         for layer in self.layers:
             if _patched_routers.get(layer.router) is self:
                 del _patched_routers[layer.router]
+
+    def _choose_kernels(self, wanted: bool | str) -> bool:
+        """Whether to use the kernels; raises if they are wanted and there is no use for them."""
+        if wanted == "auto":
+            own = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
+            wanted_here = not own and not triton_kernels.interpreted()
+        else:
+            wanted_here = wanted
+        if not wanted_here:
+            return False
+        if not triton_kernels.available():
+            if wanted == "auto":
+                return False
+            raise RuntimeError(
+                "kernels=True needs Triton and a CUDA device of compute capability 8.0 or newer: install torch for "
+                "CUDA, "
+                "or leave kernels='auto'."
+            )
+        from bhlib.kernels.forward import module_fits
+
+        unfit = [layer.name for layer in self.layers if not module_fits(layer.experts)]
+        if unfit and wanted != "auto":
+            raise ValueError(
+                f"kernels=True is not possible: the experts beside {unfit[0]!r} are not SiLU-gated matrices without "
+                f"biases in one piece. Leave kernels='auto' to use the model's own implementation."
+            )
+        return not unfit
+
+    def _add_hook(self, module: nn.Module, handle) -> None:
+        self._hooks.append((module, handle))
+        # Looked up on the instance by copy.deepcopy and by pickle, so by torch.save and by other processes.
+        vars(module)["__reduce_ex__"] = partial(self._reduce_plain, module)
+
+    def _reduce_plain(self, module: nn.Module, protocol: int) -> tuple:
+        """What `object.__reduce_ex__` would give for a hooked module without its patch."""
+        hidden = {handle.id for _, handle in self._hooks}
+        state = {name: value for name, value in vars(module).items() if name != "__reduce_ex__"}
+        for name, value in state.items():
+            if isinstance(value, OrderedDict) and hidden & value.keys() and "hooks" in name:
+                state[name] = OrderedDict((key, hook) for key, hook in value.items() if key not in hidden)
+        return copyreg.__newobj__, (type(module),), state
 
     def __enter__(self) -> "RoutingPatch":
         return self.patch_model()
@@ -272,7 +367,7 @@ class RoutingPatch:
     def _set_implementations(self) -> None:
         for config in {id(layer.experts.config): layer.experts.config for layer in self.layers}.values():
             implementation = config._experts_implementation
-            name = pairwise.twin(implementation)
+            name = pairwise.twin(implementation, self.kernels)
             self._implementations.append((config, implementation))
             config._experts_implementation = name
 
@@ -283,24 +378,28 @@ class RoutingPatch:
         if router_logits.device.type == "cpu":  # elsewhere the check would wait for the device
             check_logits(router_logits)
         weighting = layer.weighting if self.weights == "model" else self.weights
-        return self.rule(router_logits, layer.index, weighting=weighting, temperature=self.temperature)
+        rule = self.rule.fused if self.kernels else self.rule
+        return rule(router_logits, layer.index, weighting=weighting, temperature=self.temperature)
 
-    def _begin_step(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    @torch.compiler.disable  # to count is not the compiler's business
+    def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        step = _describe_step(inputs, self._num_sequences)
-        if not step.generated:
-            self._num_sequences += len(step.valid)
-        self._local.step = step
-        self.records.begin(step)
+        self._local.current = self.records.begin(self._reader.read(inputs))
 
-    def _end_step(self, module: nn.Module, args: tuple, output: object) -> None:
-        self._local.step = None
+    @torch.compiler.disable
+    def _end_pass(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        finished, self._local.current = self._local.current, None
+        self.records.end(finished)
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            self._reader.follow(finished.step, cache)
 
+    @torch.compiler.disable
     def _record(self, layer: MoELayer, routing: Routing) -> None:
         # None while gradient checkpointing repeats a forward pass: its tokens have been counted.
-        step = getattr(self._local, "step", None)
-        if step is not None:
-            self.records.add(layer.index, routing, step.valid.flatten())
+        current = getattr(self._local, "current", None)
+        if current is not None:
+            current.add(layer.index, routing)
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -311,7 +410,7 @@ class RoutingPatch:
     def reset_stats(self) -> None:
         """Forget what was recorded."""
         self.records.reset()
-        self._num_sequences = 0
+        self._reader.reset()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, {self.rule!r}, mode={self.mode!r})"
@@ -336,7 +435,7 @@ class BHRoutingIntegration(RoutingPatch):
         Where the p-values come from (`bhlib.pvalues`); ``"dirichlet"`` needs no calibration.
     method : str
         Multiple-testing procedure (`bhlib.procedures`).
-    weights, max_recorded_tokens
+    weights, max_recorded_tokens, kernels
         See `RoutingPatch`.
 
     Examples
@@ -364,6 +463,7 @@ class BHRoutingIntegration(RoutingPatch):
         method: str = "bh",
         weights: str = "model",
         max_recorded_tokens: int | None = None,
+        kernels: bool | str = "auto",
     ) -> None:
         check_alpha(alpha)
         check_temperature(temperature)
@@ -377,6 +477,7 @@ class BHRoutingIntegration(RoutingPatch):
             collect_stats=collect_stats,
             weights=weights,
             max_recorded_tokens=max_recorded_tokens,
+            kernels=kernels,
         )
 
 
@@ -415,30 +516,17 @@ def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
     return body
 
 
-def _describe_step(inputs: dict, first_sequence: int) -> Step:
-    """Read from the arguments of a forward pass which tokens are real and where they stand."""
-    token_ids = inputs.get("input_ids")
-    tokens = token_ids if token_ids is not None else inputs["inputs_embeds"]
-    batch, length = tokens.shape[:2]
-    cache = inputs.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, dict):  # one mask per kind of attention
-        mask = next(iter(mask.values()))
-    if mask is not None and mask.dim() == 4:
-        # [batch, 1, query, key], True or 0.0 where attention is allowed: a real token may attend to itself.
-        own = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
-        valid = (own if own.dtype == torch.bool else own == 0).expand(batch, length)
-        mask = None
-    elif mask is not None:
-        valid = mask[:, -length:].bool()
-    else:
-        valid = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-    if mask is not None:
-        position = mask.long().cumsum(dim=-1)[:, -length:] - 1
-    else:
-        position = past + valid.long().cumsum(dim=-1) - 1
-    # A sequence numbers on from where its prompt began.
-    if past:
-        first_sequence -= batch
-    return Step(valid, position.clamp(min=0), first_sequence, past > 0, token_ids)
+def _padding_tokens(model: nn.Module) -> list[int]:
+    """What `generate()` feeds for a sequence that has ended: the padding token, or else the first end-of-text token."""
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        for name in ("pad_token_id", "eos_token_id"):
+            token = getattr(config, name, None)
+            if token is not None:
+                return [token[0] if isinstance(token, list) else token]
+    return []
+
+
+def _forget_compiled_code() -> None:
+    """Compiled code does not look whether hooks have come or gone since, so it must be compiled anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -183,7 +183,7 @@ def _check_statistic(name: str) -> str:
     return name
 
 
-def null_values(router_logits: Tensor, statistic: str = "standardized", exclude_top: int = 8) -> tuple[Tensor, Tensor]:
+def null_values(router_logits: Tensor, statistic: str = "log_prob", exclude_top: int = 8) -> tuple[Tensor, Tensor]:
     """The statistics of the experts outside each token's top ``exclude_top``: what a null is fitted on.
 
     Parameters
@@ -403,8 +403,8 @@ class DirichletNull(PValueMaker):
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:
         """-log p, float32: (N - 1) * -log(1 - x). Increases with the logit; about exponential under the null."""
         num_experts = router_logits.shape[-1]
-        rest = -torch.expm1(log_prob(router_logits, exclude_top=0, top=top))  # 1 - x, without cancellation near x = 1
-        return (1 - num_experts) * torch.log(rest)
+        rest = torch.expm1(log_prob(router_logits, exclude_top=0, top=top)).neg_()  # 1 - x, no cancellation near x = 1
+        return rest.log_().mul_(1 - num_experts)
 
     def survival(self, statistics: Tensor, layer: int | None = None) -> Tensor:
         return torch.exp(-statistics.clamp(min=0).double()).float()
@@ -518,7 +518,7 @@ class FittedNull(PValueMaker):
         *,
         model_name: str,
         num_experts: int,
-        statistic: str = "standardized",
+        statistic: str = "log_prob",
         exclude_top: int = 8,
         per_expert: bool = False,
         seed: int | None = None,
@@ -583,9 +583,9 @@ class FittedNull(PValueMaker):
         """Raise a ValueError if it was fitted on a model of another number of MoE layers or experts."""
         if (num_layers, num_experts) != (self.num_layers, self.num_experts):
             raise ValueError(
-                f"the calibration of {self.model_name!r} is for {self.num_layers} layers of {self.num_experts} experts, "
-                f"but the model has {num_layers} MoE layers of {num_experts} experts: calibrate on the model that you "
-                "route, null = bhlib.calibrate(model, token_ids)"
+                f"the calibration of {self.model_name!r} is for {self.num_layers} layers of {self.num_experts} "
+                f"experts, but the model has {num_layers} MoE layers of {num_experts} experts: calibrate on the model "
+                "that you route, null = bhlib.calibrate(model, token_ids)"
             )
 
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:

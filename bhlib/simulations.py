@@ -250,7 +250,10 @@ def _correlation(dependence: str, num_tests: int, rho: float, correlation: np.nd
 
 
 def _square_root(correlation: np.ndarray) -> np.ndarray:
-    """A matrix whose product with its transpose is `correlation`; singular ones are fine."""
+    """The symmetric matrix whose square is `correlation`; singular ones are fine.
+
+    Unlike a product with the eigenvectors alone it is unique, so that a seed gives the same scores with every LAPACK.
+    """
     if not np.allclose(correlation, correlation.T, atol=1e-8):
         raise ValueError("correlation is not symmetric; use (correlation + correlation.T) / 2")
     diagonal = np.diag(correlation)
@@ -267,7 +270,7 @@ def _square_root(correlation: np.ndarray) -> np.ndarray:
             "all its entries from the same complete data; if equicorrelated, keep rho between "
             "-1 / (num_tests - 1) and 1"
         )
-    return eigenvectors * np.sqrt(eigenvalues.clip(min=0.0))
+    return (eigenvectors * np.sqrt(eigenvalues.clip(min=0.0))) @ eigenvectors.T
 
 
 # ------------------------------------------------------------------- error rates

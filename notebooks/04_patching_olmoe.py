@@ -9,16 +9,19 @@
 # 2. patch them, so that a token gets the experts that the Benjamini–Hochberg procedure finds significant,
 # 3. generate text, read what happened token by token,
 # 4. watch the model without changing it,
-# 5. restore it, to the last bit.
+# 5. restore it, to the last bit,
+# 6. count what was really computed, and replay a recorded routing.
 #
 # Everything runs on the small OLMoE that comes with this repository (64 experts, top 8, trained on the texts described
 # in `bhlib/demo/README.md`). To use the real one, replace `load_demo()` by `load_olmoe()`; the other cells stay as they are.
 
 # %%
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bhlib import BHRoutingIntegration, RoutingPatch, figures, find_moe_layers, load_demo, load_heldout
-from bhlib.rules import TopK
+from bhlib.rules import BH, Replay, TopK
 
 model, tokenizer = load_demo()
 
@@ -149,6 +152,81 @@ with torch.no_grad():
 
 print("after an exception: ", (restored - before).abs().max().item())
 print("top-8 as a rule:    ", (own_rule - before).abs().max().item())
+
+# %% [markdown]
+# ## Dropped experts are not computed
+#
+# `transformers` gives every token eight slots. A dropped expert that keeps its slot, with weight 0, still costs its share
+# of every matrix product. Under the patch the experts see the selected (token, expert) pairs only. This can be counted:
+# PyTorch's own counter adds up the operations inside each experts module, and divided by the cost of one pair they must
+# give the number of pairs that the rule selected. (The counter looks into the `eager` implementation only; the tests
+# count rows in `grouped_mm` and `batched_mm` too, in the prompt and in every decoding step.)
+
+# %%
+model.set_experts_implementation("eager")
+per_pair = 2 * 3 * model.config.hidden_size * model.config.intermediate_size  # gate, up and down
+
+for name, rule in {"top-8": TopK(8), "BH": BH(alpha=0.3)}.items():
+    with torch.no_grad(), RoutingPatch(model, rule) as patch, FlopCounterMode(display=False) as counter:
+        model(input_ids=passage)
+    operations = sum(
+        sum(by_kind.values())
+        for module, by_kind in counter.get_flop_counts().items()
+        if module.endswith("mlp.experts")
+    )
+    pairs = patch.records.counts().sum()
+    print(f"{name:6} pairs computed / pairs selected = {operations / per_pair / pairs:.2f}")
+
+model.set_experts_implementation("grouped_mm")
+
+# %% [markdown]
+# How much time that saves on this machine is printed by `python -m bhlib bench experts`.
+#
+# ## Which experts, and how evenly
+#
+# The records also say how the work is shared out: the busiest expert's load over the mean, the entropy of the load
+# (1 if even), and the experts that no token used. `coactivation()` counts, for each layer, the tokens that used two
+# experts together.
+
+# %%
+bh.records.load_balance().round({"max_over_mean": 1, "entropy": 2})
+
+# %% [markdown]
+# ## Record and replay
+#
+# What was recorded in one run can be imposed on another. `Replay` selects the recorded experts, pass by pass, and takes
+# their weights from the logits of the moment; on the same input that gives the same logits, to the last bit. On other
+# weights, say after fine-tuning, it answers the question what the change did apart from the routing.
+
+# %%
+with torch.no_grad():
+    with BHRoutingIntegration(model, alpha=0.3) as recorded:
+        first = model(input_ids=passage).logits
+    with RoutingPatch(model, Replay(recorded.records)):
+        again = model(input_ids=passage).logits
+
+print("replayed, largest difference:", (again - first).abs().max().item())
+print(f"memory of the records: {recorded.records.nbytes / passage.numel():.0f} bytes per token")
+
+# %% [markdown]
+# ## Other families
+#
+# Nothing here knows the name OLMoE: a layer is recognized by what it does. So other families can be patched as well, each
+# with its own way to make weights of logits; and what cannot be patched is refused, with the reason. The README has
+# the whole table. Here are small random models of some families.
+
+# %% tags=["nbval-ignore-output"]
+sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1}
+sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
+sizes |= {"num_experts_per_tok": 4, "first_k_dense_replace": 0, "pad_token_id": 0, "eos_token_id": None}
+
+for family in ("olmoe", "flex_olmo", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"):
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    try:
+        layer = find_moe_layers(other)[0]
+        print(f"{family:12} top {layer.top_k} of {layer.num_experts}, weights: {layer.weighting}")
+    except ValueError as error:
+        print(f"{family:12} {error}")
 
 # %% [markdown]
 # ## When something is wrong

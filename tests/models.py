@@ -32,3 +32,14 @@ def tiny_olmoe(seed: int = 0, **changes) -> OlmoeForCausalLM:
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, none of them padding."""
     return torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def state_of(model):
+    """All that a patch could leave behind: hooks, attributes, implementations."""
+    state = {"config": model.config.get_text_config()._experts_implementation}
+    for name, module in model.named_modules():
+        state[name] = (
+            sorted(vars(module)),
+            [list(vars(module)[key].values()) for key in sorted(vars(module)) if key.endswith("hooks")],
+        )
+    return state

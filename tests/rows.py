@@ -22,6 +22,8 @@ class _RowCounter(TorchDispatchMode):
         if self.inside:
             if func in (aten.mm.default, aten.mm.out):  # eager loop, or a grouped product that falls back on one
                 self.rows[self.names[args[0].shape[-1]]] += args[0].shape[0]
+            elif func is aten.addmm.default:  # eager loop with a bias
+                self.rows[self.names[args[1].shape[-1]]] += args[1].shape[0]
             elif func is aten.bmm.default:  # batched_mm: one small product per pair
                 weight = args[0] if args[0].shape[-2] != 1 else args[1].transpose(-1, -2)
                 self.rows[self.names[weight.shape[-1]]] += args[0].shape[0]
@@ -37,7 +39,11 @@ def count_rows(*modules):
 
     Yields an object whose dict ``rows`` is filled in as the products happen.
     """
-    counter = _RowCounter(modules[0].hidden_dim, modules[0].intermediate_dim)
+    # The layout of the down projection, [experts, hidden, intermediate] or transposed, tells the widths.
+    hidden, intermediate = modules[0].down_proj.shape[1:]
+    if modules[0].is_transposed:
+        hidden, intermediate = intermediate, hidden
+    counter = _RowCounter(hidden, intermediate)
 
     def enter(*_):
         counter.inside += 1

@@ -1,11 +1,17 @@
 """The experts see the selected pairs and nothing else."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from models import tiny_olmoe
 from rows import count_rows
 
+from bhlib import load_demo, load_heldout
+from bhlib.benchmarks import bench_experts, format_experts
 from bhlib.experts import pairwise_forward, twin
+from bhlib.rules import TopK
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
@@ -73,8 +79,31 @@ def test_gradients_flow_as_without_the_patch():
         torch.testing.assert_close(ours, own)
 
 
+def test_the_result_of_a_token_adds_up_in_float32():
+    """64 experts in bfloat16: one rounding at the end, as in the model, and not one per addition."""
+    module = tiny_olmoe().model.layers[0].mlp.experts.to(torch.bfloat16)
+    index, weights = routing(50, 64, 0.01)
+    hidden = torch.randn(50, 64).to(torch.bfloat16)
+    expected = dense_by_loop(module, hidden, index, weights.to(torch.bfloat16))
+    got = pairwise_forward("grouped_mm", module, hidden, index, weights.to(torch.bfloat16))
+    error = (got.double() - expected).norm() / expected.norm()
+    assert error < 5e-3
+
+
+@pytest.mark.timing
+def test_half_the_experts_take_at_most_two_thirds_of_the_time():
+    model, _ = load_demo()
+    ids = torch.cat(list(load_heldout("validation", length=512, max_sequences=1).values()))[:8]
+    assert ids.numel() == 4096
+    table = bench_experts(model, ids, {"top-8": TopK(8), "top-4": TopK(4), "top-2": TopK(2)}, repetitions=5)
+    ratio = table.set_index("rule")["experts_ratio"]
+    assert table["mean_k"].tolist() == [8, 8, 4, 2]
+    assert ratio["top-2"] < ratio["top-4"] <= 0.65 and ratio["top-8"] < 1.3, format_experts(table)
+
+
 def test_twin_names():
     assert twin("grouped_mm") == "bh_grouped_mm" and twin(None) == "bh_eager"
+    assert copy.deepcopy(twin(None)) is None and pickle.loads(pickle.dumps(twin(None))) is None
     with pytest.raises(ValueError, match="'bh_eager' is a twin already"):
         twin("bh_eager")
 

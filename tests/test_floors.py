@@ -12,16 +12,21 @@ FLOORS = [
     "procedures",  # multiple testing on tensors of p-values
     "simulations",  # false discovery rate and power by simulation
     "pvalues",  # router logits -> p-values
+    "kernels",  # both by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
     "experts",  # the experts' forward pass over selected pairs only
+    "passes",  # which tokens of a forward pass are real, and where they stand
     "records",  # what was routed where
     "patching",  # find the routers; patch, analyze, restore
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
     "evaluation",  # loss and sweeps -> tables
+    "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
     "widgets",  # the same drawings behind sliders
     "demo",  # the embedded model and the script that trained it
+    "benchmarks",  # how long routing takes
+    "speed",  # how fast a patched model is on a GPU
     "__main__",  # python -m bhlib
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from models import tiny_olmoe, tokens
+from models import state_of, tiny_olmoe, tokens
 from rows import count_rows
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,17 +19,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @torch.no_grad()
 def logits_of(model, input_ids):
     return model(input_ids=input_ids).logits
-
-
-def state_of(model):
-    """All that a patch could leave behind: hooks, attributes, implementations."""
-    state = {"config": model.config._experts_implementation}
-    for name, module in model.named_modules():
-        state[name] = (
-            sorted(vars(module)),
-            [list(vars(module)[key].values()) for key in sorted(vars(module)) if key.endswith("hooks")],
-        )
-    return state
 
 
 def test_finds_every_router():
@@ -299,6 +288,23 @@ def test_training_mode_and_gradients():
         model(input_ids=ids, labels=ids).loss.backward()
     assert bh.get_routing_stats()["total_tokens"] == 20
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
+
+
+def test_layers_that_differ_are_refused():
+    model = tiny_olmoe()
+    model.model.layers[1].mlp.gate.top_k = 4
+    with pytest.raises(ValueError, match=r"differ in \(experts, top-k\): \[\(64, 4\), \(64, 8\)\]"):
+        find_moe_layers(model)
+
+
+def test_a_correction_of_the_scores_is_refused_however_small():
+    model = tiny_olmoe()
+    gate = model.model.layers[1].mlp.gate
+    gate.register_buffer("score_correction", torch.zeros(64))
+    assert len(find_moe_layers(model)) == 3  # none yet
+    gate.score_correction[5] = 1e-9
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.gate' .*corrects the scores .*\(score_correction\)"):
+        find_moe_layers(model)
 
 
 def test_a_linear_gate_is_refused_by_name():

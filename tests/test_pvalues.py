@@ -46,21 +46,23 @@ def softmax_pseudo(temperature=1.0):
         return SoftmaxPseudo(temperature)
 
 
-def fit(null, samples, **options):
-    return null.fit(samples, model_name="tiny", num_experts=NUM_EXPERTS, **options)
+def fit(null, samples, statistic="standardized", **options):
+    """Fit a null; most samples below are standard normal, as standardized logits about are."""
+    return null.fit(samples, statistic=statistic, model_name="tiny", num_experts=NUM_EXPERTS, **options)
 
 
 def fit_per_expert(null, tokens=400, layers=2):
     """A null for each of 64 experts, from samples of unequal sizes."""
     samples = []
     for _ in range(layers):
-        values, experts = null_values(random_logits(tokens, NUM_EXPERTS) + torch.linspace(0, 3, NUM_EXPERTS))
+        logits = random_logits(tokens, NUM_EXPERTS) + torch.linspace(0, 3, NUM_EXPERTS)
+        values, experts = null_values(logits, "standardized")
         samples.append([values[experts == expert] for expert in range(NUM_EXPERTS)])
     return fit(null, samples, per_expert=True)
 
 
 def all_makers():
-    values, _ = null_values(random_logits(200, NUM_EXPERTS))
+    values, _ = null_values(random_logits(200, NUM_EXPERTS), "standardized")
     sample = values.flatten()
     return {
         "softmax": softmax_pseudo(),
@@ -484,7 +486,8 @@ def null_values_of_layer(layer, tokens=400):
     """The values that `fit_per_expert` fitted on, drawn again from the seed of the test."""
     torch.manual_seed(0)
     for _ in range(layer + 1):
-        drawn = null_values(random_logits(tokens, NUM_EXPERTS) + torch.linspace(0, 3, NUM_EXPERTS))
+        logits = random_logits(tokens, NUM_EXPERTS) + torch.linspace(0, 3, NUM_EXPERTS)
+        drawn = null_values(logits, "standardized")
     return drawn
 
 

@@ -1,11 +1,15 @@
 """Records against counts by hand."""
 
+import pickle
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from models import tiny_olmoe, tokens
 
-from bhlib import BHRoutingIntegration
+from bhlib import BHRoutingIntegration, RoutingPatch
+from bhlib.rules import PrefixRule, Replay, Rule, TopK
 
 
 def run(model, **inputs):
@@ -118,3 +122,217 @@ def test_stats_are_a_mapping_with_a_story():
     assert dict(stats)["top_k"] == 8 and "4 tokens used" in repr(stats)
     with pytest.raises(KeyError, match="'mean' is not among the statistics: mean_experts_per_token"):
         stats["mean"]
+
+
+def test_the_bound_on_rows_is_kept():
+    """A pass that does not fit is left out whole, and so is all that comes after it: no gaps."""
+    model = tiny_olmoe()
+    with BHRoutingIntegration(model, max_recorded_tokens=10) as bh:
+        for length, kept in ((4, 4), (7, 4), (2, 4)):
+            run(model, input_ids=tokens(1, length))
+            assert len(bh.records.counts()) == kept
+        assert bh.records.truncated and bh.get_routing_stats()["total_tokens"] == 13
+        bh.reset_stats()
+        assert not bh.records.truncated
+
+
+@pytest.mark.parametrize("max_k", [1, 8, 20])
+def test_memory_is_as_stated(max_k):
+    model = tiny_olmoe()
+    with BHRoutingIntegration(model, max_k=max_k) as bh:
+        assert bh.records.nbytes == 0
+        model.generate(tokens(2, 5), max_new_tokens=4, do_sample=False)
+    stated = 2 * 8 * bh.records.bytes_per_token(max_k)
+    assert bh.records.bytes_per_token(max_k) == 3 * (6 * max_k + 2) + 9
+    assert bh.records.nbytes == stated
+    # Nothing larger is kept alive behind the tensors.
+    storages = {}
+    for one in bh.records.passes:
+        for tensor in one.tensors():
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert sum(storages.values()) == stated
+    with BHRoutingIntegration(model, max_recorded_tokens=0) as bounded:
+        run(model, input_ids=tokens(2, 5))
+    assert bounded.records.nbytes == 0 and bounded.get_routing_stats()["total_tokens"] == 10
+
+
+@pytest.mark.parametrize("max_k", [8, 20])
+def test_coactivation_is_the_count_of_pairs(max_k):
+    model = tiny_olmoe()
+    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    with BHRoutingIntegration(model, alpha=0.3, max_k=max_k) as bh:
+        run(model, input_ids=ids, attention_mask=mask)
+        run(model, input_ids=tokens(1, 5))
+    expected = np.zeros((3, 64, 64), dtype=np.int64)
+    for row in bh.records.to_frame().itertuples():
+        for one in row.experts:
+            for other in row.experts:
+                expected[row.layer, one, other] += 1
+    found = bh.records.coactivation()
+    assert np.array_equal(found, expected) and expected.sum() > expected.trace(axis1=1, axis2=2).sum()
+    assert np.array_equal(np.diagonal(found, axis1=1, axis2=2), bh.records.expert_load())
+
+
+def test_load_balance():
+    model = tiny_olmoe()
+    with RoutingPatch(model, TopK(64)) as everything:
+        run(model, input_ids=tokens(1, 5))
+    even = everything.records.load_balance()
+    assert even["max_over_mean"].tolist() == [1.0] * 3 and even["unused"].tolist() == [0] * 3
+    np.testing.assert_allclose(even["entropy"], 1.0)
+    with RoutingPatch(model, TopK(1)) as single:
+        run(model, input_ids=tokens(1, 1))
+    alone = single.records.load_balance()
+    assert alone["max_over_mean"].tolist() == [64.0] * 3 and alone["entropy"].tolist() == [0.0] * 3
+    assert alone["unused"].tolist() == [63] * 3
+    single.reset_stats()
+    assert single.records.load_balance()["max_over_mean"].isna().all()
+
+
+def test_records_can_be_pickled():
+    model = tiny_olmoe()
+    with BHRoutingIntegration(model) as bh:
+        run(model, input_ids=tokens(1, 5))
+    loaded = pickle.loads(pickle.dumps(bh.records))
+    assert loaded.to_frame().equals(bh.records.to_frame()) and dict(loaded.stats()) == dict(bh.get_routing_stats())
+    run_again(model, Replay(loaded), tokens(1, 5))
+
+
+def test_own_caches_are_followed():
+    """Two conversations in turn, each with a cache that its first pass made."""
+    model = tiny_olmoe()
+    with BHRoutingIntegration(model) as bh:
+        one, two = run(model, input_ids=tokens(1, 4)), run(model, input_ids=tokens(1, 3, seed=1))
+        run(model, input_ids=torch.tensor([[9]]), past_key_values=one.past_key_values)
+        run(model, input_ids=torch.tensor([[8, 7]]), past_key_values=two.past_key_values)
+    frame = bh.records.to_frame().query("layer == 0").sort_values(["sequence", "position"])
+    assert frame["sequence"].tolist() == [0] * 5 + [1] * 5
+    assert frame["position"].tolist() == [0, 1, 2, 3, 4] * 2
+    assert frame["token_id"].tolist()[4] == 9 and frame["token_id"].tolist()[-2:] == [8, 7]
+    # A decoding step reads one token; more at once are a prompt that goes on.
+    assert frame["generated"].tolist() == [False] * 4 + [True] + [False] * 5
+
+
+def test_tokens_that_cannot_be_aligned_are_an_error():
+    model = tiny_olmoe()
+
+    def halve(module, args):
+        return (args[0][:, ::2],)
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(halve)
+    message = "layer 1 routed 3 tokens in a forward pass of 6"
+    with BHRoutingIntegration(model), pytest.raises(RuntimeError, match=message):
+        run(model, input_ids=tokens(1, 6))
+    handle.remove()
+
+
+# -- record and replay ------------------------------------------------------------------------------------------
+
+
+def run_again(model, rule, ids, **arguments):
+    with RoutingPatch(model, rule, **arguments):
+        return run(model, input_ids=ids).logits
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["model", "recorded"])
+def test_replay_reproduces_the_logits(implementation, dtype, weights):
+    model = tiny_olmoe().to(dtype)
+    model.set_experts_implementation(implementation)
+    ids = tokens(2, 9)
+    plain = run(model, input_ids=ids).logits
+    with BHRoutingIntegration(model, alpha=0.2, max_k=12) as bh:
+        routed = run(model, input_ids=ids).logits
+    replay = Replay(bh.records, weights=weights)
+    assert torch.equal(run_again(model, replay, ids), routed) and not torch.equal(routed, plain)
+    assert torch.equal(run_again(model, replay, ids), routed)  # a rule begins anew in each patch
+
+
+def test_replay_through_generate():
+    model = tiny_olmoe()
+    with BHRoutingIntegration(model, alpha=0.2) as bh:
+        text = model.generate(tokens(2, 5), max_new_tokens=5, do_sample=False)
+    with RoutingPatch(model, Replay(bh.records)) as again:
+        assert torch.equal(model.generate(tokens(2, 5), max_new_tokens=5, do_sample=False), text)
+    assert again.records.to_frame().equals(bh.records.to_frame())
+
+
+def test_replay_imposes_the_routing_of_another_model():
+    """The experts are the recorded ones; the weights are of the moment, or recorded as well."""
+    model, other = tiny_olmoe(seed=1), tiny_olmoe(seed=2)
+    ids = tokens(1, 9)
+    with BHRoutingIntegration(model, alpha=0.2) as bh:
+        run(model, input_ids=ids)
+    frame = bh.records.to_frame()
+    for weights, same in (("model", False), ("recorded", True)):
+        with RoutingPatch(other, Replay(bh.records, weights=weights)) as replayed:
+            run(other, input_ids=ids)
+        found = replayed.records.to_frame()
+        assert found["experts"].equals(frame["experts"]) and found["weights"].equals(frame["weights"]) == same
+
+
+def test_replay_refuses_what_does_not_fit():
+    model = tiny_olmoe()
+    ids = tokens(1, 6)
+    with BHRoutingIntegration(model) as bh:
+        run(model, input_ids=ids)
+    replay = Replay(bh.records)
+    with pytest.raises(ValueError, match="routed 6 tokens, and now there are 5"):
+        run_again(model, replay, ids[:, :5])
+    with RoutingPatch(model, replay), pytest.raises(RuntimeError, match="holds 1 forward passes, and MoE layer 0"):
+        run(model, input_ids=ids)
+        run(model, input_ids=ids)
+    with pytest.raises(ValueError, match="of 3 MoE layers cannot be replayed on 2"):
+        RoutingPatch(tiny_olmoe(num_hidden_layers=2), replay)
+    with pytest.raises(ValueError, match="of 64 experts cannot be replayed on 32"):
+        RoutingPatch(tiny_olmoe(num_experts=32), replay)
+    with pytest.raises(ValueError, match="weights must be 'model' or 'recorded', got 'mine'"):
+        Replay(bh.records, weights="mine")
+    with BHRoutingIntegration(model, max_recorded_tokens=3) as cut:
+        run(model, input_ids=ids)
+    with pytest.raises(ValueError, match="cut short by max_recorded_tokens=3"):
+        Replay(cut.records)
+    cut.reset_stats()
+    with pytest.raises(ValueError, match="recording is empty"):
+        Replay(cut.records)
+
+
+# -- rules of one's own -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MinP(PrefixRule):
+    """The example of `Rule`'s docstring."""
+
+    ratio: float = 0.2
+
+    def count(self, top, scores, layer):
+        return (top >= self.ratio * top[:, :1]).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class Worst(Rule):
+    """The two worst experts, in even layers only: not a prefix of the ranking, and it knows its layer."""
+
+    def select(self, router_logits, scores, layer):
+        order = scores.argsort(dim=-1)[:, : self.max_k]
+        return order, torch.full(scores.shape[:1], 2 if layer % 2 == 0 else self.min_k)
+
+
+def test_a_rule_of_ones_own():
+    model = tiny_olmoe()
+    with RoutingPatch(model, MinP(ratio=0.5, max_k=64)) as patch:
+        assert "MinP(min_k=1, max_k=64, ratio=0.5)" in repr(patch)
+        run(model, input_ids=tokens(2, 9))
+    for row in patch.records.to_frame().itertuples():
+        assert row.count >= 1 and min(row.weights) >= 0.5 * max(row.weights) * (1 - 1e-6)
+    with RoutingPatch(model, Worst(min_k=0)) as patch:
+        run(model, input_ids=tokens(2, 9))
+    assert patch.get_routing_stats()["mean_experts_per_layer"] == [2.0, 0.0, 2.0]
+
+
+def test_a_rule_that_is_not_finished_says_what_is_missing():
+    with pytest.raises(NotImplementedError, match="Rule has to define select"):
+        run_again(tiny_olmoe(), Rule(), tokens(1, 3))

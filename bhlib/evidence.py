@@ -1,0 +1,319 @@
+"""Do the p-values keep their promise, and does it matter? Measurements behind the figures, as tidy tables.
+
+`uniformity` and `level_curve` ask the first question of a null on text that it was not fitted on,
+`normal_scores_correlation` says how dependent the experts of a token are, and `compare_at_equal_cost` asks the second:
+what a rule's loss is, against that of static top-k with the same number of experts.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import ndtri
+from scipy.stats import binom, rankdata
+from torch import Tensor, nn
+
+from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, alpha_for_mean_experts, fit_null
+from bhlib.evaluation import bootstrap_mean, sweep
+from bhlib.pvalues import STATISTICS, DirichletNull, PValueMaker, TokenGaussian
+from bhlib.rules import BH, Rule, TopK
+
+#: Where distribution functions are compared: evenly, and by factors of 1.2 in the lower tail.
+LEVELS = np.unique(np.concatenate([np.arange(1, 4097) / 4096, 10 ** np.linspace(-4, -2, 27)]))
+
+
+
+# -- are the p-values uniform? -------------------------------------------------------------------------------
+
+
+def candidate_nulls(router_logits: Tensor, model_name: str, exclude_top: int = 8) -> dict[str, PValueMaker]:
+    """The nulls that are compared, by label: those without calibration, and both fitted ones on every statistic.
+
+    Parameters
+    ----------
+    router_logits : Tensor [layers, tokens, experts]
+        To fit on (`bhlib.calibration.collect_router_logits`). Of the 50 or so values of a token at most two are used,
+        or four where each expert has a null of its own, so that a sample is not mostly of a few tokens.
+    """
+    makers = {
+        "Dirichlet": DirichletNull(),
+        "Gaussian, trimmed": TokenGaussian(exclude_top, "trimmed"),
+        "Gaussian, truncated": TokenGaussian(exclude_top, "truncated"),
+    }
+    _, num_tokens, num_experts = router_logits.shape
+    sizes = min(VALUES_PER_LAYER, 2 * num_tokens), min(VALUES_PER_EXPERT, 4 * num_tokens // num_experts)
+    settings = {"model_name": model_name, "exclude_top": exclude_top}
+    for null in ("kde", "conformal"):
+        name = {"kde": "KDE", "conformal": "conformal"}[null]
+        for statistic in STATISTICS:
+            makers[f"{name}, {statistic}"] = fit_null(
+                router_logits, null=null, statistic=statistic, max_values=sizes[0], **settings
+            )
+        makers[f"{name}, standardized, per expert"] = fit_null(
+            router_logits, null=null, statistic="standardized", per_expert=True, max_values=sizes[1], **settings
+        )
+    return makers
+
+
+def uniformity(
+    pvalues: PValueMaker,
+    router_logits: Tensor,
+    *,
+    sequence_length: int,
+    exclude_top: int = 8,
+    resamples: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How far the p-values of a token's null experts are from uniform, layer by layer.
+
+    The null experts of a token are those outside its `exclude_top` largest logits: the ones that the model does not
+    select, which is what nulls are fitted on. For a null hypothesis about the token as a whole (`DirichletNull`, the
+    truncated `TokenGaussian`) these are not a random part of its experts, and their p-values are compared with what
+    they should then be (`lower_order_cdf`).
+
+    Parameters
+    ----------
+    pvalues : PValueMaker
+    router_logits : Tensor [layers, tokens, experts]
+        Of text that `pvalues` was not fitted on, sequence by sequence.
+    sequence_length : int
+        Tokens per sequence. Sequences are the independent units: intervals are bootstrapped over them.
+    exclude_top : int
+    resamples : int
+    seed : int
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per layer: ``ks``, the Kolmogorov-Smirnov distance (at `LEVELS`, so up to 1/4096 too small), with a 95 %
+        percentile interval ``ks_low``, ``ks_high``; ``tail_01`` and ``tail_001``, P(p <= a)/a at a = 0.01 and 0.001,
+        which should be 1, and below 1 is cautious; ``inflation``, the variance of a token's mean p-value over that of
+        independent uniform ones, which should be 1; ``values``, ``tokens``, ``sequences``.
+    """
+    weights = _bootstrap_weights(router_logits, sequence_length, resamples, seed)
+    rows = []
+    for layer, logits in enumerate(router_logits):
+        pvals = _null_pvalues(pvalues, logits, layer, exclude_top)
+        fractions = _fractions(pvals, sequence_length)
+        pooled = fractions.mean(axis=0)
+        low, high = np.quantile(np.abs(weights @ fractions - LEVELS).max(axis=1), [0.025, 0.975])
+        at = np.searchsorted(LEVELS, [0.01, 0.001])
+        rows.append(
+            {
+                "layer": layer,
+                "ks": np.abs(pooled - LEVELS).max(),
+                "ks_low": low,
+                "ks_high": high,
+                "tail_01": pooled[at[0]] / LEVELS[at[0]],
+                "tail_001": pooled[at[1]] / LEVELS[at[1]],
+                "inflation": 12 * pvals.shape[1] * pvals.mean(axis=1, dtype=np.float64).var(),
+                "values": pvals.size,
+                "tokens": len(pvals),
+                "sequences": len(fractions),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def level_curve(
+    pvalues: PValueMaker,
+    router_logits: Tensor,
+    *,
+    sequence_length: int,
+    exclude_top: int = 8,
+    resamples: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Fraction of null p-values up to a level, all layers together; parameters as for `uniformity`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per level, ``level``, ``fraction``, and its 95 % percentile interval ``low``, ``high``. Levels are
+        multiples of 1/32, and from 1e-4 to 1e-2 steps of a factor of 1.2.
+    """
+    weights = _bootstrap_weights(router_logits, sequence_length, resamples, seed)
+    layers = [
+        _fractions(_null_pvalues(pvalues, logits, layer, exclude_top), sequence_length)
+        for layer, logits in enumerate(router_logits)
+    ]
+    fractions = np.mean(layers, axis=0)  # a sequence is one unit: its layers are not independent
+    low, high = np.quantile(weights @ fractions, [0.025, 0.975], axis=0)
+    curve = pd.DataFrame({"level": LEVELS, "fraction": fractions.mean(axis=0), "low": low, "high": high})
+    return curve[(LEVELS <= 0.0101) & (LEVELS * 4096 % 1 > 0) | (LEVELS * 32 % 1 == 0)].reset_index(drop=True)
+
+
+def lower_order_cdf(levels: np.ndarray, num_tests: int, exclude_top: int) -> np.ndarray:
+    """P(p <= level) for a p-value chosen at random among those above the `exclude_top` smallest of `num_tests`.
+
+    If ``B`` of the ``N`` independent uniform p-values are at most the level, ``max(B - k, 0)`` of the ``N - k`` are:
+    the expectation over the binomial ``B``.
+    """
+    surplus = np.arange(1, num_tests - exclude_top + 1)
+    chances = binom.pmf(exclude_top + surplus, num_tests, np.asarray(levels)[..., None])
+    return (chances * surplus).sum(axis=-1) / len(surplus)
+
+
+def _null_pvalues(pvalues: PValueMaker, logits: Tensor, layer: int, exclude_top: int) -> np.ndarray:
+    """P-values [tokens, experts - exclude_top] of the null experts, uniform if all is well."""
+    pvals = pvalues(logits, layer)
+    is_null = torch.ones_like(pvals, dtype=torch.bool).scatter_(-1, logits.topk(exclude_top).indices, False)
+    null = pvals[is_null].view(len(pvals), -1).numpy()
+    if isinstance(pvalues, DirichletNull) or getattr(pvalues, "estimator", "") == "truncated":
+        expected = lower_order_cdf(LEVELS, pvals.shape[-1], exclude_top)
+        null = np.interp(null, np.append(0, LEVELS), np.append(0, expected)).astype(np.float32)
+    return null
+
+
+def _fractions(pvals: np.ndarray, sequence_length: int) -> np.ndarray:
+    """[sequences, levels]: the fraction of a sequence's p-values up to each level."""
+    ordered = np.sort(pvals.reshape(-1, sequence_length * pvals.shape[1]), axis=-1)
+    levels = LEVELS.astype(ordered.dtype)
+    return np.stack([row.searchsorted(levels, side="right") for row in ordered]) / ordered.shape[1]
+
+
+def _bootstrap_weights(router_logits: Tensor, sequence_length: int, resamples: int, seed: int) -> np.ndarray:
+    """[resamples, sequences]: how much each sequence counts in each resample."""
+    num_tokens = router_logits.shape[1]
+    if num_tokens % sequence_length:
+        raise ValueError(
+            f"router_logits holds {num_tokens} tokens, which is no multiple of sequence_length={sequence_length}"
+        )
+    num_sequences = num_tokens // sequence_length
+    draws = np.random.default_rng(seed).multinomial(num_sequences, np.full(num_sequences, 1 / num_sequences), resamples)
+    return draws / num_sequences
+
+
+# -- how dependent are the experts of a token? ---------------------------------------------------------------
+
+
+def normal_scores_correlation(values: Tensor) -> np.ndarray:
+    """Correlation between experts after each expert's values are mapped to normal quantiles by their ranks.
+
+    The correlation matrix of a Gaussian copula fitted to the values: scores that are each exactly standard normal, and
+    as dependent as the experts are. That is what `bhlib.simulations.simulate_fdr` takes.
+
+    Parameters
+    ----------
+    values : Tensor [tokens, experts]
+        Some statistic of the logits.
+
+    Returns
+    -------
+    array [experts, experts], float64
+        Symmetric, unit diagonal, no negative eigenvalue.
+    """
+    ranks = rankdata(values.numpy(), axis=0)
+    return np.corrcoef(ndtri((ranks - 0.5) / len(ranks)), rowvar=False)
+
+
+def strongest_dependence(router_logits: Tensor, statistic: str, exclude_top: int = 8) -> tuple[int, np.ndarray]:
+    """The layer whose experts depend most on each other (largest mean squared correlation), and their correlation.
+
+    Parameters
+    ----------
+    router_logits : Tensor [layers, tokens, experts]
+    statistic : str
+        A name in `bhlib.pvalues.STATISTICS`.
+    """
+    matrices = [normal_scores_correlation(STATISTICS[statistic](logits, exclude_top)) for logits in router_logits]
+    layer = int(np.argmax([np.square(matrix).mean() for matrix in matrices]))
+    return layer, matrices[layer]
+
+
+# -- does it matter? -----------------------------------------------------------------------------------------
+
+
+def compare_at_equal_cost(
+    model: nn.Module,
+    makers: Mapping[str, PValueMaker],
+    calibration_logits: Tensor,
+    data: Mapping[str, Tensor],
+    *,
+    mean_experts: tuple[float, ...] = (4.0, 5.0, 6.0),
+    static_k: tuple[int, ...] = (3, 4, 5, 6, 7, 8),
+    **sweep_options,
+) -> pd.DataFrame:
+    """Loss of BH with different p-values, each at the levels that give so many experts, against static top-k.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Unpatched model.
+    makers : mapping of str to PValueMaker
+    calibration_logits : Tensor [layers, tokens, experts]
+        On which alpha is chosen (`alpha_for_mean_experts`). The number of experts on `data` is somewhat different.
+    data : mapping of str to Tensor [sequences, length]
+        Token ids by domain, not the text that `calibration_logits` come from.
+    mean_experts : tuple of float
+    static_k : tuple of int
+        Static rules, in increasing order; their loss is interpolated linearly between these, NaN outside of them.
+    **sweep_options
+        For `bhlib.evaluation.sweep`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per maker and number: ``pvalues``, ``wanted_k``, ``alpha``, ``mean_k``, ``loss`` (nats per token),
+        ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with a 95 % bootstrap interval
+        ``low``, ``high`` over the sequences, paired; ``sequences``, ``tokens``.
+    """
+    settings = {
+        (name, k): alpha_for_mean_experts(maker, calibration_logits, k)
+        for name, maker in makers.items()
+        for k in mean_experts
+    }
+    rules = {f"top-{k}": TopK(k) for k in static_k}
+    rules |= {f"{name}, {k:g}": BH(alpha, makers[name]) for (name, k), alpha in settings.items()}
+    frame = sweep(model, rules, data, **sweep_options)
+    losses = frame.pivot(index=["domain", "sequence"], columns="rule", values="loss")
+    static = losses[[f"top-{k}" for k in static_k]].to_numpy()
+    rows = []
+    for (name, k), alpha in settings.items():
+        part = frame[frame["rule"] == f"{name}, {k:g}"]
+        mean_k = part["mean_k"].mean()
+        baseline = np.array([np.interp(mean_k, static_k, row, left=np.nan, right=np.nan) for row in static])
+        difference = losses[f"{name}, {k:g}"].to_numpy() - baseline
+        low, high = bootstrap_mean(difference)
+        rows.append(
+            {
+                "pvalues": name,
+                "wanted_k": k,
+                "alpha": alpha,
+                "mean_k": mean_k,
+                "loss": part["loss"].mean(),
+                "static_loss": baseline.mean(),
+                "difference": difference.mean(),
+                "low": low,
+                "high": high,
+                "sequences": len(part),
+                "tokens": int(part["tokens"].sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def kept_mass(rule: Rule, router_logits: Tensor, top_k: int = 8) -> dict[str, float]:
+    """How much of the weight of the model's own experts a rule keeps.
+
+    Parameters
+    ----------
+    rule : Rule
+    router_logits : Tensor [layers, tokens, experts]
+    top_k : int
+        Experts per token of the model itself.
+
+    Returns
+    -------
+    dict
+        ``mean`` and ``worst_5_percent`` (the 5 % quantile), over all pairs of a token and a layer, of the probability
+        that falls to the rule's experts over the probability that falls to the `top_k` largest.
+    """
+    own = TopK(top_k)
+    kept = [
+        rule(logits, layer).weights.sum(dim=-1) / own(logits).weights.sum(dim=-1)
+        for layer, logits in enumerate(router_logits)
+    ]
+    kept = torch.cat(kept).double().numpy()
+    return {"mean": float(kept.mean()), "worst_5_percent": float(np.quantile(kept, 0.05))}

@@ -1,0 +1,46 @@
+"""Triton kernels for CUDA devices: routing in one launch, and the experts over the selected pairs alone.
+
+    from bhlib import kernels
+    if kernels.available():
+        from bhlib.kernels.routing import bh_route  # logits -> weights, experts, counts
+        from bhlib.kernels.forward import experts_forward  # the experts' forward pass over the filled slots
+
+Everything here has a twin in plain torch that says what is computed (`bhlib.rules.BH`, `bhlib.experts`), and is
+tested against it. Shapes depend on the number of tokens and slots alone, never on how many slots are filled, and
+nothing waits for the device: hence CUDA graphs and ``torch.compile`` hold while the counts change from token to token.
+Nothing is added up by atomic operations, so the same inputs give the same bits.
+
+Importing this package is free; its modules import Triton, which is there where torch was installed for CUDA on Linux.
+With ``TRITON_INTERPRET=1`` in the environment they run on the CPU, slowly: that is how they are tested without a GPU.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+__all__ = ["available", "installed", "interpreted"]
+
+#: What the kernels are compiled for: bfloat16 products came with Ampere.
+OLDEST_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, in its interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available() -> bool:
+    """Whether the kernels can run here: Triton is there, with CUDA devices that are new enough or its interpreter."""
+    if not installed():
+        return False
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    fits = [torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY for device in devices]
+    return interpreted() or (bool(fits) and all(fits))

@@ -1,0 +1,94 @@
+"""The experts' forward pass by kernels: which modules they can compute, and which kernel suits a shape."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import moe
+
+from bhlib.kernels import interpreted
+from bhlib.kernels.grouped import grouped_forward
+from bhlib.kernels.vector import vector_forward
+
+#: Up to so many tokens an expert is read by each token that selected it.
+VECTOR_TOKENS = 1
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def module_fits(module: nn.Module) -> bool:
+    """Whether an experts module is of the kind that the kernels compute, wherever its weights are now.
+
+    That is: SiLU-gated experts without biases, whose weights lie in rows (OLMoE, Qwen3-MoE, Mixtral).
+    """
+    return (
+        module.has_gate
+        and not module.has_bias
+        and not module.is_transposed
+        and getattr(module, "is_concatenated", True)
+        and not getattr(module, "has_post_expert_norm", False)
+        and type(module)._apply_gate is moe._default_apply_gate
+        and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+        and module.num_experts <= 256
+        and all(
+            type(matrices) in (Tensor, nn.Parameter)  # no shards, no quantized weights
+            and matrices.is_contiguous()
+            and matrices.shape[2] % 8 == 0  # rows start at multiples of 16 bytes
+            for matrices in (module.gate_up_proj, module.down_proj)
+        )
+    )
+
+
+def inputs_fit(module: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether the kernels compute a module that fits on these inputs.
+
+    That is: in half precision on a CUDA device, with no gradient wanted, since the kernels have none. Asked in every
+    forward pass, so it asks nothing that ``torch.compile`` cannot see.
+    """
+    gate_up, down = module.gate_up_proj, module.down_proj
+    wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.requires_grad or down.requires_grad)
+    return (
+        (hidden_states.is_cuda or interpreted())
+        and hidden_states.dtype in DTYPES
+        and gate_up.dtype == down.dtype == hidden_states.dtype
+        and not wanted
+    )
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Forward of an experts module over its filled slots, with static shapes and without waiting for the device.
+
+    Parameters
+    ----------
+    module : nn.Module
+        An experts module for which `module_fits` and `inputs_fit` hold.
+    hidden_states : Tensor [tokens, hidden]
+    top_k_index : Tensor [tokens, slots], int64
+        Anything outside ``0..num_experts - 1`` marks an empty slot.
+    top_k_weights : Tensor [tokens, slots]
+
+    Returns
+    -------
+    Tensor [tokens, hidden], in the dtype of `hidden_states`.
+    """
+    # An operator costs more to call than the kernels take for one token: it is for the compiler, who needs one.
+    forward = _experts_operator if torch.compiler.is_compiling() else _experts
+    return forward(hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
+
+
+def _experts(
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    if top_k_index.numel() == 0:
+        return torch.zeros_like(hidden_states)
+    forward = vector_forward if len(hidden_states) <= VECTOR_TOKENS else grouped_forward
+    return forward(
+        hidden_states.contiguous(), gate_up_proj, down_proj, top_k_index.contiguous(), top_k_weights.contiguous()
+    )
+
+
+_experts_operator = torch.library.custom_op("bhlib::experts", _experts, mutates_args=())
+
+
+@_experts_operator.register_fake
+def _(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights):
+    return hidden_states.new_empty(hidden_states.shape)

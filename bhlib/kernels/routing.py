@@ -1,0 +1,247 @@
+"""Benjamini-Hochberg routing of a token in one launch: logits in, weights, experts and counts out.
+
+A program takes a few tokens. It sorts each token's logits once, as integers that carry the expert's index in their last
+byte; everything else is then a running look at the sorted row: the softmax, the statistic, and the step-up decision,
+which compares the k-th largest statistic with the k-th entry of a table made beforehand (`cut_table`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bhlib.pvalues import DirichletNull, FittedNull, PValueMaker, TokenGaussian
+
+MOST_EXPERTS = 256
+
+#: Statistics that the kernel computes, by the number that it knows them by.
+_STATISTICS = {"rest": 0, "log_prob": 1, "logit": 2, "centered": 3, "standardized": 4}
+
+
+def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> tuple[str, int, Tensor] | None:
+    """What the kernel compares with what, so that it decides as the critical statistics of a p-value maker do.
+
+    Parameters
+    ----------
+    pvalues : PValueMaker
+        A maker whose null is shared by all experts.
+    thresholds : Tensor [experts], float32
+        ``pvalues.critical_statistics(critical_values(...), layer)``.
+    num_experts : int
+
+    Returns
+    -------
+    statistic : str
+    exclude_top : int
+    cuts : Tensor [experts], float32
+        Rank k passes if its statistic is at least ``cuts[k - 1]``. For ``DirichletNull`` the statistic is minus the
+        probability of all other experts, which the kernel has without a logarithm.
+
+    None if the kernel does not know the statistic.
+    """
+    if not pvalues.shared or num_experts > MOST_EXPERTS:
+        return None
+    if isinstance(pvalues, DirichletNull):
+        # t = -(N - 1) log(rest)  <=>  -rest = -exp(-t / (N - 1))
+        return "rest", 0, -torch.exp(-thresholds.double() / (num_experts - 1)).float()
+    if isinstance(pvalues, TokenGaussian) and pvalues.estimator == "trimmed":
+        return "standardized", pvalues.exclude_top, thresholds
+    if isinstance(pvalues, FittedNull) and pvalues.statistic in _STATISTICS:
+        return pvalues.statistic, pvalues.exclude_top, thresholds
+    return None
+
+
+def bh_route(
+    router_logits: Tensor,
+    cuts: Tensor,
+    *,
+    statistic: str = "rest",
+    exclude_top: int = 0,
+    min_k: int = 1,
+    max_k: int = 8,
+    weighting: str = "softmax",
+    temperature: float = 1.0,
+    weights_dtype: torch.dtype = torch.float32,
+    empty: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route tokens by a step-up procedure.
+
+    Parameters
+    ----------
+    router_logits : Tensor [tokens, experts], any float dtype, on a CUDA device
+        At most 256 experts. Decisions are made in float32.
+    cuts : Tensor [experts], float32
+    statistic, exclude_top
+        See `cut_table`, which gives all three.
+    min_k, max_k : int
+        Bounds on the number of experts per token; `max_k` cuts after the procedure has looked at all experts.
+    weighting : str
+        One of `bhlib.rules.WEIGHTINGS`.
+    temperature : float
+        Divides the logits in the softmax of the weights.
+    weights_dtype : torch.dtype
+    empty : int
+        What stands in an empty slot.
+
+    Returns
+    -------
+    weights : Tensor [tokens, max_k]
+        0 in an empty slot.
+    experts : Tensor [tokens, max_k], int64
+        Largest logit first; of equal logits the lower index, where ``torch.topk`` leaves the order open.
+    counts : Tensor [tokens], int64
+    """
+    # See `bhlib.kernels.forward.experts_forward`.
+    route = _route_operator if torch.compiler.is_compiling() else _launch
+    return route(
+        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting != "softmax", temperature,
+        weights_dtype, empty,
+    )  # fmt: skip
+
+
+def _launch(
+    router_logits: Tensor,
+    cuts: Tensor,
+    statistic: int,
+    exclude_top: int,
+    min_k: int,
+    max_k: int,
+    normalize: bool,
+    temperature: float,
+    weights_dtype: torch.dtype,
+    empty: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = router_logits.shape
+    router_logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
+    weights, experts, counts = _outputs(router_logits, max_k, weights_dtype)
+    width = triton.next_power_of_2(num_experts)
+    rows, warps = _tokens_and_warps(num_tokens, width)
+    if num_tokens:
+        _route[(triton.cdiv(num_tokens, rows),)](
+            router_logits,
+            cuts,
+            weights,
+            experts,
+            counts,
+            num_tokens,
+            router_logits.stride(0),
+            temperature,
+            NUM_EXPERTS=num_experts,
+            WIDTH=width,
+            ROWS=rows,
+            MIN_K=min_k,
+            MAX_K=max_k,
+            EMPTY=empty,
+            STATISTIC=statistic,
+            EXCLUDE_TOP=exclude_top,
+            NORMALIZE=normalize,
+            TEMPERED=temperature != 1.0,
+            num_warps=warps,
+        )
+    return weights, experts, counts
+
+
+def _outputs(router_logits: Tensor, max_k: int, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the weights, the experts and the counts."""
+    num_tokens = router_logits.shape[0]
+    return (
+        router_logits.new_empty(num_tokens, max_k, dtype=weights_dtype),
+        router_logits.new_empty(num_tokens, max_k, dtype=torch.int64),
+        router_logits.new_empty(num_tokens, dtype=torch.int64),
+    )
+
+
+_route_operator = torch.library.custom_op("bhlib::route", _launch, mutates_args=())
+
+
+@_route_operator.register_fake
+def _(
+    router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype, empty
+):  # fmt: skip
+    return _outputs(router_logits, max_k, weights_dtype)
+
+
+def _tokens_and_warps(num_tokens: int, width: int) -> tuple[int, int]:
+    """Tokens and warps of a program. Few tokens: one each, to spread them; many: as much as registers hold."""
+    return (1, 1) if num_tokens <= 1024 else (max(1, 256 // width), 1)
+
+
+@triton.jit
+def _route(
+    logits_ptr,
+    cuts_ptr,
+    weights_ptr,
+    experts_ptr,
+    counts_ptr,
+    num_tokens,
+    row_stride,
+    temperature,
+    NUM_EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    MIN_K: tl.constexpr,
+    MAX_K: tl.constexpr,
+    EMPTY: tl.constexpr,
+    STATISTIC: tl.constexpr,
+    EXCLUDE_TOP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TEMPERED: tl.constexpr,
+):
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    rank = tl.arange(0, WIDTH)[None, :]  # of a logit after sorting, and of an expert before
+    valid = rank < NUM_EXPERTS
+    inside = (token < num_tokens) & valid
+    logits = tl.load(logits_ptr + token.to(tl.int64) * row_stride + rank, mask=inside, other=float("-inf"))
+    logits = logits.to(tl.float32) + 0.0  # the sum turns -0 into +0, its equal
+
+    # As integers, floats are ordered like themselves once the magnitude bits of the negative ones are flipped.
+    bits = logits.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.sort((ordered.to(tl.int64) << 8) | (255 - rank), descending=True)
+    expert = 255 - (key & 255)
+    ordered = (key >> 8).to(tl.int32)
+    logits = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+    largest = tl.max(logits, axis=1)[:, None]
+    below = tl.where(valid, logits - largest, float("-inf"))
+    odds = tl.exp(below)  # of each expert against the largest one, whose odds are exactly 1
+    others = tl.sum(tl.where(rank == 0, 0.0, odds), axis=1)[:, None]
+    total = others + 1.0
+
+    if STATISTIC == 0:
+        # The probability of all others, with nothing to cancel: 1 - odds is exact where it matters.
+        value = -tl.where(rank == 0, others, others + (1.0 - odds)) / total
+    elif STATISTIC == 1:
+        value = below - tl.log(total)
+    elif STATISTIC == 2:
+        value = logits
+    else:
+        background = valid & (rank >= EXCLUDE_TOP)
+        pivot = tl.sum(tl.where(rank == EXCLUDE_TOP, logits, 0.0), axis=1)[:, None]
+        depth = tl.where(background, logits - pivot, 0.0)
+        size: tl.constexpr = NUM_EXPERTS - EXCLUDE_TOP
+        mean = tl.sum(depth, axis=1)[:, None] / size
+        value = logits - pivot - mean
+        if STATISTIC == 4:
+            squares = tl.where(background, (depth - mean) * (depth - mean), 0.0)
+            value /= tl.maximum(tl.sqrt(tl.sum(squares, axis=1)[:, None] / (size - 1)), 1e-30)
+
+    # Step-up: the largest k whose k-th largest statistic passes the k-th cut.
+    cut = tl.load(cuts_ptr + rank, mask=valid, other=float("inf"))
+    significant = tl.max(tl.where(valid & (value >= cut), rank + 1, 0), axis=1)
+    count = tl.minimum(tl.maximum(significant, MIN_K), MAX_K)
+    kept = rank < count[:, None]
+
+    if TEMPERED:
+        odds = tl.exp(below / temperature)
+        total = tl.sum(odds, axis=1)[:, None]
+    if NORMALIZE:
+        total = tl.sum(tl.where(kept, odds, 0.0), axis=1)[:, None]
+        total = tl.where(total == 0.0, 1.0, total)
+    weight = tl.where(kept, odds / total, 0.0)
+    slot = token.to(tl.int64) * MAX_K + rank
+    written = (token < num_tokens) & (rank < MAX_K)
+    tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=written)
+    tl.store(experts_ptr + slot, tl.where(kept, expert, EMPTY).to(tl.int64), mask=written)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tl.store(counts_ptr + row, count.to(tl.int64), mask=row < num_tokens)

@@ -1,0 +1,138 @@
+"""The experts of one or a few tokens: matrix times vector, each selected expert's weights read once.
+
+With one token every filled slot has an expert of its own, so there is nothing to sort and nothing to share: the first
+kernel takes a slot and some of the intermediate columns, the second some of the hidden columns and all slots in turn.
+For several tokens the same is right, but an expert that two of them selected is read twice.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class VectorPlan(NamedTuple):
+    """Rows of a matrix that a program takes, inner step and warps, for the gate-up and for the down product."""
+
+    gate_up_rows: int = 4
+    gate_up_inner: int = 2048
+    gate_up_warps: int = 2
+    down_rows: int = 4
+    down_inner: int = 1024
+    down_warps: int = 2
+
+
+def vector_forward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    plan: VectorPlan = VectorPlan(),  # noqa: B008 (immutable)
+) -> Tensor:
+    """Experts' forward over the filled slots of a few tokens; see `bhlib.kernels.grouped.grouped_forward`."""
+    num_tokens, hidden = hidden_states.shape
+    slots = top_k_index.shape[1]
+    num_experts, _, intermediate = down_proj.shape
+    activated = hidden_states.new_empty(num_tokens * slots, intermediate)
+    total = torch.empty_like(hidden_states)
+    _gate_up_vector[(triton.cdiv(intermediate, plan.gate_up_rows), num_tokens * slots)](
+        hidden_states,
+        gate_up_proj,
+        top_k_index,
+        activated,
+        HIDDEN=hidden,
+        INTERMEDIATE=intermediate,
+        NUM_EXPERTS=num_experts,
+        SLOTS=slots,
+        ROWS=plan.gate_up_rows,
+        INNER=min(plan.gate_up_inner, triton.next_power_of_2(hidden)),
+        num_warps=plan.gate_up_warps,
+    )
+    _down_vector[(triton.cdiv(hidden, plan.down_rows), num_tokens)](
+        activated,
+        down_proj,
+        top_k_index,
+        top_k_weights,
+        total,
+        HIDDEN=hidden,
+        INTERMEDIATE=intermediate,
+        NUM_EXPERTS=num_experts,
+        SLOTS=slots,
+        ROWS=plan.down_rows,
+        INNER=min(plan.down_inner, triton.next_power_of_2(intermediate)),
+        num_warps=plan.down_warps,
+    )
+    return total
+
+
+@triton.jit
+def _gate_up_vector(
+    hidden_ptr,
+    matrices_ptr,
+    index_ptr,
+    out_ptr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """``silu(gate @ x) * (up @ x)`` of one slot for some rows of gate and up."""
+    pair = tl.program_id(1)
+    expert = tl.load(index_ptr + pair).to(tl.int64)
+    if (expert < 0) | (expert >= NUM_EXPERTS):
+        return
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (row < INTERMEDIATE)[:, None]
+    gate_ptrs = matrices_ptr + (expert * 2 * INTERMEDIATE + row)[:, None] * HIDDEN
+    gate = tl.zeros([ROWS, INNER], tl.float32)
+    up = tl.zeros([ROWS, INNER], tl.float32)
+    for start in tl.static_range(0, HIDDEN, INNER):
+        inner = start + tl.arange(0, INNER)
+        mask = inside & (inner < HIDDEN)[None, :]
+        x = tl.load(hidden_ptr + (pair // SLOTS).to(tl.int64) * HIDDEN + inner, mask=inner < HIDDEN, other=0.0)
+        x = x.to(tl.float32)[None, :]
+        gate += x * tl.load(gate_ptrs + inner[None, :], mask=mask, other=0.0).to(tl.float32)
+        up += x * tl.load(gate_ptrs + INTERMEDIATE * HIDDEN + inner[None, :], mask=mask, other=0.0).to(tl.float32)
+    gates = tl.sum(gate, axis=1)
+    activated = gates * tl.sigmoid(gates) * tl.sum(up, axis=1)
+    out_ptrs = out_ptr + pair.to(tl.int64) * INTERMEDIATE + row
+    tl.store(out_ptrs, activated.to(out_ptr.dtype.element_ty), mask=row < INTERMEDIATE)
+
+
+@triton.jit
+def _down_vector(
+    activated_ptr,
+    matrices_ptr,
+    index_ptr,
+    weights_ptr,
+    out_ptr,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Sum over a token's filled slots of ``weight * (down @ activated)``, for some rows of down."""
+    token = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, INNER], tl.float32)
+    for slot in tl.static_range(SLOTS):
+        pair = token * SLOTS + slot
+        expert = tl.load(index_ptr + pair).to(tl.int64)
+        filled = (expert >= 0) & (expert < NUM_EXPERTS)
+        weight = tl.load(weights_ptr + pair).to(tl.float32)
+        for start in tl.static_range(0, INTERMEDIATE, INNER):
+            inner = start + tl.arange(0, INNER)
+            within = filled & (inner < INTERMEDIATE)
+            x = tl.load(activated_ptr + pair * INTERMEDIATE + inner, mask=within, other=0.0).to(tl.float32) * weight
+            matrix_ptrs = matrices_ptr + (expert * HIDDEN + row)[:, None] * INTERMEDIATE + inner[None, :]
+            matrix = tl.load(matrix_ptrs, mask=within[None, :] & (row < HIDDEN)[:, None], other=0.0)
+            total += x[None, :] * matrix.to(tl.float32)
+    out = tl.sum(total, axis=1)
+    tl.store(out_ptr + token * HIDDEN + row, out.to(out_ptr.dtype.element_ty), mask=row < HIDDEN)

@@ -1,0 +1,166 @@
+"""Evidence: the measurements find what was put there, and agree with scipy and with loops."""
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_olmoe, tokens
+from scipy import stats
+
+from bhlib.calibration import alpha_for_mean_experts, collect_router_logits, fit_null
+from bhlib.evaluation import evaluate
+from bhlib.evidence import (
+    candidate_nulls,
+    compare_at_equal_cost,
+    kept_mass,
+    level_curve,
+    lower_order_cdf,
+    normal_scores_correlation,
+    strongest_dependence,
+    uniformity,
+)
+from bhlib.pvalues import DirichletNull, TokenGaussian
+from bhlib.rules import BH, TopK
+
+
+def noise(layers, num_tokens, num_experts=64, seed=0):
+    return torch.randn(layers, num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def null():
+    """A null fitted on independent standard normal logits, all experts counted."""
+    return fit_null(noise(1, 4000), model_name="noise", null="conformal", statistic="logit", exclude_top=0)
+
+
+# -- uniformity ----------------------------------------------------------------------------------------------
+
+
+def test_true_nulls_are_uniform_and_independent(null):
+    row = uniformity(null, noise(1, 8000, seed=1), sequence_length=100, exclude_top=0).iloc[0]
+    assert row["ks"] < 0.01 and row["ks_low"] <= row["ks"] <= row["ks_high"]
+    assert row["tail_01"] == pytest.approx(1, abs=0.1) and row["tail_001"] == pytest.approx(1, abs=0.3)
+    assert row["inflation"] == pytest.approx(1, abs=0.1)
+    assert (row["values"], row["tokens"], row["sequences"]) == (8000 * 64, 8000, 80)
+
+
+def test_a_shift_is_measured(null):
+    """The largest gap between N(0, 1) and N(0.5, 1) is 2 Phi(0.25) - 1."""
+    row = uniformity(null, 0.5 + noise(1, 4000, seed=1), sequence_length=100, exclude_top=0).iloc[0]
+    assert row["ks"] == pytest.approx(2 * stats.norm.cdf(0.25) - 1, abs=0.01)
+    assert row["tail_01"] == pytest.approx(100 * stats.norm.sf(stats.norm.isf(0.01) - 0.5), rel=0.1)
+
+
+def test_ks_is_that_of_scipy_and_experts_are_left_out(null):
+    logits = noise(1, 200, seed=2)
+    pvals = null(logits[0]).numpy()
+    kept = [row[np.argsort(x)[: 64 - 8]] for row, x in zip(pvals, logits[0].numpy(), strict=True)]
+    exact = stats.kstest(np.concatenate(kept), "uniform").statistic
+    found = uniformity(null, logits, sequence_length=20, exclude_top=8).iloc[0]
+    assert exact - 1 / 4096 <= found["ks"] <= exact + 1e-6
+    means = np.array(kept).mean(axis=1)
+    assert found["inflation"] == pytest.approx(means.var() * 12 * 56, rel=1e-3)
+
+
+def test_what_tokens_share_inflates_the_variance_of_their_means(null):
+    shared = noise(1, 4000, num_experts=1, seed=3)
+    logits = (noise(1, 4000, seed=4) + shared) / 2**0.5  # still standard normal, each on its own
+    row = uniformity(null, logits, sequence_length=100, exclude_top=0).iloc[0]
+    # Normal scores with correlation 1/2 have p-values with correlation (6/pi) arcsin(1/4).
+    correlation = 6 / np.pi * np.arcsin(0.25)
+    assert row["inflation"] == pytest.approx(1 + 63 * correlation, rel=0.1)
+    assert row["ks"] < 0.05
+
+
+def test_level_curve_is_the_distribution_function(null):
+    logits = 0.3 + noise(2, 400, seed=5)
+    two_layers = fit_null(noise(2, 1000), model_name="noise", null="conformal", statistic="logit", exclude_top=0)
+    curve = level_curve(two_layers, logits, sequence_length=20, exclude_top=0)
+    pvals = torch.stack([two_layers(layer, i) for i, layer in enumerate(logits)]).flatten().numpy()
+    for row in curve.itertuples():
+        assert row.fraction == pytest.approx((pvals <= np.float32(row.level)).mean(), abs=1e-9)
+        assert row.low <= row.high
+    assert curve["level"].is_monotonic_increasing and curve["level"].iloc[-1] == 1 and curve["level"].iloc[0] < 1.01e-4
+
+
+@pytest.mark.parametrize("maker", [DirichletNull(), TokenGaussian(estimator="truncated")], ids=lambda m: m.name)
+def test_nulls_about_whole_tokens_are_compared_with_what_the_lower_experts_should_show(maker):
+    """Under its own hypothesis such a null is nearly uniform, although the selected experts are left out."""
+    logits = noise(1, 4000)
+    if isinstance(maker, DirichletNull):  # exponential variables, divided by their sum, divide one at random
+        logits = torch.special.ndtr(-logits).log().neg().log()
+    row = uniformity(maker, logits, sequence_length=100).iloc[0]
+    assert row["ks"] < 0.015, "the tests of a token are not quite independent, so it is not 0"
+
+
+def test_lower_order_cdf_is_that_of_a_simulation():
+    ordered = np.sort(np.random.default_rng(0).random((20_000, 16)), axis=1)[:, 5:]
+    levels = np.array([0.05, 0.2, 0.4, 0.7, 1.0])
+    simulated = (ordered[..., None] <= levels).mean(axis=(0, 1))
+    np.testing.assert_allclose(lower_order_cdf(levels, 16, 5), simulated, atol=0.005)
+    np.testing.assert_allclose(lower_order_cdf(levels, 16, 0), levels)
+
+
+def test_tokens_must_fill_sequences(null):
+    with pytest.raises(ValueError, match="150 tokens, which is no multiple of sequence_length=100"):
+        uniformity(null, noise(1, 150), sequence_length=100)
+
+
+def test_candidates_cover_every_statistic_and_take_few_values_of_a_token():
+    makers = candidate_nulls(noise(2, 640), "noise")
+    assert len(makers) == 13 and all(name in makers for name in ("Dirichlet", "KDE, logit", "conformal, centered"))
+    assert makers["KDE, log_prob"].header["sample_sizes"] == [1280, 1280]
+    assert makers["conformal, standardized, per expert"].header["sample_sizes"] == [[40] * 64] * 2
+
+
+# -- dependence ----------------------------------------------------------------------------------------------
+
+
+def test_normal_scores_recover_the_correlation_of_a_copula():
+    mixed = noise(1, 20_000, num_experts=3)[0]
+    mixed[:, 1] = 0.8 * mixed[:, 0] + 0.6 * mixed[:, 1]
+    correlation = normal_scores_correlation(mixed)
+    np.testing.assert_allclose(correlation, [[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]], atol=0.02)
+    np.testing.assert_allclose(normal_scores_correlation(mixed.double().exp()), correlation, atol=1e-6)
+    assert np.linalg.eigvalsh(correlation).min() > 0
+
+
+def test_the_most_dependent_layer_is_found():
+    logits = noise(3, 2000, num_experts=16)
+    logits[1] += 2 * noise(1, 2000, num_experts=1, seed=1)[0]
+    layer, correlation = strongest_dependence(logits, "logit", exclude_top=2)
+    assert layer == 1 and correlation[0, 1] == pytest.approx(0.8, abs=0.05)
+
+
+# -- does it matter? -----------------------------------------------------------------------------------------
+
+
+def test_equal_cost_comparison_by_hand():
+    model = tiny_olmoe()
+    data = {"a": tokens(4, 24), "b": tokens(3, 24, seed=1)}
+    logits = collect_router_logits(model, tokens(6, 24, seed=2), progress=False)
+    maker = TokenGaussian()
+    table = compare_at_equal_cost(model, {"gaussian": maker}, logits, data, mean_experts=(3.5,), static_k=(2, 3, 4, 5))
+    row = table.iloc[0]
+    assert row["alpha"] == alpha_for_mean_experts(maker, logits, 3.5)
+    frame = evaluate(model, data, BH(row["alpha"], maker))
+    assert row["loss"] == pytest.approx(frame["loss"].mean()) and row["mean_k"] == pytest.approx(frame["mean_k"].mean())
+    assert 3 < row["mean_k"] < 4, "the next lines interpolate between 3 and 4"
+    three, four = (evaluate(model, data, TopK(k))["loss"] for k in (3, 4))
+    between = three + (row["mean_k"] - 3) * (four - three)
+    assert row["static_loss"] == pytest.approx(between.mean(), rel=1e-6)
+    assert row["difference"] == pytest.approx((frame["loss"] - between).mean(), abs=1e-6)
+    assert row["low"] <= row["difference"] <= row["high"] and (row["sequences"], row["tokens"]) == (7, 7 * 23)
+    outside = compare_at_equal_cost(model, {"g": maker}, logits, data, mean_experts=(3.5,), static_k=(5, 6)).iloc[0]
+    assert np.isnan(outside["static_loss"]) and np.isnan(outside["difference"])
+
+
+def test_kept_mass_by_hand():
+    logits = noise(2, 50)
+    kept = []
+    for row in logits.flatten(0, 1):
+        probabilities = torch.softmax(row, dim=-1).sort(descending=True).values
+        kept.append((probabilities[:3].sum() / probabilities[:8].sum()).item())
+    found = kept_mass(TopK(3), logits)
+    assert found["mean"] == pytest.approx(np.mean(kept), rel=1e-5)
+    assert found["worst_5_percent"] == pytest.approx(np.quantile(kept, 0.05), rel=1e-5)
+    assert kept_mass(TopK(8), logits) == {"mean": pytest.approx(1), "worst_5_percent": pytest.approx(1)}

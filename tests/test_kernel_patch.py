@@ -1,0 +1,71 @@
+"""A model that is patched with kernels: same outputs as without them, whole graphs for the compiler."""
+
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch for CUDA on Linux")
+
+from models import tiny_olmoe, tokens  # noqa: E402
+
+from bhlib import BHRoutingIntegration, RoutingPatch  # noqa: E402
+from bhlib.rules import TopK  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+@pytest.fixture(scope="module")
+def model():
+    changes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_experts": 8}
+    model = tiny_olmoe(num_experts_per_tok=3, **changes).to(DEVICE, torch.float16).requires_grad_(False)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=0.5)
+    return model
+
+
+def logits_of(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_kernels_change_rounding_only(model, length):
+    ids = tokens(1, length).to(DEVICE)
+    own = logits_of(model, ids)
+    with BHRoutingIntegration(model, alpha=0.5, max_k=4, kernels=False) as plain:
+        expected = logits_of(model, ids)
+    with BHRoutingIntegration(model, alpha=0.5, max_k=4, kernels=True) as bh:
+        got = logits_of(model, ids)
+        assert model.config._experts_implementation.startswith("bh_kernels_")
+    assert (bh.records.counts() == plain.records.counts()).all()
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
+    assert not torch.allclose(own, expected, rtol=1e-2, atol=1e-3), "nothing was routed"
+    assert torch.equal(logits_of(model, ids), own)
+
+
+def test_compiled_whole(model, monkeypatch):
+    monkeypatch.setattr("bhlib.patching.check_logits", lambda logits: None)  # reads values, on the CPU alone
+    ids = tokens(1, 4).to(DEVICE)
+    with BHRoutingIntegration(model, alpha=0.5, max_k=4, kernels=True, collect_stats=False):
+        expected = logits_of(model, ids)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(logits_of(compiled, ids), expected)
+
+
+def test_gradients_take_the_other_path(model):
+    layer = model.model.layers[0].mlp.experts
+    layer.down_proj.requires_grad_(True)
+    try:
+        with RoutingPatch(model, TopK(2), kernels=True):
+            logits_of(model, tokens(1, 3).to(DEVICE)).float().sum().backward()
+        assert layer.down_proj.grad.abs().sum() > 0
+    finally:
+        layer.down_proj.requires_grad_(False).grad = None
+
+
+def test_wrong_switch(model):
+    with pytest.raises(ValueError, match="kernels must be True, False or 'auto', got 'fast'"):
+        RoutingPatch(model, TopK(2), kernels="fast")

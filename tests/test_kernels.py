@@ -1,0 +1,211 @@
+"""Each kernel against its twin in plain torch: on a CUDA device, else in Triton's interpreter.
+
+    python -m pytest tests/test_kernels.py -m gpu        # with a CUDA device
+"""
+
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch for CUDA on Linux")
+
+from bhlib.kernels.grouped import PLANS, grouped_forward  # noqa: E402
+from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
+from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
+from bhlib.kernels.vector import vector_forward  # noqa: E402
+from bhlib.procedures import critical_values  # noqa: E402
+from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
+from bhlib.rules import BH  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if CUDA else (torch.float32, 1e-5)
+TOKENS = 64 if CUDA else 5
+
+
+# ------------------------------------------------------------------------------------------------------- routing
+
+
+def kernel_route(rule, logits, layer=None, **options):
+    """The kernel's routing with the decisions that a rule asks for."""
+    thresholds, _ = rule._critical_statistics(logits.shape[-1], layer, logits.device)
+    statistic, exclude_top, cuts = cut_table(rule.pvalues, thresholds, logits.shape[-1])
+    return bh_route(
+        logits, cuts, statistic=statistic, exclude_top=exclude_top, min_k=rule.min_k, max_k=rule.max_k, **options
+    )
+
+
+def clear_cut(rule, logits, margin=1e-4):
+    """Tokens whose statistics all keep away from the thresholds: there, rounding cannot change a decision."""
+    thresholds = rule.pvalues.critical_statistics(critical_values(logits.shape[-1], rule.alpha, rule.method).cpu(), 0)
+    statistics = rule.pvalues.statistic_of(logits).sort(dim=-1, descending=True).values.cpu()
+    return ((statistics - thresholds).abs() > margin * (1 + thresholds.abs())).all(dim=-1)
+
+
+def check_route(rule, logits, weighting="softmax", temperature=1.0):
+    """Same counts and experts as the rule wherever the decision is no matter of rounding, and weights within 1e-5."""
+    expected = rule(logits, 0, weighting=weighting, temperature=temperature)
+    weights, experts, counts = kernel_route(rule, logits, 0, weighting=weighting, temperature=temperature)
+    sure = clear_cut(rule, logits).to(logits.device)
+    assert sure.float().mean() > 0.9
+    assert torch.equal(counts[sure], expected.counts[sure])
+    assert torch.equal(experts[sure], expected.experts[sure])
+    torch.testing.assert_close(weights[sure], expected.weights[sure], rtol=1e-5, atol=1e-7)
+    return counts
+
+
+def spread_logits(num_tokens, num_experts, seed=0, scale=1.8, dtype=torch.float32):
+    """Random logits without ties."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(num_tokens, num_experts, generator=generator)
+    return logits.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize(("num_experts", "max_k"), [(8, 5), (60, 1), (64, 8), (256, 8)])
+def test_routes_as_the_rule(num_experts, max_k):
+    logits = spread_logits(TOKENS, num_experts, scale=3)
+    counts = check_route(BH(alpha=0.2, max_k=max_k), logits)
+    assert max_k == 1 or counts.unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("weighting", "temperature", "min_k"), [("softmax", 1.7, 2), ("normalized", 1.0, 0), ("softmax_selected", 1.7, 0)]
+)
+def test_weights_follow_the_model(weighting, temperature, min_k):
+    check_route(BH(alpha=0.05, min_k=min_k), spread_logits(TOKENS, 64, scale=1.2), weighting, temperature)
+
+
+@pytest.mark.parametrize("statistic", ["log_prob", "logit", "centered", "standardized"])
+def test_every_statistic(statistic):
+    logits = spread_logits(64, 64)
+    values, _ = null_values(logits.cpu(), statistic)
+    null = KDENull.fit([values.flatten().numpy()], model_name="noise", num_experts=64, statistic=statistic)
+    check_route(BH(alpha=0.5, pvalues=null), logits[:TOKENS])
+
+
+def test_gaussian_null():
+    check_route(BH(alpha=0.1, pvalues=TokenGaussian()), spread_logits(TOKENS, 64))
+    truncated = TokenGaussian(estimator="truncated")
+    assert cut_table(truncated, torch.zeros(64), 64) is None
+
+
+def test_equal_logits_go_by_index():
+    logits = torch.tensor([[-0.0, 3.0, 0.0, 3.0, -0.0, 3.0, -9.0, -9.0]], device=DEVICE)
+    _, experts, counts = kernel_route(BH(alpha=0.01, min_k=6, max_k=6), logits)
+    assert experts.tolist() == [[1, 3, 5, 0, 2, 4]] and counts.tolist() == [6]
+
+
+def test_half_precision_logits_and_empty_slots():
+    logits = spread_logits(TOKENS, 64, dtype=torch.float16)
+    rule = BH(alpha=0.05)
+    weights, experts, counts = kernel_route(rule, logits, weights_dtype=torch.float16, empty=64)
+    assert torch.equal((experts < 64).sum(-1), counts) and torch.equal(counts, rule(logits.float()).counts)
+    assert weights.dtype == torch.float16 and not weights[experts == 64].any()
+
+
+def test_no_tokens():
+    weights, experts, counts = kernel_route(BH(), spread_logits(0, 64))
+    assert weights.shape == experts.shape == (0, 8) and counts.shape == (0,)
+
+
+# ------------------------------------------------------------------------------------------------- pairs by expert
+
+
+def routed(num_tokens, slots, num_experts, load="random", seed=1):
+    """Indices and weights [tokens, slots]; an empty slot has the index ``num_experts`` or -1."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(num_tokens, num_experts, generator=generator)
+    if load == "few":  # most experts get nothing
+        order[:, slots + 1 :] = -1
+    index = order.argsort(dim=-1, descending=True)[:, :slots]
+    counts = torch.randint(0, slots + 1, (num_tokens, 1), generator=generator)
+    if load == "one":  # all tokens to one expert
+        index, counts = torch.full_like(index, 3), torch.ones_like(counts)
+    counts = {"none": counts * 0, "all": counts * 0 + slots}.get(load, counts)
+    vacant = torch.arange(slots) >= counts
+    index = torch.where(vacant, torch.where(torch.arange(num_tokens)[:, None] % 2 == 0, num_experts, -1), index)
+    weights = torch.rand(num_tokens, slots, generator=generator).masked_fill(vacant, 0.0)
+    return index.to(DEVICE), weights.to(DEVICE)
+
+
+LOADS = ["random", "few", "one", "none", "all"]
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "chunk"), [(3, 8, None), (40, 60, 64), (40, 60, 512)])
+def test_pairs_are_a_stable_sort(load, num_tokens, num_experts, chunk):
+    index, _ = routed(num_tokens, 7, num_experts, load)
+    tiles = tile_pairs(index, num_experts, 16, chunk)
+    flat = index.flatten().cpu()
+    filled = (flat >= 0) & (flat < num_experts)
+    expected = torch.where(filled, flat, num_experts).argsort(stable=True)[: int(filled.sum())]
+    assert tiles.pairs[: len(expected)].tolist() == expected.tolist()
+    assert len(tiles.expert) == most_tiles(index.numel(), num_experts, 16)
+    covered = []
+    for expert, first, last in zip(tiles.expert.tolist(), tiles.first.tolist(), tiles.last.tolist(), strict=True):
+        if expert < num_experts:
+            assert 0 < last - first <= 16
+            assert (flat[expected[first:last]] == expert).all()
+            covered += range(first, last)
+    assert covered == list(range(len(expected)))
+
+
+# ------------------------------------------------------------------------------------------------------- experts
+
+
+def by_expert(hidden, gate_up, down, index, weights):
+    """What the forward pass means: one expert after the other, in float32 or wider."""
+    hidden, gate_up, down, weights = (tensor.float() for tensor in (hidden, gate_up, down, weights))
+    out = torch.zeros_like(hidden)
+    for expert in range(len(down)):
+        token, slot = torch.nonzero(index == expert, as_tuple=True)
+        gate, up = (hidden[token] @ gate_up[expert].T).chunk(2, dim=-1)
+        rows = (torch.nn.functional.silu(gate) * up) @ down[expert].T
+        out.index_add_(0, token, rows * weights[token, slot, None])
+    return out
+
+
+def tensors(num_tokens, hidden, intermediate, num_experts, dtype):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shapes = (num_tokens, hidden), (num_experts, 2 * intermediate, hidden), (num_experts, hidden, intermediate)
+    scales = 1.0, hidden**-0.5, intermediate**-0.5
+    draws = [torch.randn(shape, generator=generator, device=DEVICE) for shape in shapes]
+    return [(scale * draw).to(dtype) for scale, draw in zip(scales, draws, strict=True)]
+
+
+def relative_error(got, expected):
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("forward", [vector_forward, grouped_forward])
+def test_experts_agree_with_a_loop(forward, load):
+    hidden, gate_up, down = tensors(6, 24, 16, 9, DTYPE)
+    index, weights = routed(6, 3, 9, load)
+    got = forward(hidden, gate_up, down, index, weights)
+    assert relative_error(got, by_expert(hidden, gate_up, down, index, weights)) < TOLERANCE
+
+
+@pytest.mark.parametrize("plan", [plan for _, plan in PLANS], ids=lambda plan: f"{plan.rows} rows")
+def test_every_plan(plan):
+    hidden, gate_up, down = tensors(40, 72, 24, 3, DTYPE)
+    index, weights = routed(40, 3, 3, "random")
+    got = grouped_forward(hidden, gate_up, down, index, weights, plan)
+    assert relative_error(got, by_expert(hidden, gate_up, down, index, weights)) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="OLMoE's size takes hours in the interpreter: needs a CUDA device")
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("num_tokens", [1, 8, 200, 2500])
+def test_full_size(num_tokens, load):
+    """OLMoE's shapes, in which every plan is used as it is meant; twice, for the same bits."""
+    hidden, gate_up, down = tensors(num_tokens, 2048, 1024, 64, DTYPE)
+    index, weights = routed(num_tokens, 8, 64, load)
+    forward = vector_forward if num_tokens == 1 else grouped_forward
+    got = forward(hidden, gate_up, down, index, weights)
+    assert relative_error(got, by_expert(hidden, gate_up, down, index, weights)) < TOLERANCE
+    assert torch.equal(got, forward(hidden, gate_up, down, index, weights))
