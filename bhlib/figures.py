@@ -447,7 +447,8 @@ def compute_null_calibration(demo: Demo) -> pd.DataFrame:
         if name in NULL_LOOKS:
             curve = evidence.level_curve(maker, demo.validation_logits, **settings)
             parts.append(curve.assign(kind="curve", null=name))
-    return pd.concat(parts, ignore_index=True)
+    whole = dict.fromkeys(["layer", "tokens", "sequences", "values", "calibration_tokens"], "Int64")
+    return pd.concat(parts, ignore_index=True).astype(whole)  # whole numbers, also where some are missing
 
 
 #: The nulls whose distributions are drawn, and how.
@@ -539,7 +540,7 @@ def compute_fdr_simulation(demo: Demo, repetitions: int = 10_000) -> pd.DataFram
         layer, correlation = evidence.strongest_dependence(demo.calibration_logits, statistic)
         part = simulate_fdr(dependence=label, correlation=correlation, repetitions=repetitions)
         parts.append(part.assign(layer=layer))
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True).astype({"layer": "Int64"})
 
 
 PROCEDURE_LOOKS = {

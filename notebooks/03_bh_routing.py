@@ -154,7 +154,7 @@ print(f"{row['mean_k']:.1f} experts: {row['difference']:+.2f} nats, 95 % interva
 # at equal cost, by the weight that they keep. What does BH's line add?
 #
 # *Answer.* With p-values of the probability a fixed cut *is* a threshold on the probability, which keeps the most weight
-# of all (Bonferroni's is such a cut, too). BH, whose threshold loosens with each expert found, keeps slightly less. What it
+# of all (Bonferroni's is such a cut, too). BH, whose threshold loosens with each expert found, keeps next to as much. What it
 # adds is not less loss but a meaning of $\alpha$: the cut is about each single expert, BH about the share of what is selected.
 
 # %%

@@ -8,10 +8,7 @@ import torch
 from models import tiny_olmoe
 from rows import count_rows
 
-from bhlib import load_demo, load_heldout
-from bhlib.benchmarks import bench_experts, format_experts
 from bhlib.experts import pairwise_forward, twin
-from bhlib.rules import TopK
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
@@ -88,17 +85,6 @@ def test_the_result_of_a_token_adds_up_in_float32():
     got = pairwise_forward("grouped_mm", module, hidden, index, weights.to(torch.bfloat16))
     error = (got.double() - expected).norm() / expected.norm()
     assert error < 5e-3
-
-
-@pytest.mark.timing
-def test_half_the_experts_take_at_most_two_thirds_of_the_time():
-    model, _ = load_demo()
-    ids = torch.cat(list(load_heldout("validation", length=512, max_sequences=1).values()))[:8]
-    assert ids.numel() == 4096
-    table = bench_experts(model, ids, {"top-8": TopK(8), "top-4": TopK(4), "top-2": TopK(2)}, repetitions=5)
-    ratio = table.set_index("rule")["experts_ratio"]
-    assert table["mean_k"].tolist() == [8, 8, 4, 2]
-    assert ratio["top-2"] < ratio["top-4"] <= 0.65 and ratio["top-8"] < 1.3, format_experts(table)
 
 
 def test_twin_names():
