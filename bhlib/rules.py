@@ -27,6 +27,9 @@ WEIGHTINGS = ("softmax", "normalized", "softmax_selected")
 #: Procedures whose decision compares the k-th smallest p-value with a constant: no p-values are needed then.
 _CONSTANT_CRITICAL_VALUES = ("bh", "by", "hochberg", "bonferroni", "fixed")
 
+#: Tokens whose float32 logits take a megabyte, for 64 experts.
+_CACHED_TOKENS = 4096
+
 
 class Routing(NamedTuple):
     """What a rule decided: one row per token, one column per slot.
@@ -421,7 +424,9 @@ class BH(Rule):
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         if self.pvalues.shared:
             order = torch.topk(scores, self.max_k, dim=-1).indices
-            counts = self._num_significant(router_logits, layer)
+            # On a CPU in pieces that stay in its cache: twice as fast.
+            size = _CACHED_TOKENS if router_logits.device.type == "cpu" else max(len(router_logits), 1)
+            counts = torch.cat([self._num_significant(piece, layer) for piece in router_logits.split(size)])
         else:
             pvals = self.pvalues(router_logits, layer)
             counts = reject(pvals, self.alpha, self.method, check=False).sum(dim=-1)

@@ -59,6 +59,8 @@ def install(version: str) -> Path:
     ]
     if missing:
         pip_install(folder, [f"{requirement.name}{requirement.specifier}" for requirement in missing])
+    if not any(found(folder, "httpx")) and not any(found(None, "httpx")):
+        pip_install(folder, ["httpx"], alone=False)  # imported, but declared only by older versions of huggingface_hub
     return folder
 
 
@@ -67,9 +69,9 @@ def found(folder: Path | None, name: str):
     return metadata.distributions(name=name, **({} if folder is None else {"path": [str(folder)]}))
 
 
-def pip_install(folder: Path, requirements: list[str]) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "--target", str(folder), *requirements], check=True)
+def pip_install(folder: Path, requirements: list[str], alone: bool = True) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*command, *["--no-deps"] * alone, "--target", str(folder), *requirements], check=True)
 
 
 def run(version: str) -> bool:
