@@ -58,7 +58,7 @@ def install(version: str) -> Path:
         and not any(one.version in requirement.specifier for one in found(None, requirement.name))
     ]
     if missing:
-        pip_install(folder, [f"{requirement.name}{requirement.specifier}" for requirement in missing])
+        pip_install(folder, [f"{requirement.name}{requirement.specifier}" for requirement in missing], alone=False)
     if not any(found(folder, "httpx")) and not any(found(None, "httpx")):
         pip_install(folder, ["httpx"], alone=False)  # imported, but declared only by older versions of huggingface_hub
     return folder
