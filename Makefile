@@ -15,7 +15,7 @@ CACHES += $(wildcard notebooks/.ipynb_checkpoints)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help figures test lab notebooks lint clean distclean
+.PHONY: help figures test kernels browser colab tasks lab notebooks lint clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,7 +26,21 @@ figures: $(VENV)/.installed ## route the held-out text and write every figure, w
 # Timing tests run first and alone; pytest's status 5 says that ARGS selected none of them.
 test: $(VENV)/.installed-dev ## run the whole suite, notebooks included
 	$(PY) -m pytest tests -m timing $(ARGS) || [ $$? -eq 5 ]
-	$(PY) -m pytest --nbval -m "not timing" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
+	$(PY) -m pytest --nbval -m "not timing and not browser" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
+
+# torch for CUDA brings its own Triton. Without a CUDA device the kernels run in Triton's interpreter.
+kernels: $(VENV)/.installed-dev ## test the Triton kernels, on the CPU too (installs Triton, 0.2 GB, where there is none)
+	$(PY) -c 'import triton' 2>&- || $(PY) -m pip install --disable-pip-version-check --editable '.[kernels]'
+	$(PY) -m pytest tests/test_kernels.py tests/test_kernel_patch.py $(ARGS)
+
+browser: $(VENV)/.installed-dev $(VENV)/.installed-browser ## run the notebooks in JupyterLab in chromium, and move the explorer's sliders
+	$(PY) -m pytest tests/test_browser.py --durations 10 $(ARGS)
+
+colab: $(VENV)/.installed-dev ## run the notebooks with Colab's versions, as in Colab (ARGS=01_bh_theory for one)
+	$(PY) tools/colab.py $(ARGS)
+
+tasks: $(VENV)/.installed-dev $(VENV)/.installed-tasks ## test the tasks for lm-evaluation-harness (installs it, 0.4 GB)
+	$(PY) -m pytest tests/test_tasks.py $(ARGS)
 
 lab: $(VENV)/.installed-lab ## open JupyterLab on the notebooks
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)

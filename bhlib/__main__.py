@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from bhlib import sweep_command
 from bhlib.loading import load_demo, load_heldout
 
 
@@ -14,6 +15,9 @@ def main(argv: list[str] | None = None) -> None:
     figures = commands.add_parser("figures", help="route the embedded model's held-out text and draw every figure")
     figures.add_argument("--folder", default="figures", help="where pictures and tables go (default: figures)")
     figures.add_argument("--only", action="append", metavar="NAME", help="draw this figure only; may be repeated")
+    how = figures.add_mutually_exclusive_group()
+    how.add_argument("--redraw", action="store_true", help="draw from the CSV tables in the folder, without the model")
+    how.add_argument("--check", action="store_true", help="recompute, write nothing, fail if a number has moved")
     bench = commands.add_parser("bench", help="measure speed on this machine")
     benches = bench.add_subparsers(dest="bench", required=True)
     routing = benches.add_parser("routing", help="nanoseconds per token of top-k, of each null and of each procedure")
@@ -23,12 +27,39 @@ def main(argv: list[str] | None = None) -> None:
     routing.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
     experts = benches.add_parser("experts", help="time of the embedded model's experts when it uses fewer of them")
     experts.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
+    speed = benches.add_parser("speed", help="a full-size OLMoE on a CUDA device: router, experts, prefill, decoding")
+    speed.add_argument("--folder", default="figures", help="where speed.csv is, or goes (default: figures)")
+    speed.add_argument("--only", action="append", metavar="STAGE", help="measure this stage only; may be repeated")
+    speed.add_argument("--quick", action="store_true", help="fewer rounds, fewer things compiled")
+    speed.add_argument("--model", metavar="NAME", help="a checkpoint instead of random weights")
+    colab = commands.add_parser("colab", help="put the repository's address into badges and set-up cells")
+    colab.add_argument("address", nargs="?", metavar="OWNER/REPO", help="default: the one in pyproject.toml")
+    sweep = commands.add_parser("sweep", help="loss and cost of rules on held-out text, in one process or several")
+    sweep_command.add_arguments(sweep)
     arguments = parser.parse_args(argv)
     if arguments.command == "figures":
-        from bhlib.figures import make_figures  # imports matplotlib, which other commands do not need
+        from bhlib.figures import registry  # imports matplotlib, which other commands do not need
 
-        for path in make_figures(arguments.folder, arguments.only):
-            print(f"{path.with_suffix('.png')}  {path}")
+        if arguments.check:
+            moved = registry.check_figures(arguments.folder, arguments.only)
+            if len(moved):
+                raise SystemExit(registry.report(moved))
+            print(f"{arguments.folder}: every number is as it was, within its tolerance")
+        else:
+            make = registry.redraw_figures if arguments.redraw else registry.make_figures
+            for path in make(arguments.folder, arguments.only):
+                print(f"{path.with_suffix('.png')}  {path}")
+    elif arguments.command == "colab":
+        from bhlib.colab import stamp
+
+        for path in stamp(arguments.address):
+            print(path)
+    elif arguments.command == "bench" and arguments.bench == "speed":
+        from bhlib.speed import bench_speed
+
+        bench_speed(arguments.folder, arguments.only, arguments.quick, arguments.model)
+    elif arguments.command == "sweep":
+        sweep_command.run(arguments)
     elif arguments.command == "bench":
         from bhlib import benchmarks
 

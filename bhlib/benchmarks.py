@@ -208,7 +208,7 @@ def bench_experts(
         ``model_ratio``, ``model_iqr`` (the whole forward pass), ``tokens``, ``threads``.
     """
     if rules is None:
-        rules = {f"top-{k}": TopK(k) for k in (8, 4, 2)} | {f"BH, alpha={a}": BH(alpha=a) for a in (0.2, 0.05)}
+        rules = {f"top-{k}": TopK(k) for k in (8, 4, 2)} | {f"BH, alpha={a}": BH(alpha=a) for a in (0.05, 0.01)}
     patches = {"unpatched": None} | {
         name: RoutingPatch(model, rule, max_recorded_tokens=0) for name, rule in rules.items()
     }

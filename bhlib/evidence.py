@@ -15,7 +15,8 @@ from scipy.stats import binom, rankdata
 from torch import Tensor, nn
 
 from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, alpha_for_mean_experts, fit_null
-from bhlib.evaluation import bootstrap_mean, sweep
+from bhlib.comparisons import matched_compute
+from bhlib.evaluation import sweep
 from bhlib.pvalues import STATISTICS, DirichletNull, PValueMaker, TokenGaussian
 from bhlib.rules import BH, Rule, TopK
 
@@ -248,7 +249,7 @@ def compare_at_equal_cost(
         Token ids by domain, not the text that `calibration_logits` come from.
     mean_experts : tuple of float
     static_k : tuple of int
-        Static rules, in increasing order; their loss is interpolated linearly between these, NaN outside of them.
+        Static rules, consecutive; their loss is interpolated linearly between these, NaN outside of them.
     **sweep_options
         For `bhlib.evaluation.sweep`.
 
@@ -257,7 +258,7 @@ def compare_at_equal_cost(
     pandas.DataFrame
         One row per maker and number: ``pvalues``, ``wanted_k``, ``alpha``, ``mean_k``, ``loss`` (nats per token),
         ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with a 95 % bootstrap interval
-        ``low``, ``high`` over the sequences, paired; ``sequences``, ``tokens``.
+        ``low``, ``high`` over the sequences (`bhlib.comparisons.matched_compute`); ``sequences``, ``tokens``.
     """
     settings = {
         (name, k): alpha_for_mean_experts(maker, calibration_logits, k)
@@ -267,31 +268,14 @@ def compare_at_equal_cost(
     rules = {f"top-{k}": TopK(k) for k in static_k}
     rules |= {f"{name}, {k:g}": BH(alpha, makers[name]) for (name, k), alpha in settings.items()}
     frame = sweep(model, rules, data, **sweep_options)
-    losses = frame.pivot(index=["domain", "sequence"], columns="rule", values="loss")
-    static = losses[[f"top-{k}" for k in static_k]].to_numpy()
-    rows = []
-    for (name, k), alpha in settings.items():
-        part = frame[frame["rule"] == f"{name}, {k:g}"]
-        mean_k = part["mean_k"].mean()
-        baseline = np.array([np.interp(mean_k, static_k, row, left=np.nan, right=np.nan) for row in static])
-        difference = losses[f"{name}, {k:g}"].to_numpy() - baseline
-        low, high = bootstrap_mean(difference)
-        rows.append(
-            {
-                "pvalues": name,
-                "wanted_k": k,
-                "alpha": alpha,
-                "mean_k": mean_k,
-                "loss": part["loss"].mean(),
-                "static_loss": baseline.mean(),
-                "difference": difference.mean(),
-                "low": low,
-                "high": high,
-                "sequences": len(part),
-                "tokens": int(part["tokens"].sum()),
-            }
-        )
-    return pd.DataFrame(rows)
+    tokens = int(frame.groupby("rule")["tokens"].sum().iloc[0])
+    matched = matched_compute(frame).set_index("rule").rename(columns={"static": "static_loss"})
+    columns = ["mean_k", "loss", "static_loss", "difference", "low", "high", "sequences"]
+    rows = [
+        {"pvalues": name, "wanted_k": k, "alpha": alpha} | matched.loc[f"{name}, {k:g}", columns].to_dict()
+        for (name, k), alpha in settings.items()
+    ]
+    return pd.DataFrame(rows).astype({"sequences": int}).assign(tokens=tokens)
 
 
 def kept_mass(rule: Rule, router_logits: Tensor, top_k: int = 8) -> dict[str, float]:

@@ -16,6 +16,18 @@ DEMO = Path(str(files("bhlib") / "demo"))
 SPLITS = ("calibration", "validation", "test")
 
 
+def load_settings() -> dict:
+    """Settings of rules by layer, chosen for the embedded model on its calibration text (`bhlib/demo/settings.py`).
+
+    Returns
+    -------
+    dict
+        ``layer_weights``: by method of `BH` ("bh", "fixed"), a weight per layer. ``static_per_layer``: by mean number
+        of experts ("3" to "7"), the experts of each layer.
+    """
+    return json.loads((DEMO / "settings.json").read_text(encoding="utf-8"))
+
+
 def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded OLMoE (`bhlib/demo`), in evaluation mode, with its tokenizer. Needs no network.
 
@@ -72,7 +84,24 @@ def heldout_domains() -> dict:
     return json.loads((DEMO / "heldout.json").read_text(encoding="utf-8"))
 
 
-def load_heldout(split: str = "test", length: int = 512, max_sequences: int | None = None) -> dict[str, Tensor]:
+def heldout_documents(split: str = "test") -> dict[str, list[str]]:
+    """The held-out text as text: a list of documents by domain. A domain's last document may break off."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
+    documents = {}
+    for domain, tokens in _heldout_tokens(split).items():
+        ends = (tokens == tokenizer.eos_token_id).nonzero().flatten().tolist()
+        parts = tokens.tensor_split([end + 1 for end in ends])
+        texts = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+        documents[domain] = [text for text in texts if text]
+    return documents
+
+
+def load_heldout(
+    split: str = "test",
+    length: int = 512,
+    max_sequences: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Tensor]:
     """Held-out text of the demo, never trained on, cut into sequences of equal length.
 
     Parameters
@@ -83,25 +112,38 @@ def load_heldout(split: str = "test", length: int = 512, max_sequences: int | No
         Tokens per sequence; what is left over at a domain's end is dropped.
     max_sequences : int, optional
         Take only so many sequences of each domain, spread evenly over it.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Of another model, which then reads the same text in its own tokens. By default the demo's.
 
     Returns
     -------
     dict of str to Tensor [sequences, length], int64
         Token ids by domain. Documents are separated by the end-of-text token.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}.")
     if length < 2:
         raise ValueError(f"length must be 2 or more, since the first token has no loss; got {length}.")
-    data = {}
-    with safe_open(DEMO / "heldout.safetensors", framework="pt") as store:
-        for key in sorted(store.keys()):
-            key_split, _, domain = key.partition("/")
-            if key_split != split:
-                continue
-            tokens = store.get_tensor(key).to(torch.int64)
-            sequences = tokens[: len(tokens) // length * length].view(-1, length)
-            if max_sequences is not None and max_sequences < len(sequences):
-                sequences = sequences[torch.linspace(0, len(sequences) - 1, max_sequences).round().long()]
-            data[domain] = sequences
+    data = _heldout_tokens(split)
+    if tokenizer is not None:
+        data = {domain: _encode(texts, tokenizer) for domain, texts in heldout_documents(split).items()}
+    for domain, tokens in data.items():
+        sequences = tokens[: len(tokens) // length * length].view(-1, length)
+        if max_sequences is not None and max_sequences < len(sequences):
+            sequences = sequences[torch.linspace(0, len(sequences) - 1, max_sequences).round().long()]
+        data[domain] = sequences
     return data
+
+
+def _heldout_tokens(split: str) -> dict[str, Tensor]:
+    """The demo's tokens of a split, int64 [tokens] by domain."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}.")
+    with safe_open(DEMO / "heldout.safetensors", framework="pt") as store:
+        keys = sorted(key for key in store.keys() if key.startswith(f"{split}/"))
+        return {key.partition("/")[2]: store.get_tensor(key).to(torch.int64) for key in keys}
+
+
+def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Documents as one row of tokens, int64 [tokens], each with the end-of-text token behind it."""
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a model may read
+    return torch.tensor([token for document in ids for token in [*document, *separator]])

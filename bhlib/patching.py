@@ -15,6 +15,7 @@ import inspect
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -435,6 +436,8 @@ class BHRoutingIntegration(RoutingPatch):
         Where the p-values come from (`bhlib.pvalues`); ``"dirichlet"`` needs no calibration.
     method : str
         Multiple-testing procedure (`bhlib.procedures`).
+    layer_weights : sequence of float, optional
+        A factor per MoE layer on the odds of `alpha` (`bhlib.tuning.choose_layer_weights`).
     weights, max_recorded_tokens, kernels
         See `RoutingPatch`.
 
@@ -461,6 +464,7 @@ class BHRoutingIntegration(RoutingPatch):
         *,
         pvalues: PValueMaker | str = "dirichlet",
         method: str = "bh",
+        layer_weights: Sequence[float] | None = None,
         weights: str = "model",
         max_recorded_tokens: int | None = None,
         kernels: bool | str = "auto",
@@ -471,7 +475,7 @@ class BHRoutingIntegration(RoutingPatch):
             pvalues = make_pvalues("softmax", temperature=temperature)
         super().__init__(
             model,
-            BH(alpha=alpha, pvalues=pvalues, method=method, min_k=min_k, max_k=max_k),
+            BH(alpha, pvalues, method, layer_weights, min_k=min_k, max_k=max_k),
             temperature=temperature,
             mode=mode,
             collect_stats=collect_stats,

@@ -223,7 +223,7 @@ class StaticPerLayer(PrefixRule):
     """Static top-k with a `k` of its own in each layer, chosen on calibration data.
 
     The idea of LExI (Chitty-Venkata et al. 2025, arXiv:2509.02753), which measures each layer's sensitivity on random
-    inputs. `bhlib.evaluation.choose_static_per_layer` measures it as loss on text instead.
+    inputs. `bhlib.tuning.choose_static_per_layer` measures it as loss on text instead.
 
     Parameters
     ----------
@@ -272,7 +272,7 @@ class Threshold(ProbabilityRule):
     """Keep every expert with a probability of at least `threshold`.
 
     One constant for all tokens, where the top-any gating of DynMoE (Guo et al. 2024, arXiv:2405.14297) trains one per
-    expert. It is also `BH` with ``method="fixed"`` and the Dirichlet null, at alpha = (1 - threshold)^(experts - 1).
+    expert. It is also `BH` with ``method="fixed"`` and ``DirichletNull(1)``, at alpha = (1 - threshold)^(experts - 1).
     """
 
     threshold: float = 0.05
@@ -347,7 +347,7 @@ class EntropyK(ProbabilityRule):
     """More experts where the router hesitates: k is a step function of the entropy of its probabilities.
 
     Adaptive-K (Balsamo 2026, doi:10.5281/zenodo.18282008): per token, k = 1 below the first entropy threshold and a
-    larger k beyond each further one. Its thresholds are tuned per model; here, `bhlib.evaluation.entropy_thresholds`
+    larger k beyond each further one. Its thresholds are tuned per model; here, `bhlib.tuning.entropy_thresholds`
     takes them from calibration data.
 
     Parameters
@@ -398,6 +398,11 @@ class BH(Rule):
         Maker of the p-values (`bhlib.pvalues`), or the name of one that needs no calibration.
     method : str
         Procedure, see `bhlib.procedures`; ``"bh"`` by default.
+    layer_weights : sequence of float, optional
+        A factor per MoE layer on the odds of `alpha`: layer l is tested at ``w a / (1 - a + w a)``. A layer with a
+        weight above 1 gets more experts. The weights are chosen beforehand, on calibration text
+        (`bhlib.tuning.choose_layer_weights`); for small `alpha` it is the weighted BH procedure of Genovese, Roeder &
+        Wasserman (2006, Biometrika 93, 509-524) with the layers as groups.
 
     Notes
     -----
@@ -412,6 +417,7 @@ class BH(Rule):
     alpha: float = 0.05
     pvalues: PValueMaker | str = field(default_factory=DirichletNull)
     method: str = "bh"
+    layer_weights: tuple[float, ...] | None = None
     _thresholds: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     _cuts: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -420,6 +426,23 @@ class BH(Rule):
         check_alpha(self.alpha)
         object.__setattr__(self, "method", canonical_method(self.method))
         object.__setattr__(self, "pvalues", make_pvalues(self.pvalues))
+        if self.layer_weights is not None:
+            weights = tuple(float(weight) for weight in self.layer_weights)
+            if not weights or not all(0 < weight < float("inf") for weight in weights):
+                raise ValueError(
+                    f"layer_weights must hold one finite number above 0 per MoE layer, got {self.layer_weights!r}; "
+                    f"None treats all layers alike."
+                )
+            object.__setattr__(self, "layer_weights", weights)
+
+    def level(self, layer: int | None) -> float:
+        """The level at which a layer is tested: `alpha`, its odds times the layer's weight."""
+        if self.layer_weights is None:
+            return self.alpha
+        if layer is None or not 0 <= layer < len(self.layer_weights):
+            raise ValueError(f"layer must lie in 0..{len(self.layer_weights) - 1} for layer_weights, got {layer}.")
+        weighted = self.layer_weights[layer] * self.alpha
+        return weighted / (1 - self.alpha + weighted)
 
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         if self.pvalues.shared:
@@ -429,7 +452,7 @@ class BH(Rule):
             counts = torch.cat([self._num_significant(piece, layer) for piece in router_logits.split(size)])
         else:
             pvals = self.pvalues(router_logits, layer)
-            counts = reject(pvals, self.alpha, self.method, check=False).sum(dim=-1)
+            counts = reject(pvals, self.level(layer), self.method, check=False).sum(dim=-1)
             # Smallest p-value first; among equals (p = 0, conformal steps) the better-scored expert.
             by_score = torch.argsort(scores, dim=-1, descending=True, stable=True)
             by_pvalue = torch.argsort(pvals.gather(-1, by_score), dim=-1, stable=True)
@@ -439,6 +462,11 @@ class BH(Rule):
     def check_model(self, num_layers: int, num_experts: int) -> None:
         super().check_model(num_layers, num_experts)
         self.pvalues.check_model(num_layers, num_experts)
+        if self.layer_weights is not None and len(self.layer_weights) != num_layers:
+            raise ValueError(
+                f"layer_weights has {len(self.layer_weights)} entries for a model of {num_layers} MoE layers: "
+                f"give one for each layer."
+            )
 
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
         self._cut_table(num_experts, layer, device)
@@ -494,7 +522,8 @@ class BH(Rule):
     def _num_significant(self, router_logits: Tensor, layer: int | None) -> Tensor:
         """Number of rejections per token [tokens], for a null shared by all experts."""
         if self.method not in _CONSTANT_CRITICAL_VALUES:
-            return reject(self.pvalues(router_logits, layer), self.alpha, self.method, check=False).sum(dim=-1)
+            pvals = self.pvalues(router_logits, layer)
+            return reject(pvals, self.level(layer), self.method, check=False).sum(dim=-1)
         threshold, rank = self._critical_statistics(router_logits.shape[-1], layer, router_logits.device)
         statistic = self.pvalues.statistic_of(router_logits, top=ascending(router_logits.float()).flip(-1))
         # Step-up: the largest k whose k-th largest statistic passes the k-th threshold.
@@ -502,12 +531,13 @@ class BH(Rule):
 
     def _critical_statistics(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
         """Thresholds of the ordered statistics, and their ranks, each [num_experts]; computed once per layer."""
+        level = self.level(layer)
         if self.pvalues.num_layers is None:
             layer = None  # one null for all layers
-        key = (num_experts, layer, device)
+        key = (num_experts, layer, level, device)
         if key not in self._thresholds:
-            self.pvalues.check_resolution(self.alpha, num_experts)
-            critical = critical_values(num_experts, self.alpha, self.method)
+            self.pvalues.check_resolution(level, num_experts)
+            critical = critical_values(num_experts, level, self.method)
             threshold = self.pvalues.critical_statistics(critical, layer).to(device)
             self._thresholds[key] = threshold, torch.arange(1, num_experts + 1, dtype=torch.int16, device=device)
         return self._thresholds[key]

@@ -1,6 +1,22 @@
 # %% [markdown]
 # # False discoveries, and how to bound them
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/01_bh_theory.ipynb)
+#
+# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
+    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
+    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    sys.path.append(os.path.abspath("bh-routing"))
+    os.chdir("bh-routing/notebooks")
+
+# %% [markdown]
 # A router that decides which of 64 experts a token needs asks 64 questions at once. So does a geneticist with 20 000
 # genes, or a physicist with 1000 bins of a spectrum. Statistics has an answer for them, the *false discovery rate*, and
 # a procedure of three lines that controls it. This notebook is about that procedure; the next two apply it to a router.

@@ -1,6 +1,22 @@
 # %% [markdown]
 # # From logits to p-values
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/02_router_pvalues.ipynb)
+#
+# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
+    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
+    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    sys.path.append(os.path.abspath("bh-routing"))
+    os.chdir("bh-routing/notebooks")
+
+# %% [markdown]
 # The Benjamini–Hochberg procedure turns p-values into decisions. A router has no p-values, only 64 numbers per token
 # called logits. To get from one to the other takes two choices, and nothing else:
 #
@@ -91,8 +107,9 @@ for name, statistic in STATISTICS.items():
 # ## The null
 #
 # **Without calibration.** `TokenGaussian` takes the background of the token itself for a Gaussian sample. `DirichletNull`,
-# the default of the package, takes the 64 probabilities for one random division of the unit interval. They need nothing
-# but the logits in hand:
+# the default of the package, takes the 64 probabilities for a division of one into equal shares that fluctuate at random
+# (a symmetric Dirichlet distribution; its concentration, 4 by default, says how little). Then each probability is Beta
+# distributed, and its p-value an exact sum of four terms. Both need nothing but the logits in hand:
 
 # %%
 for maker in (TokenGaussian(), DirichletNull()):
@@ -156,8 +173,9 @@ summary.round({"KS there": 2, "P(p ≤ 0.01)/0.01": 1, "inflation": 1})
 # - The **Gaussian** of the token's own background is right in the middle and wrong at the ends. The trimmed one is cautious,
 #   since a background without its top has no upper tail. The truncated one, which corrects for that, has a tail that is
 #   too light for these routers, so its small p-values come too often.
-# - The **Dirichlet** p-values are far from uniform. A router with a preference for a few experts leaves less to the others
-#   than a random division would. This null is a convention, with a meaning (*as if at random*), not a description.
+# - The **Dirichlet** p-values are far from uniform. A router with a preference for a few experts leaves less to most of the others
+#   than a random division would, and more to some. This null is a convention, with a meaning (*as if at random*), not a
+#   description.
 # - **Inflation** is the variance of a token's mean p-value over what independent p-values would have. For `logit` and
 #   `log_prob` it is far above 1: the p-values of a token rise and fall together. For `centered` and `standardized` it is
 #   near 0, since subtracting the token's mean makes them balance each other. No single-expert check, such as the KS

@@ -1,6 +1,22 @@
 # %% [markdown]
 # # From p-values to experts, and why the statistic decides
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb)
+#
+# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
+    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
+    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    sys.path.append(os.path.abspath("bh-routing"))
+    os.chdir("bh-routing/notebooks")
+
+# %% [markdown]
 # A statistic and a null give every expert a p-value. The Benjamini–Hochberg procedure now says how many experts the token
 # gets, and which. This notebook follows one token through that decision, then the whole of a text, and then asks the
 # question that matters: with the same number of experts, is the model better or worse than with the same number for
@@ -26,11 +42,11 @@ model, logits = demo.model, demo.calibration_logits
 # ## One token
 #
 # Here are the logits of one token in one layer, its largest first, with the probabilities that softmax makes of them, the
-# p-values of the default null, and the thresholds of BH at $\alpha = 0.5$. The procedure looks for the *last* row in which the
+# p-values of the default null, and the thresholds of BH at $\alpha = 0.05$. The procedure looks for the *last* row in which the
 # p-value is below its threshold, and selects that row and all above it.
 
 # %%
-layer, token, alpha = 4, 1000, 0.5
+layer, token, alpha = 4, 1019, 0.05
 x = logits[layer, token]
 order = x.argsort(descending=True)
 pvalues = DirichletNull()(x)[order]
@@ -46,7 +62,7 @@ pd.DataFrame(
         "threshold": threshold,
         "selected": torch.arange(64) < selected,
     }
-).head(9).round(3)
+).head(9).round(4)
 
 # %% [markdown]
 # `benjamini_hochberg_routing` does the same for any number of tokens, and adds what a router needs: at least `min_k` experts,
@@ -63,7 +79,7 @@ print("weights:", [round(w, 2) for w in weights[0, experts[0, : counts[0]]].toli
 # The number of experts is no setting any more: it comes out of the logits, token by token. What is set is $\alpha$.
 
 # %%
-for alpha in (0.05, 0.2, 0.5):
+for alpha in (0.01, 0.05, 0.3):
     counts = benjamini_hochberg_routing(logits, alpha)[2].double()
     shares = " ".join(f"{100 * (counts == k).double().mean():2.0f}" for k in range(1, 9))
     print(f"alpha = {alpha:4}: mean {counts.mean():.1f}, standard deviation {counts.std():.1f}; % with 1 ... 8: {shares}")

@@ -1,6 +1,22 @@
 # %% [markdown]
 # # Patching OLMoE
 #
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/04_patching_olmoe.ipynb)
+#
+# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
+    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
+    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    sys.path.append(os.path.abspath("bh-routing"))
+    os.chdir("bh-routing/notebooks")
+
+# %% [markdown]
 # A mixture-of-experts layer has a *router*: a small matrix that gives each token one logit per expert. OLMoE activates
 # the eight experts with the largest logits, for every token, easy or hard. Here we replace this "always eight" by a
 # decision per token, without touching a weight and without editing the installed `transformers`:
@@ -11,19 +27,33 @@
 # 4. watch the model without changing it,
 # 5. restore it, to the last bit,
 # 6. count what was really computed, and replay a recorded routing.
-#
-# Everything runs on the small OLMoE that comes with this repository (64 experts, top 8, trained on the texts described
-# in `bhlib/demo/README.md`). To use the real one, replace `load_demo()` by `load_olmoe()`; the other cells stay as they are.
 
 # %%
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bhlib import BHRoutingIntegration, RoutingPatch, figures, find_moe_layers, load_demo, load_heldout
+from bhlib import BHRoutingIntegration, RoutingPatch, figures, find_moe_layers, load_demo, load_heldout, load_olmoe
 from bhlib.rules import BH, Replay, TopK
 
-model, tokenizer = load_demo()
+# %% [markdown]
+# ## Which model
+#
+# Everything here runs on the small OLMoE that comes with this repository (64 experts, top 8, trained on the texts
+# described in `bhlib/demo/README.md`), on any machine and without a download. With a GPU you can take the real one, which
+# has 6.9 billion parameters: set the switch to `True`, and run all cells. The rest stays as it is, but for the numbers
+# that the text mentions. Its weights fill 12.9 GiB in their own precision, bfloat16, to which come a few GiB to compute in:
+#
+# | runtime in Colab | memory of the GPU | |
+# |---|---|---|
+# | A100 | 40 GiB or 80 GiB | fits |
+# | L4 | 22 GiB | fits |
+# | T4 | 15 GiB | too small for weights and computation together: what does not fit is moved to the computer's memory, and everything is slow. The T4 has no arithmetic in bfloat16 either. Stay with the small model. |
+# | no GPU | | stay with the small model: the weights do not fit into the memory of the free runtime |
+
+# %%
+REAL_OLMOE = False  # True downloads 13.8 GB: on an L4, an A100 or better
+model, tokenizer = load_olmoe() if REAL_OLMOE else load_demo()
 
 # %% [markdown]
 # ## The routers
@@ -52,14 +82,14 @@ prompts = {
 
 def continue_text(prompt, tokens=40):
     """The model's most likely continuation of a prompt."""
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.2)
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 # %% tags=["nbval-ignore-output"]
 for name, prompt in prompts.items():
-    with BHRoutingIntegration(model, alpha=0.3) as bh:
+    with BHRoutingIntegration(model, alpha=0.05) as bh:
         text = continue_text(prompt)
     print(f"--- {name}: {bh.get_routing_stats()}\n{text}\n")
 
@@ -79,11 +109,11 @@ for name, prompt in prompts.items():
 # padding is not among them. `sparsity_gain` is the fraction of the model's expert computations that was not made.
 
 # %%
-texts = load_heldout("test", length=256, max_sequences=4)
+texts = load_heldout("test", length=256, max_sequences=4, tokenizer=tokenizer)
 domains = list(texts)
 
-with BHRoutingIntegration(model, alpha=0.3) as bh, torch.no_grad():
-    model(input_ids=torch.cat([texts[name] for name in domains]))
+with BHRoutingIntegration(model, alpha=0.05) as bh, torch.no_grad():
+    model(input_ids=torch.cat([texts[name] for name in domains]).to(model.device))
 
 stats = bh.get_routing_stats()
 print(f"tokens                 {stats['total_tokens']}")
@@ -113,8 +143,8 @@ print("most:  ", ", ".join(by_token.index[-12:]))
 # stand out, whatever the token.
 
 # %%
-passage = texts[domains[0]][:1, :48]
-figures.draw_token_layer_map(figures.passage_counts(model, tokenizer, passage, alpha=0.3))
+passage = texts[domains[0]][:1, :48].to(model.device)
+figures.draw_token_layer_map(figures.passage_counts(model, tokenizer, passage, alpha=0.05))
 
 # %% [markdown]
 # ## Watching without touching
@@ -125,7 +155,7 @@ figures.draw_token_layer_map(figures.passage_counts(model, tokenizer, passage, a
 # %%
 with torch.no_grad():
     before = model(input_ids=passage).logits
-    with BHRoutingIntegration(model, alpha=0.3, mode="analyze") as watcher:
+    with BHRoutingIntegration(model, alpha=0.05, mode="analyze") as watcher:
         during = model(input_ids=passage).logits
 
 print("largest difference:", (during - before).abs().max().item())
@@ -142,7 +172,7 @@ print(f"BH would select {watcher.get_routing_stats()['bh_would_select_mean']:.1f
 # %%
 with torch.no_grad():
     try:
-        with BHRoutingIntegration(model, alpha=0.3):
+        with BHRoutingIntegration(model, alpha=0.05):
             raise RuntimeError("something went wrong inside the block")
     except RuntimeError:
         pass
@@ -166,7 +196,7 @@ print("top-8 as a rule:    ", (own_rule - before).abs().max().item())
 model.set_experts_implementation("eager")
 per_pair = 2 * 3 * model.config.hidden_size * model.config.intermediate_size  # gate, up and down
 
-for name, rule in {"top-8": TopK(8), "BH": BH(alpha=0.3)}.items():
+for name, rule in {"top-8": TopK(8), "BH": BH(alpha=0.05)}.items():
     with torch.no_grad(), RoutingPatch(model, rule) as patch, FlopCounterMode(display=False) as counter:
         model(input_ids=passage)
     operations = sum(
@@ -200,7 +230,7 @@ bh.records.load_balance().round({"max_over_mean": 1, "entropy": 2})
 
 # %%
 with torch.no_grad():
-    with BHRoutingIntegration(model, alpha=0.3) as recorded:
+    with BHRoutingIntegration(model, alpha=0.05) as recorded:
         first = model(input_ids=passage).logits
     with RoutingPatch(model, Replay(recorded.records)):
         again = model(input_ids=passage).logits

@@ -9,25 +9,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from models import tiny_olmoe, tokens
+from rows import count_rows
 
 from bhlib import BHRoutingIntegration, evaluation
-from bhlib.evaluation import (
-    bootstrap_mean,
-    choose_static_per_layer,
-    entropy_thresholds,
-    evaluate,
-    matched_compute,
-    paired_difference,
-    summarize,
-    sweep,
-)
-from bhlib.patching import RoutingPatch
+from bhlib.comparisons import paired_difference, summarize
+from bhlib.evaluation import evaluate, sweep
+from bhlib.patching import RoutingPatch, find_moe_layers
 from bhlib.pvalues import ConformalNull
-from bhlib.rules import BH, EntropyK, Replay, StaticPerLayer, TopK
+from bhlib.rules import BH, Replay, TopK
 
 DATA = {"a": tokens(3, 20, seed=1), "b": tokens(5, 20, seed=2)}
+
+
+def assert_same_table(one, other, **options):
+    """All columns but the one that is wall time."""
+    pd.testing.assert_frame_equal(one.drop(columns="seconds"), other.drop(columns="seconds"), **options)
 
 
 def test_loss_is_the_models_own():
@@ -56,9 +55,46 @@ def test_a_rule_is_applied_and_counted():
 
 def test_own_rule_equals_no_rule():
     model = tiny_olmoe()
-    pd.testing.assert_frame_equal(
-        evaluate(model, DATA, agreement=True), evaluate(model, DATA, TopK(8), agreement=True), atol=1e-7
-    )
+    assert_same_table(evaluate(model, DATA, agreement=True), evaluate(model, DATA, TopK(8), agreement=True), atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", [None, TopK(4), BH(0.2), BH(0.2, min_k=0)], ids=["own", "top-4", "BH", "BH, min_k=0"])
+def test_rows_are_those_that_the_products_have(rule):
+    model = tiny_olmoe()
+    with count_rows(*(layer.experts for layer in find_moe_layers(model))) as counter:
+        frame = evaluate(model, DATA, rule, batch_size=3)
+    assert counter.rows == {"gate_up_proj": frame["rows"].sum(), "down_proj": frame["rows"].sum()}
+    np.testing.assert_allclose(frame["rows"], frame["mean_k"] * 20 * 3)
+
+
+def test_load_entropy_by_hand():
+    """The model's own routing, sequence by sequence, expert by expert."""
+    model = tiny_olmoe()
+    for row in evaluate(model, DATA, batch_size=2).itertuples():
+        with torch.no_grad():
+            layers = model(DATA[row.domain][row.sequence][None], output_router_logits=True).router_logits
+        entropies = []
+        for logits in layers:
+            load = np.bincount(logits.topk(8).indices.flatten(), minlength=64)
+            entropies.append(scipy.stats.entropy(load, base=64))
+        assert row.load_entropy == pytest.approx(np.mean(entropies))
+
+
+def test_load_entropy_between_one_expert_and_all():
+    model = tiny_olmoe()
+    assert evaluate(model, DATA, TopK(64))["load_entropy"].tolist() == pytest.approx([1] * 8)
+    for layer in model.model.layers:  # no logit but 0, so the first expert is everybody's best
+        torch.nn.init.zeros_(layer.mlp.gate.weight)
+    assert evaluate(model, DATA, TopK(1))["load_entropy"].tolist() == [0] * 8
+    assert evaluate(model, DATA, TopK(8))["load_entropy"].tolist() == pytest.approx([np.log(8) / np.log(64)] * 8)
+
+
+def test_seconds_are_those_of_the_forward_passes(monkeypatch):
+    """By a clock that goes on by a second whenever it is read: one second a batch, whatever else is done."""
+    ticks = itertools.count()
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: float(next(ticks)))
+    frame = evaluate(tiny_olmoe(), DATA, TopK(2), batch_size=2, agreement=True)
+    assert frame["seconds"].tolist() == [1 / 2, 1 / 2, 1] + [1 / 2] * 4 + [1]
 
 
 def test_agreement_is_with_the_unpatched_model():
@@ -75,9 +111,7 @@ def test_agreement_is_with_the_unpatched_model():
         assert row.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3) and row.kl > 1e-4
         assert row.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert frame["top1_agreement"].mean() < 1
-    pd.testing.assert_frame_equal(
-        frame.drop(columns=["kl", "top1_agreement"]), evaluate(model, DATA, TopK(1), batch_size=3)
-    )
+    assert_same_table(frame.drop(columns=["kl", "top1_agreement"]), evaluate(model, DATA, TopK(1), batch_size=3))
 
 
 # -- sweeps ----------------------------------------------------------------------------------------------------
@@ -96,6 +130,10 @@ def test_sweep_is_tidy_and_paired():
     summary = summarize(frame, ["rule", "domain"])
     assert len(summary) == 4 and summary["tokens"].sum() == 16 * 19
     np.testing.assert_allclose(summary["perplexity"], np.exp(summary["loss"]))
+    by_hand = frame.groupby(["rule", "domain"], sort=False)
+    for column in ("rows", "seconds"):
+        np.testing.assert_allclose(summary[column], by_hand[column].sum())
+    np.testing.assert_allclose(summary["load_entropy"], by_hand["load_entropy"].mean())
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -113,10 +151,10 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
         sweep(model, RULES, DATA, cache=tmp_path)
     assert measured == [None, TopK(2)] and len(list(tmp_path.iterdir())) == 2
     measured.clear()
-    pd.testing.assert_frame_equal(sweep(model, RULES, DATA, cache=tmp_path), wanted, check_exact=True)
+    assert_same_table(sweep(model, RULES, DATA, cache=tmp_path), wanted, check_exact=True)
     assert measured == [RULES["BH 0.2"]]
     measured[:] = [None, None]  # one more evaluation would raise
-    pd.testing.assert_frame_equal(sweep(model, RULES, DATA, cache=tmp_path), wanted, check_exact=True)
+    assert_same_table(sweep(model, RULES, DATA, cache=tmp_path), wanted, check_exact=True)
 
 
 def test_what_changes_the_numbers_changes_the_cell(tmp_path):
@@ -204,163 +242,8 @@ def test_two_processes_make_the_same_table(tmp_path):
     subprocess.run(command, check=True, timeout=240, env=os.environ | {"PYTHONPATH": path})
     frames = [pd.read_pickle(out / f"{rank}.pkl") for rank in (0, 1)]
     pd.testing.assert_frame_equal(*frames, check_exact=True)
-    pd.testing.assert_frame_equal(frames[0], sweep(model, RULES, DATA), rtol=1e-5)
+    assert_same_table(frames[0], sweep(model, RULES, DATA), rtol=1e-5)
     assert len(list(cache.iterdir())) == 3
 
 
-# -- comparisons -----------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_covers():
-    """A 95 % interval of the mean of 50 normal values covers the truth in about 95 % of 300 trials."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(300):
-        low, high = bootstrap_mean(rng.normal(size=50), resamples=400, seed=trial)
-        covered += low <= 0 <= high
-    assert 0.95 - 4 * np.sqrt(0.95 * 0.05 / 300) - 0.02 < covered / 300 <= 1  # percentile intervals are a bit short
-
-
-def made_up(rules, tokens_per_sequence=None):
-    """A sweep's table from {rule: (mean_k, loss)}, each a number or one per sequence."""
-    size = max(np.size(part) for pair in rules.values() for part in pair)
-    columns = {
-        "domain": ["x", "y"] * (size // 2),
-        "sequence": np.arange(size) // 2,
-        "tokens": 10 if tokens_per_sequence is None else tokens_per_sequence,
-        "error": "",
-    }
-    parts = [pd.DataFrame(columns | {"rule": r, "mean_k": k, "loss": loss}) for r, (k, loss) in rules.items()]
-    return pd.concat(parts, ignore_index=True)
-
-
-def static_curve(size=40, seed=0):
-    """Losses of top-1 to top-8: of every sequence its own level, the same gain from each expert."""
-    level = np.random.default_rng(seed).normal(3, 1, size)
-    return level, {f"top-{k}": (k, level + 1 / k) for k in range(1, 9)}
-
-
-def test_a_mixture_of_static_rules_is_no_gain():
-    """Top-4 on some sequences and top-5 on others is what the interpolation stands for: exactly nothing is won."""
-    level, static = static_curve()
-    chosen = np.where(np.arange(40) % 3 == 0, 4, 5)
-    (row,) = matched_compute(made_up(static | {"mixed": (chosen, level + 1 / chosen)})).to_dict("records")
-    assert row["mean_k"] == pytest.approx(chosen.mean())
-    assert row["loss"] == pytest.approx((level + 1 / chosen).mean())
-    assert row["static"] == pytest.approx(row["loss"])
-    assert [row["difference"], row["low"], row["high"]] == pytest.approx([0, 0, 0], abs=1e-12)
-
-
-def test_a_known_gain_is_found():
-    level, static = static_curve()
-    gain = np.random.default_rng(1).normal(0.02, 0.01, 40)
-    k = np.random.default_rng(2).uniform(3, 5, 40)
-    rules = {"better": (4.25, level + 0.75 / 4 + 0.25 / 5 - gain), "top-p 0.4": (k, level + 0.3)}
-    table = matched_compute(made_up(static | rules)).set_index("rule")
-    assert table.index.tolist() == ["better", "top-p 0.4"] and (table["sequences"] == 40).all()
-    better = table.loc["better"]
-    assert better["difference"] == pytest.approx(-gain.mean())
-    low, high = bootstrap_mean(-gain)  # at a constant mean k the interval is that of the paired differences
-    assert [better["low"], better["high"]] == pytest.approx([low, high], abs=0.15 * (high - low))
-    by_hand = np.interp(k.mean(), range(1, 9), [np.mean(loss) for _, loss in static.values()])
-    assert table.loc["top-p 0.4", "static"] == pytest.approx(by_hand)
-
-
-def test_intervals_cover_when_spending_follows_difficulty():
-    """A rule without merit that gives more experts to some sequences: 0 lies in about 95 % of the intervals."""
-    covered, trials = 0, 150
-    for trial in range(trials):
-        level, static = static_curve(40, seed=trial)
-        rng = np.random.default_rng(1000 + trial)
-        k = 3 + 4 * (level > 3.5)
-        frame = made_up(static | {"rule": (k, level + 1 / k + rng.normal(0, 0.05, 40))})
-        # What top-3 and top-7 lose in the same proportion, so that the truth is 0.
-        line = 1 / 3 + (1 / 7 - 1 / 3) / 4 * (np.arange(1, 9) - 3)
-        for j in range(1, 9):
-            frame.loc[frame["rule"] == f"top-{j}", "loss"] = level + line[j - 1]
-        (row,) = matched_compute(frame, resamples=300, seed=trial).to_dict("records")
-        covered += row["low"] <= 0 <= row["high"]
-    assert 0.95 - 4 * np.sqrt(0.95 * 0.05 / trials) - 0.02 < covered / trials <= 1
-
-
-def test_long_sequences_weigh_more():
-    level, static = static_curve(4)
-    lengths = np.array([10, 10, 10, 70])
-    chosen = np.array([4, 4, 4, 6])
-    (row,) = matched_compute(made_up(static | {"r": (chosen, level)}, np.tile(lengths, 1))).to_dict("records")
-    assert row["mean_k"] == pytest.approx(5.4)
-    assert row["loss"] == pytest.approx((lengths * level).sum() / 100)
-    assert row["difference"] == pytest.approx(-(0.6 / 5 + 0.4 / 6))
-
-
-def test_outside_the_baseline_there_is_no_match():
-    level, static = static_curve()
-    table = matched_compute(made_up(static | {"r": (9.5, level), "s": (8, level)})).set_index("rule")
-    assert table.loc["r", ["static", "difference", "low", "high"]].isna().all()
-    assert table.loc["s", "difference"] == pytest.approx(-1 / 8)
-
-
-def test_matching_needs_a_curve_and_the_same_sequences():
-    level, static = static_curve()
-    frame = made_up(static | {"r": (4.5, level)})
-    with pytest.raises(ValueError, match=r"consecutive k, got \['top-3', 'top-5'\]"):
-        matched_compute(frame[frame["rule"].isin(["top-3", "top-5", "r"])])
-    with pytest.raises(ValueError, match=r"consecutive k, got \[\]"):
-        matched_compute(frame, baseline="static ")
-    with pytest.raises(ValueError, match="'r' has no loss for 1 of the 40 sequences"):
-        matched_compute(frame.iloc[:-1])
-
-
-def test_matching_a_real_sweep():
-    rules = {f"top-{k}": TopK(k) for k in (1, 2, 3)} | {"two": StaticPerLayer((2, 2, 2)), "BH": BH(0.1, max_k=65)}
-    table = matched_compute(sweep(tiny_olmoe(), rules, DATA))
-    assert table["rule"].tolist() == ["two"]
-    assert table.loc[0, ["difference", "low", "high"]].tolist() == pytest.approx([0, 0, 0], abs=1e-6)
-
-
 # -- settings of rivals ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mean_k", [1, 5 / 3, 2.4, 3])
-def test_static_k_per_layer_is_the_best_by_brute_force(mean_k):
-    model = tiny_olmoe(num_experts=8, num_experts_per_tok=3)
-
-    def loss(ks):
-        return evaluate(model, DATA, StaticPerLayer(ks))["loss"].mean()
-
-    budget = round(3 * mean_k)
-    alone = {(at, k): loss([k if i == at else 3 for i in range(3)]) for at in range(3) for k in (1, 2, 3)}
-    candidates = [ks for ks in itertools.product((1, 2, 3), repeat=3) if sum(ks) == budget]
-    wanted = min(candidates, key=lambda ks: sum(alone[at, k] for at, k in enumerate(ks)))
-    assert choose_static_per_layer(model, DATA, mean_k).ks == wanted
-
-
-def test_static_k_per_layer_wants_a_possible_mean():
-    with pytest.raises(ValueError, match="mean_k must lie between 1 and max_k=8, got 9"):
-        choose_static_per_layer(tiny_olmoe(), DATA, 9)
-
-
-@pytest.mark.parametrize("mean_k", [1.5, 4, 7.5])
-@pytest.mark.parametrize("slope", [0.5, 1.0, 4.0])
-def test_entropy_thresholds_give_the_mean(mean_k, slope):
-    spread = torch.linspace(0.3, 4, 500)[:, None]
-    logits = torch.randn(2, 500, 64, generator=torch.Generator().manual_seed(0)) * spread
-    thresholds = entropy_thresholds(logits, mean_k, slope=slope)
-    np.testing.assert_allclose(np.diff(thresholds), 1 / slope)
-    rule = EntropyK(thresholds, range(1, 9))
-    counts = rule(logits.flatten(0, 1)).counts
-    assert counts.double().mean().item() == pytest.approx(mean_k, abs=0.01)
-    assert counts[:100].double().mean() >= counts[400:500].double().mean()  # flat probabilities, then peaked ones
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"mean_k": 1}, "mean_k must lie strictly between 1 and max_k=8, got 1"),
-        ({"mean_k": 4, "max_k": 4}, "mean_k must lie strictly between 1 and max_k=4, got 4"),
-        ({"mean_k": 4, "slope": 0.0}, "slope must be a finite number above 0, got 0.0"),
-    ],
-)
-def test_entropy_thresholds_name_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        entropy_thresholds(torch.randn(5, 64), **arguments)

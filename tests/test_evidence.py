@@ -82,7 +82,7 @@ def test_level_curve_is_the_distribution_function(null):
     assert curve["level"].is_monotonic_increasing and curve["level"].iloc[-1] == 1 and curve["level"].iloc[0] < 1.01e-4
 
 
-@pytest.mark.parametrize("maker", [DirichletNull(), TokenGaussian(estimator="truncated")], ids=lambda m: m.name)
+@pytest.mark.parametrize("maker", [DirichletNull(1), TokenGaussian(estimator="truncated")], ids=lambda m: m.name)
 def test_nulls_about_whole_tokens_are_compared_with_what_the_lower_experts_should_show(maker):
     """Under its own hypothesis such a null is nearly uniform, although the selected experts are left out."""
     logits = noise(1, 4000)

@@ -20,13 +20,18 @@ FLOORS = [
     "patching",  # find the routers; patch, analyze, restore
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
+    "comparisons",  # the table of a sweep -> means, differences, intervals
     "evaluation",  # loss and sweeps -> tables
+    "tuning",  # levels and layer weights, from calibration text
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
     "widgets",  # the same drawings behind sliders
     "demo",  # the embedded model and the script that trained it
+    "tasks",  # tasks for lm-evaluation-harness, of the held-out text
     "benchmarks",  # how long routing takes
     "speed",  # how fast a patched model is on a GPU
+    "colab",  # badges and set-up cells of the notebooks
+    "sweep_command",  # python -m bhlib sweep
     "__main__",  # python -m bhlib
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

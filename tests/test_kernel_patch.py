@@ -11,9 +11,11 @@ if not CUDA:
 pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch for CUDA on Linux")
 
 from models import tiny_olmoe, tokens  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+from transformers import CompileConfig  # noqa: E402
 
 from bhlib import BHRoutingIntegration, RoutingPatch  # noqa: E402
-from bhlib.rules import TopK  # noqa: E402
+from bhlib.rules import BH, TopK  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -24,6 +26,8 @@ def model():
     model = tiny_olmoe(num_experts_per_tok=3, **changes).to(DEVICE, torch.float16).requires_grad_(False)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.mlp.gate.weight, std=0.5)
+        for matrices in layer.mlp.experts.parameters():  # so large that it shows in the logits which experts ran
+            torch.nn.init.normal_(matrices, std=0.2)
     return model
 
 
@@ -53,6 +57,22 @@ def test_compiled_whole(model, monkeypatch):
         expected = logits_of(model, ids)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.equal(logits_of(compiled, ids), expected)
+
+
+def test_generation_compiles_once_whatever_the_counts(model, monkeypatch):
+    """generate() with a static cache: one graph, which holds for prompts whose tokens use other numbers of experts."""
+    monkeypatch.setattr("bhlib.patching.check_logits", lambda logits: None)  # reads values, on the CPU alone
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True  # generate() compiles for accelerators only, if not told so
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "compile_config": config}
+    with RoutingPatch(model, BH(alpha=0.1, max_k=4), kernels=True, collect_stats=False):
+        counters.clear()
+        sequences = [model.generate(tokens(2, 4, seed=seed).to(DEVICE), **options) for seed in range(2)]
+        assert counters["stats"]["unique_graphs"] == 1
+    with BHRoutingIntegration(model, alpha=0.1, max_k=4, kernels=True) as bh:
+        for sequence in sequences:
+            logits_of(model, sequence)
+    assert bh.get_routing_stats()["std_experts_per_token"] > 0.3
 
 
 def test_gradients_take_the_other_path(model):

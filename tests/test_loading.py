@@ -9,7 +9,7 @@ from transformers import OlmoeForCausalLM
 
 from bhlib import find_moe_layers, load_demo, load_heldout, load_olmoe
 from bhlib.evaluation import evaluate
-from bhlib.loading import DEMO, SPLITS, heldout_domains
+from bhlib.loading import DEMO, SPLITS, heldout_documents, heldout_domains
 from bhlib.rules import TopK
 
 
@@ -52,6 +52,27 @@ def test_heldout_is_described_and_cut():
     flat = {split: torch.cat([x.flatten() for x in load_heldout(split, length=64).values()]) for split in SPLITS}
     blocks = {split: {tuple(row) for row in tokens.view(-1, 64).tolist()} for split, tokens in flat.items()}
     assert not blocks["calibration"] & blocks["test"] and not blocks["validation"] & blocks["test"]
+
+
+def test_documents_are_the_text_of_the_tokens():
+    _, tokenizer = load_demo()
+    tokens = torch.cat(list(load_heldout("validation", length=2)["novels"]))
+    documents = heldout_documents("validation")
+    assert documents.keys() == load_heldout("validation").keys()
+    assert tokenizer.decode(tokens) == "".join(text + tokenizer.eos_token for text in documents["novels"])
+    assert len(documents["novels"]) == heldout_domains()["domains"]["novels"]["splits"]["validation"]["documents"]
+
+
+def test_another_tokenizer_reads_the_same_text():
+    """Letters instead of the demo's tokens: nothing but the ids changes."""
+    _, tokenizer = load_demo()
+    letters = tokenizer.train_new_from_iterator([""], vocab_size=257)
+    assert len(letters) == 257
+    ours, theirs = (load_heldout("validation", 64, tokenizer=one)["verse"].flatten() for one in (None, letters))
+    texts = tokenizer.decode(ours), letters.decode(theirs)
+    size = min(map(len, texts)) - 1  # what does not fill a sequence is dropped, and a letter may be cut
+    assert size > 60_000 and texts[0][:size] == texts[1][:size] and len(theirs) > 2 * len(ours)
+    assert torch.equal(load_heldout("test", 64, 3, tokenizer)["novels"], load_heldout("test", 64, 3)["novels"])
 
 
 def test_heldout_bad_arguments():

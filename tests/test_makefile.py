@@ -28,6 +28,10 @@ def make(*arguments):
     [
         ("figures", "-m bhlib figures"),
         ("test", "-m pytest --nbval"),
+        ("browser", "-m pytest tests/test_browser.py"),
+        ("colab", "tools/colab.py"),
+        ("kernels", "-m pytest tests/test_kernels.py"),
+        ("tasks", "-m pytest tests/test_tasks.py"),
         ("lab", "-m jupyterlab"),
         ("notebooks", "tools/execute_notebooks.py"),
         ("lint", "-m ruff check"),
@@ -66,7 +70,8 @@ def test_wrong_python_is_refused_with_the_mend(script, shown, tmp_path):
 @needs_make
 def test_help_lists_every_target():
     listed = make("help").stdout
-    for target in ("figures", "test", "lab", "notebooks", "lint", "clean", "distclean"):
+    targets = "figures test kernels browser colab tasks lab notebooks lint clean distclean"
+    for target in targets.split():
         assert f"make {target} " in listed
 
 

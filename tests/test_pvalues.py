@@ -746,36 +746,64 @@ def test_makers_by_name():
 # ---------------------------------------------------------------------------------------------- the Dirichlet null
 
 
-def flat_dirichlet_logits(tokens, num_experts=NUM_EXPERTS):
+def dirichlet_logits(tokens, concentration, num_experts=NUM_EXPERTS):
     """Logits of routers without a preference, each token's shifted by its own constant."""
-    probabilities = torch.distributions.Dirichlet(torch.ones(num_experts, dtype=torch.float64)).sample((tokens,))
+    shares = torch.full((num_experts,), float(concentration), dtype=torch.float64)
+    probabilities = torch.distributions.Dirichlet(shares).sample((tokens,))
     return probabilities.log() + 5 * torch.randn(tokens, 1, dtype=torch.float64)
 
 
-def test_dirichlet_null_is_the_beta_tail():
+each_concentration = pytest.mark.parametrize("concentration", [1, 2, 4, 8])
+
+
+@each_concentration
+def test_dirichlet_null_is_the_beta_tail(concentration):
     logits = random_logits(500, NUM_EXPERTS)
-    expected = stats.beta.sf(torch.softmax(logits.double(), -1).numpy(), 1, NUM_EXPERTS - 1)
-    np.testing.assert_allclose(DirichletNull()(logits).numpy(), expected, rtol=1e-4, atol=1e-15)
+    shape = concentration, concentration * (NUM_EXPERTS - 1)
+    expected = stats.beta.sf(torch.softmax(logits.double(), -1).numpy(), *shape)
+    np.testing.assert_allclose(DirichletNull(concentration)(logits).numpy(), expected, rtol=1e-4, atol=1e-15)
 
 
 @pytest.mark.parametrize("num_experts", [8, 64])
-def test_dirichlet_null_is_uniform_under_its_hypothesis(num_experts):
+@each_concentration
+def test_dirichlet_null_is_uniform_under_its_hypothesis(num_experts, concentration):
     """One expert of each token, so that the p-values tested are independent."""
-    pvals = DirichletNull()(flat_dirichlet_logits(20_000, num_experts))[:, 0]
+    pvals = DirichletNull(concentration)(dirichlet_logits(20_000, concentration, num_experts))[:, 0]
     assert stats.kstest(pvals.numpy(), "uniform").pvalue > 0.001
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.05, 0.2])
-def test_bh_on_flat_dirichlet_tokens_errs_at_alpha(alpha):
+@pytest.mark.parametrize("concentration", [1, 4])
+def test_bh_on_dirichlet_tokens_errs_at_alpha(alpha, concentration):
     """All hypotheses are true, so any rejection is an error: in a fraction alpha of the tokens, within 4 s.e."""
     tokens = 20_000
-    errors = benjamini_hochberg(DirichletNull()(flat_dirichlet_logits(tokens)), alpha).any(-1).double().mean().item()
+    pvals = DirichletNull(concentration)(dirichlet_logits(tokens, concentration))
+    errors = benjamini_hochberg(pvals, alpha).any(-1).double().mean().item()
     assert abs(errors - alpha) < 4 * math.sqrt(alpha * (1 - alpha) / tokens)
 
 
-def test_dirichlet_null_far_tails_and_flat_tokens():
+@each_concentration
+def test_dirichlet_probability_is_the_inverse_of_the_statistic(concentration):
+    maker, logits = DirichletNull(concentration), random_logits(200, NUM_EXPERTS)
+    statistics, probabilities = maker.statistic_of(logits), torch.softmax(logits.double(), -1)
+    # For a p-value near 1, -log p holds too few digits; from 600 on p underflows even in float64.
+    in_reach = (statistics > 0.05) & (statistics < 600)
+    torch.testing.assert_close(
+        maker.probability(statistics, NUM_EXPERTS)[in_reach], probabilities[in_reach], rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("wrong", [0, 9, 2.5, True, "4"])
+def test_dirichlet_concentration_is_a_whole_number(wrong):
+    with pytest.raises(ValueError, match=f"concentration must be an int from 1 to 8, got {wrong!r}"):
+        DirichletNull(wrong)
+
+
+@each_concentration
+def test_dirichlet_null_far_tails_and_flat_tokens(concentration):
     logits = torch.zeros(2, NUM_EXPERTS)
     logits[1, 0] = 60.0  # probability one in float32
-    pvals = DirichletNull()(logits)
+    pvals = DirichletNull(concentration)(logits)
     assert torch.isfinite(pvals).all() and pvals[1, 0] == 0 and (pvals[1, 1:] == 1).all()
-    torch.testing.assert_close(pvals[0], torch.full((NUM_EXPERTS,), (1 - 1 / NUM_EXPERTS) ** (NUM_EXPERTS - 1)))
+    expected = stats.beta.sf(1 / NUM_EXPERTS, concentration, concentration * (NUM_EXPERTS - 1))
+    torch.testing.assert_close(pvals[0], torch.full((NUM_EXPERTS,), expected, dtype=torch.float32))

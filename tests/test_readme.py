@@ -6,6 +6,7 @@ one made. A shell block is read line by line: a make target has to exist, and so
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_shell_line_is_a_command_that_exists(line):
         plan = finish([*line.split(), "--dry-run"])
         assert plan.returncode == 0, plan.stderr
     elif line.removeprefix(".venv/bin/").startswith("python -m bhlib"):
-        command = [sys.executable, *line.split()[1:], "--help"]
+        command = [sys.executable, *shlex.split(line)[1:], "--help"]
         shown = finish(command)
         assert shown.returncode == 0, shown.stderr
     else:

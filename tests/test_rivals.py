@@ -108,7 +108,7 @@ def test_two_experts_are_dropped_as_in_naee():
 
 def test_threshold_is_a_fixed_cut_of_dirichlet_pvalues():
     logits = logits_of(seed=2)
-    cut = BH((1 - 0.05) ** 63, pvalues=DirichletNull(), method="fixed")
+    cut = BH((1 - 0.05) ** 63, pvalues=DirichletNull(1), method="fixed")
     assert torch.equal(Threshold(0.05)(logits).counts, cut(logits).counts)
 
 

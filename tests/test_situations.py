@@ -14,13 +14,17 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from models import state_of, tiny_olmoe, tokens
+from packaging.version import Version
 from rows import count_rows
 from transformers import AutoModelForCausalLM, CompileConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
+from bhlib.experts import TWIN_NAMES_COMPILE
 from bhlib.rules import TopK
 
+#: The limit that `bhlib.experts` documents: there, a copied configuration keeps the twin's name.
+COPIES_KEEP_THE_NAME = Version(torch.__version__) < Version(TWIN_NAMES_COMPILE)
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
@@ -62,6 +66,9 @@ def test_a_copy_of_a_patched_model_is_plain(duplicate, mode):
     ids, state, before = tokens(2, 9), state_of(model), logits_of(model, tokens(2, 9))
     with BHRoutingIntegration(model, mode=mode) as bh:
         twin = duplicate(model)
+        if mode == "patch" and COPIES_KEEP_THE_NAME:
+            assert torch.equal(logits_of(twin, ids), before)  # under either name
+            twin.set_experts_implementation("grouped_mm")
         assert state_of(twin) == state
         routed = logits_of(model, ids)  # the original stays patched
         assert torch.equal(logits_of(twin, ids), before)
@@ -72,6 +79,7 @@ def test_a_copy_of_a_patched_model_is_plain(duplicate, mode):
     assert state_of(model) == state
 
 
+@pytest.mark.skipif(COPIES_KEEP_THE_NAME, reason=f"a copy keeps the twin's name before torch {TWIN_NAMES_COMPILE}")
 def test_a_copy_of_one_layer_or_of_the_configuration_is_plain():
     model = tiny_olmoe()
     model.set_experts_implementation("eager")

@@ -9,7 +9,6 @@ no random cell ids, no times of execution, no Python version, no widget state.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,8 @@ import jupytext
 import nbformat
 from jupytext.config import load_jupytext_config
 from nbclient import NotebookClient
+
+from bhlib.colab import cell_id
 
 ROOT = Path(__file__).resolve().parent.parent
 METADATA = {
@@ -46,8 +47,8 @@ def read_script(path):
     notebook.nbformat_minor = 5
     seen = set()
     for cell in notebook.cells:
-        text, repeat = f"{cell.cell_type}\n{cell.source}", 0
-        while (name := hashlib.sha256(f"{repeat}\n{text}".encode()).hexdigest()[:8]) in seen:
+        repeat = 0
+        while (name := cell_id(cell.cell_type, cell.source, repeat)) in seen:
             repeat += 1
         seen.add(name)
         cell.id = name

@@ -39,8 +39,11 @@ def most_tiles(num_pairs: int, num_experts: int, block_rows: int) -> int:
 
 
 def choose_chunk(num_pairs: int) -> int:
-    """Pairs of a program: few, for its steps take turns, but enough that adding up all loads is quick."""
-    return 128 if num_pairs <= 8192 else 512
+    """Pairs of a program: few, for its steps take turns, but enough that adding up all loads is quick.
+
+    The fastest on an H100 for 64 to 131,072 pairs and 64 experts.
+    """
+    return 64 if num_pairs <= 4096 else 128 if num_pairs <= 32_768 else 512
 
 
 def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: int | None = None) -> Tiles:

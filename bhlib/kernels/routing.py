@@ -42,8 +42,7 @@ def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> tup
     if not pvalues.shared or num_experts > MOST_EXPERTS:
         return None
     if isinstance(pvalues, DirichletNull):
-        # t = -(N - 1) log(rest)  <=>  -rest = -exp(-t / (N - 1))
-        return "rest", 0, -torch.exp(-thresholds.double() / (num_experts - 1)).float()
+        return "rest", 0, (pvalues.probability(thresholds, num_experts) - 1).float()
     if isinstance(pvalues, TokenGaussian) and pvalues.estimator == "trimmed":
         return "standardized", pvalues.exclude_top, thresholds
     if isinstance(pvalues, FittedNull) and pvalues.statistic in _STATISTICS:

@@ -1,0 +1,65 @@
+"""The families of rules that are compared: each makes a rule that gives so many experts on average."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from bhlib.loading import load_settings
+from bhlib.pvalues import DirichletNull, PValueMaker, TokenGaussian
+from bhlib.rules import BH, EntropyK, ExpertDropRatio, MinP, Rule, StaticPerLayer, Threshold, TopP
+from bhlib.tuning import entropy_thresholds, level_for_mean_experts
+
+#: Makes a rule from calibration logits [layers, tokens, experts] and the mean number of experts that it is to give.
+Family = Callable[[Tensor, float], Rule]
+
+
+def by_level(family: Callable[[float], Rule]) -> Family:
+    """A family of one level in (0, 1), found by bisection."""
+    return lambda logits, mean_k: family(level_for_mean_experts(family, logits, mean_k))
+
+
+def bh(pvalues: PValueMaker | str = "dirichlet", method: str = "bh", weighted: bool = False) -> Family:
+    """`BH`, on request with the weights of the layers that were chosen for the embedded model."""
+    weights = load_settings()["layer_weights"][method] if weighted else None
+    return by_level(lambda alpha: BH(alpha, pvalues, method, weights))
+
+
+def _entropy(logits: Tensor, mean_k: float, slope: float = 1.0) -> Rule:
+    return EntropyK(entropy_thresholds(logits, mean_k, slope=slope), tuple(range(1, 9)))
+
+
+def _static_per_layer(logits: Tensor, mean_k: float) -> Rule:
+    return StaticPerLayer(tuple(load_settings()["static_per_layer"][f"{mean_k:g}"]))
+
+
+#: What people use, each under the name that figures give it.
+RIVALS: dict[str, Family] = {
+    "threshold": by_level(Threshold),
+    "top-p": by_level(TopP),
+    "min-p": by_level(MinP),
+    "entropy": _entropy,
+    "weight ratio": by_level(ExpertDropRatio),
+    "static per layer": _static_per_layer,
+}
+
+
+def weighted_families() -> dict[str, Family]:
+    """With a weight per layer, chosen on calibration text: BH, and for fairness the threshold too."""
+    return {"BH, layer weights": bh(weighted=True), "threshold, layer weights": bh(method="fixed", weighted=True)}
+
+
+def tried_families(fitted: dict[str, PValueMaker]) -> dict[str, Family]:
+    """Everything that was tried on the validation split.
+
+    Parameters
+    ----------
+    fitted : dict of PValueMaker
+        Nulls fitted on calibration text, by name.
+    """
+    tried = {f"BH, Dirichlet {a}": bh(DirichletNull(a)) for a in (1, 2, 4, 8)}
+    tried |= {f"BH, token Gaussian, {kind}": bh(TokenGaussian(estimator=kind)) for kind in ("trimmed", "truncated")}
+    tried |= {f"BH, {name}": bh(maker) for name, maker in fitted.items()}
+    tried |= {f"{method}, Dirichlet 4": bh(method=method) for method in ("by", "storey", "tsbky", "hochberg", "hc")}
+    tried |= weighted_families() | RIVALS
+    return tried | {f"entropy, slope {slope:g}": partial(_entropy, slope=slope) for slope in (0.5, 2.0, 4.0)}

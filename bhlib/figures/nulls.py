@@ -1,0 +1,147 @@
+"""Figures of the p-values: what cannot work, and what is uniform under its null."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from bhlib import evidence
+from bhlib.calibration import name_of
+from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Picture
+from bhlib.figures.registry import Demo, figure
+
+
+def compute_softmax_theorem(demo: Demo) -> pd.DataFrame:
+    """The k-th largest of a token's probabilities, its bound 1/k, and what BH on 1 - softmax would need it to be."""
+    probabilities = torch.softmax(demo.validation_logits, dim=-1).sort(dim=-1, descending=True).values.flatten(0, 1)
+    num_tests = probabilities.shape[-1]
+    rank = np.arange(1, num_tests + 1)
+    seen = {"largest": probabilities.amax(dim=0), "median": probabilities.median(dim=0).values}
+    needed = {f"needed_{alpha}": 1 - alpha * rank / num_tests for alpha in SOFTMAX_ALPHAS}
+    layers, tokens, _ = demo.validation_logits.shape
+    return pd.DataFrame({"k": rank, "bound": 1 / rank} | seen | needed).assign(tokens=tokens, layers=layers)
+
+
+SOFTMAX_ALPHAS = (0.05, 0.5, 0.95)
+
+
+@figure("softmax_theorem", compute_softmax_theorem)
+def draw_softmax_theorem(table: pd.DataFrame) -> Figure:
+    """Why 1 - softmax can never reject two: the k-th probability is at most 1/k, and BH needs nearly 1."""
+    fig = Picture(figsize=(6.6, 3.8), layout="constrained")
+    axes = fig.subplots()
+    k, num_tests = table["k"], len(table)
+    axes.fill_between(k, table["bound"], 2, color=BLACK, alpha=0.07, linewidth=0)
+    axes.plot(k, table["bound"], color=BLACK, label="bound: k probabilities sum to at most 1")
+    for alpha, color in zip(SOFTMAX_ALPHAS, (BLUE, GREEN, ORANGE), strict=True):
+        axes.plot(k, table[f"needed_{alpha}"], color=color, label=f"needed to reject k at α = {alpha}: 1 − αk/N")
+    axes.plot(k, table["largest"], color=RED, linestyle="--", label="demo model: the largest k-th probability seen")
+    axes.plot(k, table["median"], color=RED, linestyle=":", label="demo model: median k-th probability")
+    axes.annotate("impossible", (9, 0.2), color="#555555", fontsize=9, style="italic")
+    ticks = [1, 2, 4, 8, 16, 32, 64]
+    axes.set(xscale="log", yscale="log", xlim=(1, num_tests), ylim=(5e-4, 1.3), xlabel="rank k among the N experts")
+    axes.set_xticks(ticks, ticks, minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(ylabel="k-th largest probability")
+    axes.set_title(
+        f"N = {num_tests}; demo on the validation split: {table['tokens'].iloc[0]:,} tokens × "
+        f"{table['layers'].iloc[0]} layers",
+        fontsize=8,
+    )
+    axes.legend(fontsize=7.5, loc="lower left")
+    return fig
+
+
+def compute_null_calibration(demo: Demo) -> pd.DataFrame:
+    """Held-out p-values of null experts, for every null: a row per layer (``ks``) and per level (``curve``)."""
+    logits = demo.calibration_logits
+    parts = []
+    for name, maker in evidence.candidate_nulls(logits, name_of(demo.model)).items():
+        settings = {"sequence_length": demo.window}
+        layers = evidence.uniformity(maker, demo.validation_logits, **settings)
+        parts.append(layers.assign(kind="ks", null=name, calibration_tokens=logits.shape[1]))
+        if name in NULL_LOOKS:
+            curve = evidence.level_curve(maker, demo.validation_logits, **settings)
+            parts.append(curve.assign(kind="curve", null=name))
+    whole = dict.fromkeys(["layer", "tokens", "sequences", "values", "calibration_tokens"], "Int64")
+    return pd.concat(parts, ignore_index=True).astype(whole)  # whole numbers, also where some are missing
+
+
+#: The nulls whose distributions are drawn, and how.
+NULL_LOOKS = {
+    "Dirichlet": (PINK, ":"),
+    "Gaussian, trimmed": (ORANGE, "--"),
+    "Gaussian, truncated": (RED, "--"),
+    "KDE, standardized": (BLUE, "-"),
+    "KDE, log_prob": (SKY, "-"),
+    "conformal, standardized": (GREEN, "-"),
+}
+
+
+@figure("null_calibration", compute_null_calibration, tolerance={"tail_01": 0.01, "tail_001": 0.02})
+def draw_null_calibration(table: pd.DataFrame) -> Figure:
+    """Distance from uniform per null and layer; QQ plot and histogram of some."""
+    fig = Picture(figsize=(10.4, 5.6), layout="constrained")
+    grid = fig.add_gridspec(2, 2, width_ratios=(1.3, 1))
+    _draw_ks(fig, fig.add_subplot(grid[:, 0]), table[table["kind"] == "ks"])
+    curves = table[table["kind"] == "curve"]
+    _draw_qq(fig.add_subplot(grid[0, 1]), curves)
+    _draw_histogram(fig.add_subplot(grid[1, 1]), curves)
+    fig.legend(*fig.axes[-2].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(NULL_LOOKS))
+    return fig
+
+
+def _draw_ks(fig: Figure, axes, layers: pd.DataFrame) -> None:
+    """Heat map of the Kolmogorov-Smirnov distance, with its numbers."""
+    wide = layers.pivot(index="null", columns="layer", values="ks").loc[layers["null"].unique()]
+    worst = wide.max(axis=1)
+    image = axes.imshow(wide, aspect="auto", cmap="cividis_r", norm=matplotlib.colors.LogNorm(0.002, 0.5))
+    for (row, column), value in np.ndenumerate(wide.to_numpy()):
+        bold = value == worst.iloc[row]
+        axes.text(
+            column, row, f"{1000 * value:.0f}", ha="center", va="center", fontsize=7.5,
+            color="white" if value > 0.03 else BLACK, weight="bold" if bold else "normal",
+        )  # fmt: skip
+    axes.set_yticks(range(len(wide)), wide.index)
+    axes.set_xticks(range(wide.shape[1]), wide.columns.astype(int))
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    first = layers.iloc[0]
+    half = ((layers["ks_high"] - layers["ks_low"]) / 2).median()
+    axes.set_xlabel("layer")
+    axes.set_title(
+        "Kolmogorov-Smirnov distance of held-out null p-values × 1000 (bold: worst layer)\n"
+        f"fitted on {first['calibration_tokens']:,.0f} tokens, tested on {first['tokens']:,.0f} others, "
+        f"{first['values'] / 1e6:.2f} million values per layer\n"
+        f"95 % intervals over {first['sequences']:.0f} sequences: ± {1000 * half:.1f} in the median",
+        fontsize=8, loc="right",
+    )  # fmt: skip
+    fig.colorbar(image, ax=axes, fraction=0.03, ticks=[0.002, 0.01, 0.05, 0.2], format="%g", label="KS distance")
+
+
+def _draw_qq(axes, curves: pd.DataFrame) -> None:
+    """Fraction of null p-values up to a level, over the level: 1 if uniform."""
+    for name, (color, style) in NULL_LOOKS.items():
+        part = curves[curves["null"] == name]
+        level = part["level"]
+        axes.plot(level, part["fraction"], color=color, linestyle=style, label=name)
+        axes.fill_between(level, part["low"], part["high"], color=color, alpha=0.25, linewidth=0)
+    axes.plot([1e-4, 1], [1e-4, 1], color=BLACK, linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-5, 1))
+    axes.set(xlabel="level", ylabel="null p-values up to it")
+    axes.annotate("too many small p-values", (1.3e-4, 2.5e-2), fontsize=7, color="#555555")
+    axes.annotate("too few: cautious", (2e-2, 2e-5), fontsize=7, color="#555555")
+    axes.set_title("QQ plot, all layers, 95 % bands", fontsize=8)
+
+
+def _draw_histogram(axes, curves: pd.DataFrame) -> None:
+    for name, (color, style) in NULL_LOOKS.items():
+        part = curves[(curves["null"] == name) & (curves["level"] * 32 % 1 == 0)]
+        density = np.diff(part["fraction"], prepend=0) * 32
+        edges = np.append(0, part["level"])
+        axes.stairs(density, edges, baseline=None, color=color, linestyle=style, linewidth=1.4)
+    axes.axhline(1, color=BLACK, linewidth=0.8)
+    axes.set(xlim=(0, 1), ylim=(0, 2.2), xlabel="null p-value", ylabel="density")
+    axes.set_title("histogram, all layers, bins of 1/32", fontsize=8)

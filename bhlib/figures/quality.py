@@ -1,0 +1,242 @@
+"""Figures of what fewer experts cost: loss at matched compute, of BH and of what people use."""
+
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from bhlib import evaluation, evidence
+from bhlib.calibration import VALUES_PER_LAYER, fit_null, name_of
+from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Picture
+from bhlib.figures.families import RIVALS, tried_families, weighted_families
+from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
+from bhlib.loading import load_heldout
+from bhlib.pvalues import STATISTICS, DirichletNull
+from bhlib.rules import BH, TopK
+
+#: Where families are compared.
+MEAN_K = (3, 4, 5, 6, 7)
+
+#: Of every so many tokens one is enough to find the level that gives a mean number of experts.
+THIN = 8
+
+STATIC = {f"top-{k}": TopK(k) for k in range(1, 9)}
+
+
+@lru_cache(maxsize=1)
+def comparison(demo: Demo) -> pd.DataFrame:
+    """All rules on the test split: a row per rule and sequence, with the rule's ``family`` and ``level``.
+
+    Levels were found on the calibration split, so that nothing is tuned on the text that results are reported on.
+    """
+    logits = demo.calibration_logits[:, ::THIN]
+    rules, families = dict(STATIC), dict.fromkeys(STATIC, ("static top-k", np.nan))
+    for alpha in ALPHAS:
+        rules[f"BH {alpha:g}"] = BH(alpha)
+        families[f"BH {alpha:g}"] = "BH", alpha
+    for name, family in (weighted_families() | RIVALS).items():
+        for k in MEAN_K:
+            rules[f"{name}, k = {k}"] = family(logits, k)
+            families[f"{name}, k = {k}"] = name, np.nan
+    text = {domain: sequences[::2] for domain, sequences in demo.test.items()}
+    frame = evaluation.sweep(demo.model, rules, text)
+    family, level = zip(*map(families.get, frame["rule"]), strict=True)
+    return frame.assign(family=family, level=level)
+
+
+#: Colour, marker and line of each family.
+LOOKS = {
+    "static top-k": (BLACK, "s", "-"),
+    "BH": (BLUE, "o", "-"),
+    "BH, layer weights": (BLUE, "^", "--"),
+    "threshold": (GREEN, "D", "-"),
+    "threshold, layer weights": (GREEN, "v", "--"),
+    "top-p": (RED, "P", "-"),
+    "min-p": (ORANGE, "X", "-"),
+    "entropy": (PINK, "h", "-"),
+    "weight ratio": (SKY, "<", "-"),
+    "static per layer": (YELLOW, ">", "--"),
+}
+
+
+def compute_loss_vs_experts(demo: Demo) -> pd.DataFrame:
+    """Loss of every rule on the test split, and its difference from the model's own top-8."""
+    frame = comparison(demo)
+    summary = evaluation.summarize(frame, ["family", "rule"])
+    summary.insert(2, "level", summary["rule"].map(frame.groupby("rule")["level"].first()))
+    against = pd.DataFrame([evaluation.paired_difference(frame, rule, "top-8") for rule in summary["rule"]])
+    return pd.concat([summary, against[["difference", "low", "high"]]], axis=1)
+
+
+@figure("loss_vs_experts", compute_loss_vs_experts, tolerance={"seconds": FREE, "rows": 300})
+def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
+    """Loss minus the loss of the model's own top-8, against experts per token: every rule."""
+    fig = Picture(figsize=(7.0, 4.0), layout="constrained")
+    axes = fig.subplots()
+    for family, (color, marker, line) in LOOKS.items():
+        part = table[(table["family"] == family) & table["mean_k"].between(2.4, 8)].sort_values("mean_k")
+        error = part["difference"] - part["low"], part["high"] - part["difference"]
+        axes.errorbar(
+            part["mean_k"], part["difference"], error, color=color, marker=marker, linestyle=line, markersize=4.5,
+            linewidth=2 if family == "BH" else 1.2, capsize=2, label=family, zorder=3 if family == "BH" else 2,
+        )  # fmt: skip
+    axes.axhline(0, color=BLACK, linewidth=0.8)
+    half_percent = 0.005 * table.loc[table["rule"] == "top-8", "loss"].iloc[0]
+    axes.axhline(half_percent, color=BLACK, linewidth=0.8, linestyle=":")
+    axes.annotate("0.5 % of the loss of top-8", (7.05, half_percent), fontsize=7, va="bottom")
+    axes.set_yscale("symlog", linthresh=0.02, linscale=0.8)
+    ticks = [0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set(
+        xlabel="experts per token and layer (mean)", ylabel="loss above top-8 (nats per token)", ylim=(-0.002, 0.4)
+    )
+    axes.set_title(_sample(table, "test"), fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+def _sample(table: pd.DataFrame, split: str) -> str:
+    first = table.iloc[0]
+    return (
+        f"demo model, {split} split: {first['sequences']:.0f} sequences, {first['tokens']:,.0f} tokens; "
+        "bars: 95 % paired bootstrap"
+    )
+
+
+def compute_matched_compute(demo: Demo) -> pd.DataFrame:
+    """Each rule's loss minus that of static top-k at the same mean number of experts, test split."""
+    frame = comparison(demo)
+    facts = frame.groupby("rule", sort=False).agg(
+        family=("family", "first"), level=("level", "first"), tokens=("tokens", "sum")
+    )
+    matched = evaluation.matched_compute(frame).join(facts, on="rule")
+    return matched[["family", "level", *matched.columns.drop(["family", "level"])]]
+
+
+@figure("matched_compute", compute_matched_compute)
+def draw_matched_compute(table: pd.DataFrame) -> Figure:
+    """Loss minus that of static top-k at the same mean number of experts, a line per family.
+
+    Only near whole numbers: between them the straight line that static top-k is read from lies above its convex curve.
+    """
+    table = table[(table["mean_k"] - table["mean_k"].round()).abs() < 0.15]
+    fig = Picture(figsize=(7.0, 4.0), layout="constrained")
+    axes = fig.subplots()
+    for i, (family, (color, marker, line)) in enumerate(LOOKS.items()):
+        part = table[(table["family"] == family) & table["mean_k"].between(2.6, 7.5)].sort_values("mean_k")
+        error = 1000 * (part["difference"] - part["low"]), 1000 * (part["high"] - part["difference"])
+        axes.errorbar(
+            part["mean_k"] + 0.02 * (i - 5), 1000 * part["difference"], error, color=color, marker=marker,
+            linestyle=line, markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2,
+            label=family if len(part) else None, zorder=3 if family == "BH" else 2,
+        )  # fmt: skip
+    axes.axhline(0, color=BLACK, linewidth=1.2)
+    axes.annotate("static top-k", (7.15, 0.3), fontsize=8)
+    axes.set_yscale("symlog", linthresh=10, linscale=1.5)
+    ticks = [-40, -20, -10, -5, 0, 5, 10, 20, 50, 100]
+    axes.set_yticks(ticks, [f"{tick:+d}".replace("-", "−") if tick else "0" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set(
+        xlabel="experts per token and layer (mean)", ylabel="loss minus static top-k (nats / 1000 per token)",
+        xlim=(2.6, 7.95),
+    )  # fmt: skip
+    axes.set_title(_sample(table, "test"), fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+# -- which statistic, which null: on the validation split ----------------------------------------------------------
+
+
+def compute_statistic_matters(demo: Demo, mean_experts: tuple[float, ...] = (4.0, 5.0, 6.0)) -> pd.DataFrame:
+    """Loss of BH with one kind of null and different statistics, against static top-k with as many experts."""
+    logits = demo.calibration_logits
+    num_values = min(VALUES_PER_LAYER, logits.shape[1])
+    fit = {"model_name": name_of(demo.model), "max_values": num_values}
+    makers = {"KDE of all, logit": fit_null(logits, statistic="logit", exclude_top=0, **fit)}
+    makers |= {f"KDE, {name}": fit_null(logits, statistic=name, **fit) for name in STATISTICS}
+    makers |= {"Dirichlet": DirichletNull()}
+    return evidence.compare_at_equal_cost(demo.model, makers, logits, demo.validation, mean_experts=mean_experts)
+
+
+@figure("statistic_matters", compute_statistic_matters)
+def draw_statistic_matters(table: pd.DataFrame) -> Figure:
+    """Loss above that of static top-k with the same mean number of experts, a line per statistic."""
+    fig = Picture(figsize=(7.0, 3.6), layout="constrained")
+    axes = fig.subplots()
+    looks = dict(zip(table["pvalues"].unique(), (RED, ORANGE, BLUE, GREEN, SKY, PINK), strict=False))
+    for (name, color), marker in zip(looks.items(), "osD^vP", strict=False):
+        part = table[table["pvalues"] == name].sort_values("mean_k")
+        error = part["difference"] - part["low"], part["high"] - part["difference"]
+        axes.errorbar(
+            part["mean_k"], part["difference"], error, color=color, marker=marker, markersize=5, capsize=2, label=name
+        )
+    axes.axhline(0, color=BLACK, linewidth=1)
+    axes.annotate("static top-k", (table["mean_k"].min(), 0.0007), fontsize=8)
+    axes.set_yscale("symlog", linthresh=0.02, linscale=1.2)
+    ticks = [-0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
+    axes.set_yticks(ticks, [f"{tick:+g}".replace("-", "−") if tick else "0" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set(xlabel="experts per token and layer (mean)", ylabel="loss above static top-k (nats per token)")
+    axes.set_title(
+        f"demo model, validation split: {table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; "
+        "95 % paired bootstrap\nKDE nulls leave out the top 8 of each token, except “of all”", fontsize=8,
+    )  # fmt: skip
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="null and statistic", title_fontsize=8)
+    return fig
+
+
+def compute_families_tried(
+    demo: Demo, mean_k: tuple[int, ...] = (3, 5, 7), length: int = 512, per_domain: int = 8
+) -> pd.DataFrame:
+    """Every family that was tried, on the validation split: loss minus static top-k. Takes half an hour."""
+    logits = demo.calibration_logits
+    fit = {"model_name": name_of(demo.model), "max_values": min(VALUES_PER_LAYER, logits.shape[1])}
+    fitted = {f"KDE, {name}": fit_null(logits, statistic=name, **fit) for name in STATISTICS}
+    for label, per_expert in {"conformal": False, "conformal per expert": True}.items():
+        null = fit_null(logits, null="conformal", statistic="log_prob", per_expert=per_expert, **fit)
+        fitted[f"{label}, log_prob"] = null
+    rules, wanted = dict(STATIC), {}
+    for name, family in tried_families(fitted).items():
+        for k in mean_k:
+            try:
+                rules[f"{name}, k = {k}"] = family(logits[:, ::THIN], k)
+            except ValueError:
+                continue  # no level of this family gives so many
+            wanted[f"{name}, k = {k}"] = name, k
+    frame = evaluation.sweep(demo.model, rules, load_heldout("validation", length, per_domain))
+    matched = evaluation.matched_compute(frame)
+    matched.insert(0, "family", [wanted[rule][0] for rule in matched["rule"]])
+    matched.insert(1, "wanted_k", [wanted[rule][1] for rule in matched["rule"]])
+    return matched.drop(columns="rule").assign(tokens=int(frame.loc[frame["rule"] == "top-8", "tokens"].sum()))
+
+
+@figure("families_tried", compute_families_tried, slow=True)
+def draw_families_tried(table: pd.DataFrame) -> Figure:
+    """A heat map: families by rows, wanted mean number of experts by columns, with numbers and intervals."""
+    order = table[table["wanted_k"] == table["wanted_k"].median()].set_index("family")["difference"].sort_values().index
+    order = [*order, *table.loc[~table["family"].isin(order), "family"].unique()]
+    ks = sorted(table["wanted_k"].unique())
+    fig = Picture(figsize=(7.2, 0.9 + 0.24 * len(order)), layout="constrained")
+    axes = fig.subplots()
+    rows = table.set_index(["family", "wanted_k"])
+    shown = np.full((len(order), len(ks)), np.nan)
+    for (family, k), row in rows.iterrows():
+        place = order.index(family), ks.index(k)
+        shown[place] = 1000 * row["difference"]
+        half = 1000 * (row["high"] - row["low"]) / 2
+        text = f"{shown[place]:+.1f} ± {half:.1f}".replace("-", "−")
+        axes.text(place[1], place[0], text, ha="center", va="center", fontsize=7.5)
+    axes.imshow(np.arcsinh(shown / 5), aspect="auto", cmap="PuOr_r", vmin=-3.5, vmax=3.5, alpha=0.6)
+    axes.set_xticks(range(len(ks)), [f"k = {k:g}" for k in ks])
+    axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.grid(False)
+    axes.set_xlabel("mean experts per token and layer that the level was chosen for (on calibration text)")
+    axes.set_title(
+        f"loss minus static top-k at the same mean, nats / 1000; demo model, validation split:\n"
+        f"{table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; ± half a 95 % interval",
+        fontsize=8,
+    )
+    return fig

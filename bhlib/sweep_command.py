@@ -1,0 +1,166 @@
+"""The command ``python -m bhlib sweep``: loss and cost of rules on held-out text, in one process or in several.
+
+python -m bhlib sweep --rules "top-k:1-8 bh:0.01,0.05 top-p:0.4" --out sweep.csv
+accelerate launch -m bhlib sweep --cache cells --out sweep.csv                  # all GPUs, the same table
+torchrun --nproc-per-node 2 -m bhlib sweep --cache cells --out sweep.csv        # two processes on CPUs
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+
+from bhlib.comparisons import matched_compute, summarize
+from bhlib.evaluation import sweep
+from bhlib.loading import SPLITS, load_demo, load_heldout, load_olmoe
+from bhlib.rules import BH, ExpertDropRatio, MinP, Rule, Threshold, TopK, TopP
+
+#: Rules with one number: by the name in a specification, what they are called in the table and how they are made.
+RULES: dict[str, tuple[str, Callable[[float], Rule]]] = {
+    "top-k": ("top-{:g}", lambda k: TopK(int(k) if k == int(k) else k)),  # TopK says what is wrong with half an expert
+    "bh": ("BH {:g}", BH),
+    "threshold": ("threshold {:g}", Threshold),
+    "top-p": ("top-p {:g}", TopP),
+    "min-p": ("min-p {:g}", MinP),
+    "drop-ratio": ("drop-ratio {:g}", ExpertDropRatio),
+}
+
+
+def parse_rules(specification: str) -> dict[str, Rule | None]:
+    """Rules from a short text.
+
+    Parameters
+    ----------
+    specification : str
+        Entries with spaces between them, each a name in `RULES`, a colon, and numbers with commas between them;
+        ``1-8`` stands for all whole numbers from 1 to 8. ``own`` is the model's own routing. For example
+        ``"own top-k:1-8 bh:0.01,0.05"``.
+
+    Returns
+    -------
+    dict of str to Rule or None
+        For `bhlib.evaluation.sweep`.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If an entry cannot be read, or its rule refuses a number.
+    """
+    rules = {}
+    for entry in specification.split():
+        if entry == "own":
+            rules["own"] = None
+            continue
+        name, _, values = entry.partition(":")
+        if name not in RULES:
+            raise argparse.ArgumentTypeError(
+                f"{entry!r}: no rule is called {name!r}; there are: own, {', '.join(RULES)}. "
+                f'Write for example "top-k:1-8 bh:0.01,0.05".'
+            )
+        label, make = RULES[name]
+        try:
+            rules |= {label.format(value): make(value) for part in values.split(",") for value in _numbers(part)}
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{entry!r}: {error}") from error
+    if not rules:
+        raise argparse.ArgumentTypeError('no rule is named: write for example "top-k:1-8 bh:0.01,0.05".')
+    return rules
+
+
+def _numbers(part: str) -> list[float]:
+    """``0.05`` is one number, ``1-8`` are eight."""
+    ends = re.fullmatch(r"(\d+)-(\d+)", part)
+    try:
+        numbers = [float(k) for k in range(int(ends[1]), int(ends[2]) + 1)] if ends else [float(part)]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"{part!r} is neither a number nor a range of whole numbers such as 1-8")
+    return numbers
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
+        return value
+
+    read.__name__ = "whole number"  # as argparse calls it in its message about a text that is none
+    return read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command understands."""
+    parser.add_argument("--model", default="demo", metavar="NAME", help="hub id or folder (default: the embedded one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own, demo float32"
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, default="validation", help="of the held-out text (default: validation)"
+    )
+    parser.add_argument("--sequences", type=_at_least(1), default=16, metavar="N", help="per domain (default: 16)")
+    parser.add_argument("--length", type=_at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
+    parser.add_argument(
+        "--rules", type=parse_rules, default="own top-k:1-8 bh:0.01,0.05,0.1,0.3", metavar="SPEC",
+        help=f'"NAME:NUMBERS ...", NAME one of {", ".join(RULES)} (default: "%(default)s")',
+    )  # fmt: skip
+    parser.add_argument(
+        "--alphas", type=lambda text: parse_rules(f"bh:{text}"), default={}, metavar="A,B,...",
+        help="further levels of BH: --alphas 0.02,0.2 adds bh:0.02,0.2 to the rules",
+    )  # fmt: skip
+    parser.add_argument("--cache", metavar="FOLDER", help="finished rules are kept here, and not computed again")
+    parser.add_argument("--out", metavar="FILE.csv", help="write the table, a row per rule and sequence")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command; of several processes, the first one writes and prints.
+
+    Raises
+    ------
+    SystemExit
+        With the reason, if sequences are longer than the model reads, or, behind all the rest, if a rule failed.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    demo = arguments.model == "demo"
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    if demo:
+        model, tokenizer = load_demo(dtype or torch.float32)
+    else:
+        model, tokenizer = load_olmoe(arguments.model, dtype or "auto", device_map=None)
+    longest = model.config.max_position_embeddings
+    if arguments.length > longest:
+        raise SystemExit(
+            f"--length must be at most {longest}, the longest text that this model reads; got {arguments.length}."
+        )
+    model.to(state.device)  # each process has a GPU to itself
+    data = load_heldout(arguments.split, arguments.length, arguments.sequences, None if demo else tokenizer)
+    frame = sweep(model, arguments.rules | arguments.alphas, data, cache=arguments.cache)
+    if state.is_main_process:
+        _report(frame, arguments.out)
+    state.destroy_process_group()
+    failed = frame[frame["error"] != ""]
+    if len(failed) and state.is_main_process:
+        raise SystemExit("\n".join(f"{row.rule} failed: {row.error}" for row in failed.itertuples()))
+
+
+def _report(frame: pd.DataFrame, out: str | None) -> None:
+    """Write the table; print the means, and the comparison with static top-k."""
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(out, index=False, lineterminator="\n")
+    if (frame["error"] != "").all():
+        return
+    print(summarize(frame).to_string(index=False, float_format="{:.4g}".format))
+    try:
+        matched = matched_compute(frame)
+    except ValueError as reason:
+        print(f"Not compared at equal cost: {reason}", file=sys.stderr)
+    else:
+        print("\nagainst static top-k at the same mean_k, 95 % intervals over sequences:")
+        print(matched.to_string(index=False, float_format="{:.4f}".format))

@@ -1,0 +1,151 @@
+# %% [markdown]
+# # What alpha and temperature do
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/05_alpha_sweeps.ipynb)
+#
+# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
+    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
+    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    sys.path.append(os.path.abspath("bh-routing"))
+    os.chdir("bh-routing/notebooks")
+
+# %% [markdown]
+# The rule has two dials. The level $\alpha$ decides *how many* experts a token gets, and the temperature decides *with which
+# weights* the chosen ones are added up. Here you can turn both, on a real text and a real (small) model, and watch. After that
+# come the same questions asked of all the held-out text at once.
+
+# %%
+import pandas as pd
+
+from bhlib import figures, load_demo
+from bhlib.rules import BH
+from bhlib.widgets import Explorer, heldout_texts
+
+model, tokenizer = load_demo()
+
+# %% [markdown]
+# ## The explorer
+#
+# Pick one of the passages, none of which the model was trained on, or type a text of your own (it is read when you click
+# outside the box). You see
+#
+# - the passage, each token on a colour that says how many experts it would get (rest the pointer on a token for its number),
+# - how often each number of experts occurs, and the mean,
+# - the number by layer,
+# - the router weights of the experts that are kept, from each token's best to its last, with black marks for the model's own
+#   eight,
+# - the loss of the model when it is routed so, beside its own.
+#
+# One thing to know: while a slider moves, the numbers say what the rule *would* select from the logits of the model's own
+# routing. When the slider has rested for half a second, the model is run with the rule in place, and the line with the loss
+# gives the number of experts that were really used. The two differ a little, since layers that get other inputs choose
+# otherwise.
+#
+# If you read this where no kernel runs, you see the picture that the explorer had when the notebook was executed.
+
+# %%
+explorer = Explorer(model, tokenizer)
+explorer.passage.value = "novels"  # a control is moved from code in the same way
+explorer
+
+# %% [markdown]
+# ### Move α
+#
+# Drag $\alpha$ from left to right, slowly. The histogram wanders to the right and the text darkens, but not evenly: look for the
+# tokens that are dark already at a small $\alpha$, and for those that stay pale at a large one. Then let go and compare the losses.
+# On the left the model loses something; how much depends on the passage. On the right it is next to its own loss, with fewer
+# than eight experts. On a single passage the difference may even be negative: a few hundred tokens are a small sample.
+#
+# Put $\alpha$ back to 0.05 (the slider has a step there): everything is as it was, to the last digit.
+#
+# ### Look at one layer
+#
+# Choose layer 0, then the others one after the other. In the first layer few experts stand out, whatever the text. With a layer
+# chosen, the text shows whole numbers, and neighbouring tokens differ more than their averages over the layers did.
+#
+# ### Change the procedure
+#
+# Leave $\alpha$ at 0.05. *Bonferroni* tests every expert at $\alpha/64$ and finds fewer experts than *Benjamini–Hochberg*; *fixed
+# cut* does not correct at all and finds more. *Benjamini–Yekutieli*, which is proved under any dependence between the p-values,
+# is BH at a level almost five times smaller, and you can find that level with the slider.
+#
+# ### Change the null
+#
+# The same $\alpha$ means something else under each null, so the number of experts jumps. That is no judgement on the null: move
+# $\alpha$ until the means agree, and only then compare the losses. The *fitted* nulls look at some calibration text when you
+# choose them for the first time, and let you choose the statistic. Try *1 − softmax*, too: it never selects more than one
+# expert, which is a theorem (for every $\alpha$ below $63/64$), and the explorer says so.
+#
+# ### Move the bounds
+#
+# Set `max_k` to 16, twice what the model was trained with, and $\alpha$ to 0.9: the rule takes more than eight experts for
+# about half of the pairs, and the loss hardly notices. Go back to 8 and 0.05, and set `min_k` to 4: the tokens that had
+# fewer are lifted to 4, and no other changes.
+#
+# ### Move the temperature
+#
+# Keep an eye on the weights, and on the number of experts. The weights change at once: a low temperature gives most to the
+# best expert, a high one spreads the weight over all 64, so that those that are kept share less. The *number* of experts
+# that would be selected does not change at all, since the p-values are made from the logits as they are. (The exception is
+# *1 − softmax*, whose p-values come from the weights.) The loss is lowest near temperature 1, at which the model was trained.
+#
+# ### Generate
+#
+# The button continues the passage with the rule and with the model's own routing, always taking the most likely token. The
+# two texts often begin alike and part at some token, after which each follows its own path. It is not a measurement.
+
+# %% [markdown]
+# ## What alpha does, on all of the text
+#
+# One passage is an anecdote. Here is the number of experts against $\alpha$ for every domain of the held-out test text, from
+# the table that `make figures` computes.
+
+# %%
+table = pd.read_csv("../figures/experts_vs_alpha.csv")
+figures.draw_experts_vs_alpha(table)
+
+# %% [markdown]
+# Two things are worth seeing. The axis of $\alpha$ is logarithmic, and the curves rise slowly on it: to change the number of
+# experts noticeably takes a *factor* in $\alpha$, not a few hundredths. And the domains run side by side: they differ by much
+# less than the tokens within each of them do.
+
+# %%
+means = table.pivot(index="alpha", columns="domain", values="mean_k")
+means.assign(spread=means.max(axis=1) - means.min(axis=1)).round(1)
+
+# %% [markdown]
+# The spread between tokens is in the next figure: the share of (token, layer) pairs with each number of experts. A static rule
+# would be a single bar. The bar at the right end of each panel includes the pairs that the bound `max_k = 8` holds back.
+
+# %%
+figures.draw_count_distribution(pd.read_csv("../figures/count_distribution.csv"))
+
+# %% [markdown]
+# ## What temperature does
+#
+# The views of the explorer are functions, so that the same can be done without sliders. A `Passage` is read once; `route`
+# asks a rule what it would make of it. Here are three temperatures at the same $\alpha$: the same experts, other weights.
+
+# %%
+passage = figures.Passage.read(model, tokenizer, heldout_texts()["novels"])
+
+for temperature in (0.5, 1.0, 2.0):
+    routed = passage.route(BH(alpha=0.05), temperature)
+    kept, own = routed.weights.sum(axis=-1).mean(), routed.own_weights.sum(axis=-1).mean()
+    print(f"temperature {temperature}: {routed.counts.mean():.1f} experts with {kept:.2f} of the weight; own top-8: {own:.2f}")
+
+# %%
+figures.draw_passage_weights(passage.route(BH(alpha=0.05), temperature=2.0))
+
+# %% [markdown]
+# OLMoE does not rescale the weights of the experts that it keeps so that they sum to one, and neither does the patch. What is
+# dropped is therefore missing from the sum: the layer adds less to the residual stream. A temperature below 1 gives some of
+# it back to the best experts, which looks like a repair and is none, since it also changes the proportions among those that
+# are kept: try 0.84 in the explorer, one step below 1, and compare the losses.

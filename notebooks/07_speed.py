@@ -1,0 +1,199 @@
+# %% [markdown]
+# # Fewer experts, less time
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/07_speed.ipynb)
+#
+# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+
+# %%
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
+    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
+    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    sys.path.append(os.path.abspath("bh-routing"))
+    os.chdir("bh-routing/notebooks")
+
+# %% [markdown]
+# A token that uses half of the experts needs half of the experts' arithmetic. Does it also need half of the time? Seldom: other
+# parts of the model take time too, weights have to be read whether one token uses them or a hundred, and a library that
+# computes a dropped expert and multiplies the result by zero saves nothing at all. This notebook reads what was
+# measured on a GPU, with `bhlib`'s kernels and with every experts implementation that `transformers` has, and asks of each
+# number how far it is from the best that the hardware allows.
+#
+# Nothing here needs a GPU: the table comes with the repository. The last section says how to measure on your own.
+
+# %%
+import pandas as pd
+
+from bhlib.figures.speed import describe, draw_speed
+from bhlib.speed.goals import check_goals
+from bhlib.speed.results import COLUMNS, rows_of
+
+pd.set_option("display.max_rows", 100, "display.width", 140, "display.max_colwidth", 90)
+table = pd.read_csv("../figures/speed.csv")
+print(describe(table[table["median_us"].notna()]))
+
+# %% [markdown]
+# The model has OLMoE-1B-7B's shapes and random weights, with routers whose logits spread like a trained router's: times depend on
+# the shapes and on how many experts are used, not on what the weights say. (`--model allenai/OLMoE-1B-7B-0924` measures the real
+# checkpoint.) The levels of Benjamini–Hochberg are chosen so that tokens use 8, 6, 4, 3 and 2 experts on average.
+#
+# Each row of the table is one thing measured:
+
+# %%
+for column, meaning in COLUMNS.items():
+    print(f"{column:22}{meaning}")
+
+# %% [markdown]
+# ## The floor
+#
+# A GPU can do two things no faster than it can: move bytes from memory, and multiply matrices. Both rates are measured in the
+# same run, by a large copy and a large product. Whatever a computation is, its bytes and its operations, each
+# divided by its rate, bound the time from below; the longer of the two is its *floor*.
+#
+# For one token the bytes decide: every selected expert's weights, 12.6 MB in bfloat16, have to be read, and are used once. For a
+# long prompt the operations decide, since each weight that is read serves hundreds of tokens. In between lies an uncomfortable
+# place: at 512 tokens with four experts each, an expert gets 32 tokens on average. Hardly any expert is left unused, so all of
+# the weights have to be read, and the operations are not yet what takes time. Nobody can save much there by skipping.
+
+# %%
+block = table[(table["stage"] == "block") & (table["by"] == "bhlib") & table["median_us"].notna()]
+floors = block.pivot_table(index="tokens", columns="k", values="floor_us", aggfunc="min")
+floors.columns = [f"k = {k:.0f}" for k in floors.columns]
+floors.round(1)
+
+# %% [markdown]
+# Along a row you see what skipping can save at best. Compare 1, 512 and 16,384 tokens: the first and the last
+# shrink in proportion to k, and 512 does not shrink at all.
+#
+# ## All of it in one picture
+#
+# Blue circles are the patched model, the dashed red line is its floor. The black square is the fastest of `transformers` with its
+# eight experts per token, whichever implementation and mode that is. The dotted line is the naive promise: k experts in k / 8
+# of the time. Where circles lie below the dotted line, the kernels gain more than skipping explains. The green
+# diamond computes no expert at all: it is what remains if experts cost nothing, so no circle can get below it, except by as
+# much as our kernels leave out beside the experts.
+
+# %%
+draw_speed(table)
+
+# %% [markdown]
+# Look at a panel of the first row, then at the one of a whole model below it. The first row falls steeply with k. A whole model also has
+# attention, norms, rotary embeddings and a head over the vocabulary, and these do not know about experts: its line is
+# flatter, the more so the fewer tokens there are, when it is small kernels and their launches that take the time.
+#
+# ## The router
+#
+# Deciding must not cost what skipping saves. In plain torch, Benjamini–Hochberg takes a dozen operations, each with a launch of
+# its own; the kernel takes one. Times in microseconds; an empty kernel stands beside them, because on a GPU even nothing takes
+# time, and for one token that is nearly all there is. `eager` launches from the host, where a launch costs more
+# than the computation; `graph` replays from a CUDA graph.
+
+# %%
+router = table[(table["stage"] == "router") & table["median_us"].notna()]
+router.pivot_table(index=["mode", "tokens"], columns="name", values="median_us", sort=False).round(1)
+
+# %% [markdown]
+# ## The experts of one layer
+#
+# `speedup` is over the fastest of `transformers` in the same mode, `best_speedup` over its fastest in any mode, `over_floor`
+# how many times the floor it takes. At k = 8 nothing is skipped: what is gained there is the kernels' own, and what is
+# gained from there to k = 4 is skipping's. That way the two are told apart.
+
+# %%
+rows_of(table, "block")
+
+# %% [markdown]
+# ## A prompt
+#
+# One forward pass over 512 and 4,096 tokens, and over four prompts of 4,096. For long prompts launching costs nothing beside
+# computing, so `eager` is as fast as a graph, or faster: while it is captured or compiled, `transformers` builds an explicit
+# causal mask, and attention under a mask is slower than without.
+
+# %%
+rows_of(table, "prefill", ("median_us", "speedup", "best_speedup", "over_floor", "peak_gib"))
+
+# %% [markdown]
+# ## One step of decoding
+#
+# A step on a static cache. Launched from the host it takes the same time whatever is skipped: hundreds of small kernels have to be
+# launched, and the GPU waits for them. A CUDA graph takes the host out of the way, and only then does skipping show. This is
+# the reason why the kernels never ask the device how many pairs there are: a graph holds fixed shapes, so
+# counts that change from token to token have to fit into them.
+
+# %%
+rows_of(table, "decode", ("median_us", "speedup", "best_speedup", "over_floor", "peak_gib"))
+
+# %% [markdown]
+# ## `generate()`, compiled by `transformers`
+#
+# This is what a user calls: greedy generation with a static cache, whose decoding steps `transformers` compiles and captures itself.
+# Left alone, it decodes by `batched_mm`, which copies the weights of every slot. That is quick for one sequence and slow for many,
+# so `grouped_mm` is measured beside it, under a name that `generate()` does not swap; `name` says what really ran.
+# The run that is shown here ended before it came to the patch at 8 and 32 sequences: for these, look at the single step above.
+# `graphs` counts what the compiler made of a step, and `recompiled` what it had to make anew while counts changed: it should be 0.
+
+# %%
+rows_of(table, "generate", ("median_us", "speedup", "over_floor", "peak_gib", "graphs", "recompiled"))
+
+# %% [markdown]
+# ## On a CPU
+#
+# The embedded model in two threads, a prefill of 4,096 tokens. There are no kernels of ours here: the selected pairs are gathered
+# and handed to the model's own matrix products. Ratios are to the unpatched model in the same round.
+
+# %%
+cpu = pd.read_csv("../figures/speed_cpu.csv")
+cpu[["rule", "mean_k", "experts_ms", "experts_ratio", "model_ms", "model_ratio", "model_iqr", "threads"]].round(2)
+
+# %% [markdown]
+# ## What was aimed at, and what was reached
+#
+# These goals were set before the kernels were written. `at_most` is what whoever runs at the floor would reach, `without_experts` what
+# a model reaches that computes no expert at all. Where one of them is below what was wanted, the goal
+# cannot be reached on this GPU by skipping experts, and the number says so before any excuse does.
+
+# %%
+goals = check_goals(table, cpu)
+goals.round(2)
+
+# %%
+missed = goals[~goals["met"]]
+out_of_reach = missed[(missed["at_most"] < missed["wanted"]) | (missed["without_experts"] < missed["wanted"])]
+print(f"{goals['met'].sum()} of {len(goals)} reached; out of reach for anybody: {len(out_of_reach)}")
+print("\n".join(f"- {goal}" for goal in missed["goal"]))
+
+# %% [markdown]
+# Three things stand in the way where a goal is missed.
+#
+# *All weights must be read.* With 512 tokens every expert is used by someone. The floor does not move with k, and to run at
+# the floor is all that a kernel can do.
+#
+# *A launch takes its time.* One call of the router from the host costs some tens of microseconds, whatever is computed; `softmax` and
+# `topk` are two launches that do not cost much more. In a CUDA graph, where decoding belongs, the kernel alone counts.
+#
+# *The rest of the model.* The step that computes no expert shows what `generate()` needs for everything else. Dividing by that
+# gives the largest speedup that any way of skipping experts can have there.
+#
+# What failed, if anything, is in the table too:
+
+# %%
+table.loc[table["median_us"].isna(), ["stage", "mode", "tokens", "name", "error"]]
+
+# %% [markdown]
+# ## On your own GPU
+#
+# With an NVIDIA GPU of compute capability 8.0 or newer and 20 GB of memory (40 GB for the longest prompt):
+#
+# ```bash
+# python -m bhlib bench speed --folder results                          # everything, about 15 minutes on an H100
+# python -m bhlib bench speed --folder results --only block --quick     # one stage, two minutes
+# python -m bhlib bench experts --csv results/speed_cpu.csv             # on the CPU, with the embedded model
+# ```
+#
+# A stage that is measured again takes the place of its old rows in `results/speed.csv`; the others stay. Then
+# `draw_speed(pd.read_csv("results/speed.csv"))` draws it as above. To use the kernels there is nothing to do: on such a GPU
+# `BHRoutingIntegration(model)` takes them by itself.

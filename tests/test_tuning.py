@@ -1,0 +1,135 @@
+"""Settings of rules from calibration text: levels that give a mean, weights of layers."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_olmoe, tokens
+
+from bhlib import BHRoutingIntegration, load_demo, load_heldout
+from bhlib.evaluation import evaluate
+from bhlib.rules import BH, EntropyK, ExpertDropRatio, MinP, StaticPerLayer, Threshold, TopP
+from bhlib.tuning import (
+    choose_layer_weights,
+    choose_static_per_layer,
+    entropy_thresholds,
+    level_for_mean_experts,
+    mean_experts,
+)
+
+DATA = {"a": tokens(3, 20, seed=1), "b": tokens(5, 20, seed=2)}
+
+
+def random_logits(*shape, seed=0):
+    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_mean_experts_counts_every_layer_alike():
+    logits = random_logits(3, 500, 64)
+    counts = torch.stack([BH(0.05)(layer).counts for layer in logits])
+    assert mean_experts(BH(0.05), logits) == pytest.approx(counts.double().mean().item())
+
+
+@pytest.mark.parametrize("family", [BH, TopP, MinP, Threshold, ExpertDropRatio, lambda a: BH(a, method="by")])
+@pytest.mark.parametrize("mean_k", [2.5, 4, 5.5])
+def test_level_gives_the_mean_whichever_way_it_runs(family, mean_k):
+    logits = random_logits(2, 1000, 64)
+    level = level_for_mean_experts(family, logits, mean_k)
+    assert mean_experts(family(level), logits) == pytest.approx(mean_k, abs=0.01)
+
+
+def test_level_that_nothing_gives_is_refused():
+    with pytest.raises(ValueError, match=r"no level gives 9 experts on average: these rules give from 1\.00 to 8\.00"):
+        level_for_mean_experts(TopP, random_logits(2, 100, 64), 9)
+
+
+def test_layer_weights_multiply_the_odds_of_alpha():
+    rule = BH(0.2, layer_weights=[1, 4, 0.25])
+    assert [rule.level(layer) for layer in range(3)] == pytest.approx([0.2, 0.5, 1 / 17])
+    logits = random_logits(3, 400, 64)
+    for layer, weighted in enumerate(logits):
+        assert torch.equal(rule(weighted, layer).counts, BH(rule.level(layer))(weighted).counts)
+    by_expert = BH(0.2, layer_weights=[1, 4, 0.25], method="storey")
+    assert torch.equal(by_expert(logits[1], 1).counts, BH(0.5, method="storey")(logits[1]).counts)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ((), "layer_weights must hold one finite number above 0 per MoE layer"),
+        ((1, 0, 2), r"layer_weights must hold .* got \(1, 0, 2\)"),
+        ((1, float("inf")), "layer_weights must hold one finite number above 0"),
+    ],
+)
+def test_bad_layer_weights_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        BH(0.05, layer_weights=weights)
+
+
+def test_layer_weights_of_another_model_are_refused():
+    model, _ = load_demo()
+    with (
+        pytest.raises(ValueError, match="layer_weights has 3 entries for a model of 8 MoE layers"),
+        BHRoutingIntegration(model, layer_weights=(1, 2, 3)),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"layer must lie in 0\.\.2 for layer_weights, got None"):
+        BH(layer_weights=(1, 2, 3))(random_logits(4, 64))
+
+
+def test_a_layer_whose_experts_do_nothing_gets_the_smallest_weight():
+    model, _ = load_demo()
+    with torch.no_grad():
+        model.model.layers[3].mlp.experts.down_proj.zero_()
+    text = load_heldout("calibration", 128, 1)
+    weights = choose_layer_weights(model, text, BH(0.01), rounds=1)
+    assert len(weights) == 8 and np.prod(weights) == pytest.approx(1)
+    assert np.argmin(weights) == 3
+    with pytest.raises(ValueError, match="factor must be above 1, got 1"):
+        choose_layer_weights(model, text, BH(0.01), factor=1)
+
+
+@pytest.mark.parametrize("mean_k", [1, 5 / 3, 2.4, 3])
+def test_static_k_per_layer_is_the_best_by_brute_force(mean_k):
+    model = tiny_olmoe(num_experts=8, num_experts_per_tok=3)
+
+    def loss(ks):
+        return evaluate(model, DATA, StaticPerLayer(ks))["loss"].mean()
+
+    budget = round(3 * mean_k)
+    alone = {(at, k): loss([k if i == at else 3 for i in range(3)]) for at in range(3) for k in (1, 2, 3)}
+    candidates = [ks for ks in itertools.product((1, 2, 3), repeat=3) if sum(ks) == budget]
+    wanted = min(candidates, key=lambda ks: sum(alone[at, k] for at, k in enumerate(ks)))
+    assert choose_static_per_layer(model, DATA, [2, mean_k])[mean_k].ks == wanted
+
+
+def test_static_k_per_layer_wants_a_possible_mean():
+    with pytest.raises(ValueError, match="mean_ks must lie between 1 and max_k=8, got 9"):
+        choose_static_per_layer(tiny_olmoe(), DATA, [4, 9])
+
+
+@pytest.mark.parametrize("mean_k", [1.5, 4, 7.5])
+@pytest.mark.parametrize("slope", [0.5, 1.0, 4.0])
+def test_entropy_thresholds_give_the_mean(mean_k, slope):
+    spread = torch.linspace(0.3, 4, 500)[:, None]
+    logits = torch.randn(2, 500, 64, generator=torch.Generator().manual_seed(0)) * spread
+    thresholds = entropy_thresholds(logits, mean_k, slope=slope)
+    np.testing.assert_allclose(np.diff(thresholds), 1 / slope)
+    rule = EntropyK(thresholds, range(1, 9))
+    counts = rule(logits.flatten(0, 1)).counts
+    assert counts.double().mean().item() == pytest.approx(mean_k, abs=0.01)
+    assert counts[:100].double().mean() >= counts[400:500].double().mean()  # flat probabilities, then peaked ones
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mean_k": 1}, "mean_k must lie strictly between 1 and max_k=8, got 1"),
+        ({"mean_k": 4, "max_k": 4}, "mean_k must lie strictly between 1 and max_k=4, got 4"),
+        ({"mean_k": 4, "slope": 0.0}, "slope must be a finite number above 0, got 0.0"),
+    ],
+)
+def test_entropy_thresholds_name_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        entropy_thresholds(torch.randn(5, 64), **arguments)

@@ -1,0 +1,244 @@
+"""The explorer, on the real demo model: what moves when a control moves, and what it costs."""
+
+import asyncio
+import gc
+import re
+import time
+
+import numpy as np
+import psutil
+import pytest
+from matplotlib import pyplot
+
+from bhlib import load_demo
+from bhlib.evaluation import evaluate
+from bhlib.procedures import PROCEDURES
+from bhlib.pvalues import STATISTICS
+from bhlib.rules import BH
+from bhlib.widgets import NULL_CHOICES, Explorer, heldout_texts
+
+SHORT = {"one": "It was a bright morning, and she had nothing to say.", "two": "def mean(values):\n    return"}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo()
+
+
+@pytest.fixture
+def explorer(demo):
+    """An explorer of short passages, in a script: without an event loop, the loss follows every move at once."""
+    return Explorer(*demo, SHORT)
+
+
+def shown(explorer):
+    return explorer.mean.value, explorer.loss.value, explorer.charts.value, explorer.colored.value
+
+
+def mean_of(explorer):
+    return float(re.match(r"<b>([\d.]+)</b>", explorer.mean.value).group(1))
+
+
+def test_alpha_changes_numbers_and_pictures_and_back_gives_the_first_again(explorer):
+    first = shown(explorer)
+    explorer.alpha.value = 0.5
+    assert all(new != old for new, old in zip(shown(explorer), first, strict=True))
+    explorer.alpha.value = 0.05
+    assert shown(explorer) == first
+
+
+def test_the_start_lies_on_a_step_of_the_slider(explorer):
+    steps = (np.log10(explorer.alpha.value) - explorer.alpha.min) / explorer.alpha.step
+    assert steps == pytest.approx(round(steps), abs=1e-9)
+    assert 10**explorer.alpha.max < 1
+
+
+def test_loss_is_that_of_the_patched_model(demo, explorer):
+    explorer.alpha.value, explorer.temperature.value = 0.2, 2.0
+    data = {"passage": demo[1](SHORT["one"], return_tensors="pt")["input_ids"]}
+    patched = evaluate(demo[0], data, BH(0.2), temperature=2.0)["loss"].item()
+    own = evaluate(demo[0], data)["loss"].item()
+    assert f"<b>{patched:.3f}</b>" in explorer.loss.value and f": {own:.3f} " in explorer.loss.value
+
+
+@pytest.mark.parametrize("null", [name for _, name in NULL_CHOICES])
+def test_every_null_works_with_every_statistic_that_it_takes(explorer, null):
+    before = mean_of(explorer)
+    explorer.null.value = null
+    fitted = null in ("kde", "conformal")
+    assert explorer.statistic.disabled is not fitted
+    assert (null == "dirichlet") == (mean_of(explorer) == before)
+    assert ("1 - softmax is not a p-value" in explorer.message.value) is (null == "softmax")
+    means = set()
+    for statistic in STATISTICS if fitted else ():
+        explorer.statistic.value = statistic
+        means.add(mean_of(explorer))
+        assert explorer.rule.pvalues.statistic == statistic and explorer.message.value == ""
+    assert not fitted or len(means) == len(STATISTICS)
+    assert explorer.busy.value == "" and explorer.loss.value
+
+
+def test_every_procedure_works(explorer):
+    means = {}
+    for method in PROCEDURES:
+        explorer.method.value = method
+        assert explorer.rule.method == method and explorer.message.value == "" and explorer.loss.value
+        means[method] = mean_of(explorer)
+    assert means["by"] < means["bh"] < means["fixed"] and means["bonferroni"] < means["bh"]
+
+
+def test_every_layer_and_every_bound_works(explorer):
+    for layer in explorer.layer.options:
+        explorer.layer.value = layer
+        assert ("8 layers" if layer == "all" else f"layer {layer}") in explorer.mean.value
+        counts = explorer.routed.counts if layer == "all" else explorer.routed.counts[layer]
+        assert mean_of(explorer) == pytest.approx(counts.mean(), abs=0.006)
+    for min_k in (0, 8):
+        explorer.min_k.value = min_k
+        assert explorer.routed.counts.min() >= min_k and explorer.message.value == ""
+    explorer.alpha.value, explorer.min_k.value = 0.9, 1
+    for max_k in (1, 8, 16):
+        explorer.max_k.value = max_k
+        assert explorer.routed.counts.max() == max_k
+
+
+def test_bounds_that_contradict_each_other_are_reported_and_take_the_numbers_away(explorer):
+    first = shown(explorer)
+    explorer.min_k.value, explorer.max_k.value = 6, 3
+    assert "min_k must not exceed max_k, got min_k=6 and max_k=3" in explorer.message.value
+    assert explorer.mean.value == explorer.loss.value == ""
+    explorer.min_k.value, explorer.max_k.value = 1, 8
+    assert explorer.message.value == "" and shown(explorer) == first
+
+
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_passage_with_nothing_to_predict_is_reported(explorer, text):
+    first = shown(explorer)
+    explorer.text.value = text
+    assert "but needs 2 or more: type a few words, or pick a passage" in explorer.message.value
+    assert explorer.mean.value == explorer.colored.value == "" and explorer.charts.layout.display == "none"
+    explorer.alpha.value = 0.5  # nothing to redraw
+    explorer.button.click()
+    explorer.alpha.value, explorer.passage.value = 0.05, "one"
+    assert explorer.message.value == "" and shown(explorer) == first and explorer.charts.layout.display == ""
+
+
+def test_a_typed_passage_is_read(explorer):
+    explorer.text.value = "She said <i>nothing</i>."
+    assert explorer.passage.value == "typed below"
+    assert "".join(explorer.routed.tokens) == explorer.text.value and "<i>" not in explorer.colored.value
+    explorer.passage.value = "two"
+    assert explorer.text.value == SHORT["two"] and "".join(explorer.routed.tokens) == SHORT["two"]
+
+
+def test_an_explorer_can_start_with_no_passage(demo):
+    explorer = Explorer(*demo, passages={})
+    assert "type a few words" in explorer.message.value and "image/png" not in explorer._repr_mimebundle_()
+
+
+def test_generate_shows_two_texts(demo, explorer):
+    explorer.alpha.value = 0.0005
+    explorer.button.click()
+    assert "on average</b>" in explorer.bh_text.value and "own top-8</b>" in explorer.own_text.value
+    parts = (explorer.bh_text.value, explorer.own_text.value)
+    texts = [re.search(r"<div[^>]*>(.+)</div>", part, re.DOTALL).group(1) for part in parts]
+    assert texts[0] != texts[1] and explorer.busy.value == "" and explorer.button.disabled is False
+    explorer.passage.value = "two"
+    assert explorer.bh_text.value == explorer.own_text.value == ""
+
+
+def test_a_model_that_is_patched_elsewhere_is_reported(demo, explorer):
+    from bhlib import BHRoutingIntegration
+
+    with BHRoutingIntegration(demo[0]):
+        explorer.alpha.value = 0.5
+    assert "is patched already" in explorer.message.value and explorer.busy.value == ""
+
+
+def test_the_loss_waits_until_the_slider_rests(explorer):
+    """In a kernel an event loop runs: many moves make one pass over the model, with a sign while it is due."""
+    losses, signs = [], []
+    explorer.loss.observe(lambda change: losses.append(change["new"]), "value")
+    explorer.busy.observe(lambda change: signs.append(change["new"]), "value")
+
+    async def drag():
+        for alpha in (0.1, 0.2, 0.3, 0.4):
+            explorer.alpha.value = alpha
+            await asyncio.sleep(0.01)
+        assert losses == [] and "when the slider rests" in explorer.busy.value
+        await asyncio.sleep(1.0)
+
+    asyncio.run(drag())
+    assert len(losses) == 1 and explorer.busy.value == ""
+    assert [bool(sign) for sign in signs] == [True, False, True, False]
+
+
+def test_what_a_notebook_saves_is_a_view_a_picture_and_a_line(explorer):
+    bundle = explorer._repr_mimebundle_()
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
+    assert bundle["image/png"].startswith("iVBOR") and len(bundle["image/png"]) > 20_000
+    assert bundle["text/plain"] == "Explorer of demo: run this cell to move its sliders"
+
+
+def test_every_part_can_be_found_by_its_class(explorer):
+    found = set()
+
+    def walk(part):
+        assert type(part).__module__.startswith("ipywidgets.")
+        found.update(part._dom_classes)
+        for child in getattr(part, "children", ()):
+            walk(child)
+
+    walk(explorer.widget)
+    parts = (
+        "explorer passage input alpha temperature null statistic method layer min-k max-k "
+        "mean loss busy message charts colored generate text own-text"
+    )
+    assert found == {f"bh-{name}" for name in parts.split()}
+
+
+def test_heldout_texts_are_short_texts_of_every_domain():
+    texts = heldout_texts("calibration", length=32)
+    assert len(texts) == 9 and all(text.strip() and "<|endoftext|>" not in text for text in texts.values())
+
+
+@pytest.mark.timing
+def test_500_moves_leave_nothing_behind(explorer):
+    process = psutil.Process()
+
+    async def move(times):
+        for i in range(times):
+            explorer.alpha.value = 0.001 * 1.05 ** (i % 100 + 1)
+            await asyncio.sleep(0)
+
+    asyncio.run(move(100))  # matplotlib keeps the layout of some thousand texts
+    gc.collect()
+    objects, memory = len(gc.get_objects()), process.memory_info().rss
+    asyncio.run(move(500))
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 100
+    assert process.memory_info().rss - memory < 10e6
+    assert pyplot.get_fignums() == []
+
+
+@pytest.mark.timing
+def test_time_of_a_slider_move_at_512_tokens(demo, capsys):
+    """Prints it; a time is not asserted."""
+    explorer = Explorer(*demo, {"novels": heldout_texts(length=512)["novels"]})
+    assert len(explorer.routed.tokens) == 512
+
+    async def drag(times):
+        for i in range(100):
+            start = time.perf_counter()
+            explorer.alpha.value = 0.0005 * 1.07 ** (i + 1)
+            times.append(1000 * (time.perf_counter() - start))
+            await asyncio.sleep(0)
+
+    lines = []
+    for null in ("dirichlet", "gaussian", "kde", "conformal"):
+        explorer.null.value = null
+        asyncio.run(drag(times := []))
+        median, late = np.percentile(times, [50, 95])
+        lines.append(f"{null:10s} median {median:5.1f} ms, 95th percentile {late:5.1f} ms")
+    with capsys.disabled():
+        print("", "a slider move at 512 tokens:", *lines, sep="\n")
