@@ -139,9 +139,9 @@ def test_an_explorer_can_start_with_no_passage(demo):
 def test_generate_shows_two_texts(demo, explorer):
     explorer.alpha.value = 0.0005
     explorer.button.click()
-    assert "on average</b>" in explorer.bh_text.value and "own top-8</b>" in explorer.own_text.value
+    assert "on average</div>" in explorer.bh_text.value and "own top-8</div>" in explorer.own_text.value
     parts = (explorer.bh_text.value, explorer.own_text.value)
-    texts = [re.search(r"<div[^>]*>(.+)</div>", part, re.DOTALL).group(1) for part in parts]
+    texts = [re.search(r"</div><div[^>]*>(.+)</div>", part, re.DOTALL).group(1) for part in parts]
     assert texts[0] != texts[1] and explorer.busy.value == "" and explorer.button.disabled is False
     explorer.passage.value = "two"
     assert explorer.bh_text.value == explorer.own_text.value == ""
