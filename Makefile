@@ -31,7 +31,8 @@ test: $(VENV)/.installed-dev ## run the whole suite, notebooks included
 # torch for CUDA brings its own Triton. Without a CUDA device the kernels run in Triton's interpreter.
 kernels: $(VENV)/.installed-dev ## test the Triton kernels, on the CPU too (installs Triton, 0.2 GB, where there is none)
 	$(PY) -c 'import triton' 2>&- || $(PY) -m pip install --disable-pip-version-check --editable '.[kernels]'
-	$(PY) -m pytest tests/test_kernels.py tests/test_kernel_patch.py $(ARGS)
+	TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
+	  $(PY) -m pytest tests/test_kernels.py tests/test_kernel_patch.py $(ARGS)
 
 browser: $(VENV)/.installed-dev $(VENV)/.installed-browser ## run the notebooks in JupyterLab in chromium, and move the explorer's sliders
 	$(PY) -m pytest tests/test_browser.py --durations 10 $(ARGS)
