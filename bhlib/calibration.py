@@ -201,7 +201,9 @@ def alpha_for_mean_experts(
     min_k: int = 1,
     max_k: int = 8,
 ) -> float:
-    """The level at which the tokens are given so many experts on average: how to compare rules at equal cost.
+    """The level at which `BH` gives tokens so many experts on average: how to compare p-values at equal cost.
+
+    For any other rule there is `bhlib.tuning.level_for_mean_experts`, which searches.
 
     Parameters
     ----------

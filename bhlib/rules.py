@@ -153,22 +153,12 @@ class Rule:
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
         """Compute ahead what `fused` looks up, so that no compiler has to see it computed."""
 
-    def fused(
-        self,
-        router_logits: Tensor,
-        layer: int | None = None,
-        *,
-        weighting: str = "softmax",
-        temperature: float = 1.0,
-    ) -> Routing:
-        """The same routing by a kernel, for rules and devices that have one; here, without."""
-        return self(router_logits, layer, weighting=weighting, temperature=temperature)
+    def fused(self, router_logits: Tensor, layer: int | None = None, **options) -> Routing:
+        """The same routing, with the same options, by a kernel, for rules and devices that have one; here, without."""
+        return self(router_logits, layer, **options)
 
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""
-
-    def check_num_layers(self, num_layers: int) -> None:
-        """Raise if the rule cannot work with so many MoE layers."""
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
         """Raise if the rule cannot route a model of so many MoE layers and experts."""
@@ -241,7 +231,8 @@ class StaticPerLayer(PrefixRule):
         object.__setattr__(self, "min_k", min(ks))
         object.__setattr__(self, "max_k", max(ks))
 
-    def check_num_layers(self, num_layers: int) -> None:
+    def check_model(self, num_layers: int, num_experts: int) -> None:
+        super().check_model(num_layers, num_experts)
         if num_layers != len(self.ks):
             raise ValueError(
                 f"ks has {len(self.ks)} entries for a model of {num_layers} MoE layers: give one for each layer."
@@ -600,7 +591,8 @@ class Replay(Rule):
                 f"record it with the same model."
             )
 
-    def check_num_layers(self, num_layers: int) -> None:
+    def check_model(self, num_layers: int, num_experts: int) -> None:
+        super().check_model(num_layers, num_experts)
         if num_layers != self.records.num_layers:
             raise ValueError(
                 f"The routing of {self.records.num_layers} MoE layers cannot be replayed on {num_layers}: "

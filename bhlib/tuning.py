@@ -28,6 +28,8 @@ def mean_experts(rule: Rule, router_logits: Tensor) -> float:
 def level_for_mean_experts(family: Callable[[float], Rule], router_logits: Tensor, mean_k: float) -> float:
     """The level at which a family of rules gives so many experts on average: how to compare rules at equal cost.
 
+    For any rule. For `BH` without layer weights `bhlib.calibration.alpha_for_mean_experts` finds it in one pass.
+
     Parameters
     ----------
     family : callable

@@ -153,7 +153,7 @@ def test_rivals_patch_a_model_and_are_recorded(rule):
         (lambda: StaticPerLayer(()), r"one int of 1 or more per MoE layer, got \(\)"),
         (lambda: StaticPerLayer((2, 0)), r"one int of 1 or more per MoE layer, got \(2, 0\)"),
         (lambda: StaticPerLayer((2, 3))(logits_of(0), None), r"layer must lie in 0..1 for ks=\(2, 3\), got None"),
-        (lambda: StaticPerLayer((2, 3)).check_num_layers(8), "ks has 2 entries for a model of 8 MoE layers"),
+        (lambda: StaticPerLayer((2, 3)).check_model(8, 64), "ks has 2 entries for a model of 8 MoE layers"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

@@ -84,7 +84,7 @@ def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
     axes.axhline(0, color=BLACK, linewidth=0.8)
     half_percent = 0.005 * table.loc[table["rule"] == "top-8", "loss"].iloc[0]
     axes.axhline(half_percent, color=BLACK, linewidth=0.8, linestyle=":")
-    axes.annotate("0.5 % of the loss of top-8", (7.05, half_percent), fontsize=7, va="bottom")
+    axes.annotate("0.5 % of the loss of top-8", (2.75, half_percent), fontsize=7, va="bottom")
     axes.set_yscale("symlog", linthresh=0.02, linscale=0.8)
     ticks = [0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

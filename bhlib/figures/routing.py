@@ -48,7 +48,7 @@ def draw_experts_vs_alpha(table: pd.DataFrame) -> Figure:
         f"default p-values, max_k = 8; per domain {table['sequences'].iloc[0]} sequences of "
         f"{table['tokens_per_sequence'].iloc[0]} tokens, 95 % bands", fontsize=8
     )  # fmt: skip
-    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)
     return fig
 
 
