@@ -184,7 +184,7 @@ def bench_experts(
     input_ids: torch.Tensor,
     rules: dict[str, Rule] | None = None,
     *,
-    repetitions: int = 7,
+    repetitions: int = 15,
 ) -> pd.DataFrame:
     """Time a forward pass under rules that use fewer experts, against the unpatched model in the same run.
 
@@ -195,7 +195,7 @@ def bench_experts(
     input_ids : Tensor [batch, length]
         Tokens of one prefill, without a cache.
     rules : dict of str to Rule, optional
-        By default static top-8, 4 and 2, and BH at two levels.
+        By default static top-8, 4 and 2, and BH at three levels.
     repetitions : int
         Rounds, after one that is not counted. Each times every rule and the unpatched model once.
 
@@ -208,7 +208,7 @@ def bench_experts(
         ``model_ratio``, ``model_iqr`` (the whole forward pass), ``tokens``, ``threads``.
     """
     if rules is None:
-        rules = {f"top-{k}": TopK(k) for k in (8, 4, 2)} | {f"BH, alpha={a}": BH(alpha=a) for a in (0.05, 0.01)}
+        rules = {f"top-{k}": TopK(k) for k in (8, 4, 2)} | {f"BH, alpha={a}": BH(alpha=a) for a in (0.9, 0.05, 0.01)}
     patches = {"unpatched": None} | {
         name: RoutingPatch(model, rule, max_recorded_tokens=0) for name, rule in rules.items()
     }

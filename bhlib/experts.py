@@ -19,8 +19,14 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from bhlib import kernels
+from bhlib.kernels.loop import loop_forward
+
 PREFIX = "bh_"
 KERNELS = "kernels_"
+
+#: Implementations of transformers that compute what the kernels compute, by name; any other was chosen for a reason.
+REPLACEABLE = (None, "eager", "grouped_mm", "batched_mm")
 
 
 #: From here on torch.compile traces a subclass of str. Before, a configuration that is copied while its model is
@@ -34,8 +40,8 @@ class TwinName(str):
     Whoever copies or pickles the configuration gets the name that it replaces: a copy of a patched model is plain.
     """
 
-    def __new__(cls, original: str | None, kernels: bool = False) -> "TwinName":
-        name = super().__new__(cls, PREFIX + (KERNELS if kernels else "") + (original or "eager"))
+    def __new__(cls, original: str | None, by_kernels: bool = False) -> "TwinName":
+        name = super().__new__(cls, PREFIX + (KERNELS if by_kernels else "") + (original or "eager"))
         name.original = original
         return name
 
@@ -49,21 +55,21 @@ class TwinName(str):
         return (type(None), ()) if self.original is None else (str, (self.original,))
 
 
-def twin(implementation: str | None, kernels: bool = False) -> str:
+def twin(implementation: str | None, by_kernels: bool = False) -> str:
     """Name of the pair-wise twin of an experts implementation, registered on first use.
 
     Parameters
     ----------
     implementation : str or None
         A name known to transformers' `ExpertsInterface`, ``"eager"``, or None, which transformers reads as eager.
-    kernels : bool
+    by_kernels : bool
         Whether the twin may use the kernels; it does where they compute the inputs, and is pair-wise elsewhere.
     """
     if implementation is not None and implementation.startswith(PREFIX):
         raise ValueError(f"{str(implementation)!r} is a twin already: the model is patched.")
-    name = TwinName(implementation, kernels)
+    name = TwinName(implementation, by_kernels)
     if name not in _interface():
-        forward = kernel_forward if kernels else pairwise_forward
+        forward = kernel_forward if by_kernels else pairwise_forward
         _interface().register(str(name), partial(forward, implementation or "eager"))
     return name if Version(torch.__version__) >= Version(TWIN_NAMES_COMPILE) else str(name)
 
@@ -132,12 +138,22 @@ def pairwise_forward(
 def kernel_forward(
     implementation: str, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """`pairwise_forward`, by the kernels where they compute these inputs (`bhlib.kernels.forward.inputs_fit`).
+    """`pairwise_forward`, by the kernels where they compute these inputs (`bhlib.kernels`).
 
-    The kernels' results differ from the model's own in rounding, whether or not slots are empty.
+    The kernels' results differ from the model's own in rounding; on a CPU only where a slot is empty.
     """
-    from bhlib.kernels.forward import experts_forward, inputs_fit  # imports Triton, which not everybody has
+    if hidden_states.is_cuda or kernels.interpreted():
+        from bhlib.kernels.forward import experts_forward, inputs_fit  # imports Triton, which not everybody has
 
-    if inputs_fit(module, hidden_states):
-        return experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        if inputs_fit(module, hidden_states):
+            return experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    elif hidden_states.device.type == "cpu":
+        return _cpu_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
     return pairwise_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
+
+
+@torch.compiler.disable  # as for `pairwise_forward`
+def _cpu_forward(implementation: str, module: nn.Module, *inputs: Tensor) -> Tensor:
+    if (inputs[1] < module.num_experts).all():
+        return pairwise_forward(implementation, module, *inputs)
+    return loop_forward(module, *inputs)

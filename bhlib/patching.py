@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
+from bhlib.kernels.loop import is_plain
 from bhlib.passes import PassReader
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
@@ -221,10 +222,11 @@ class RoutingPatch:
     weights : str
         ``"model"`` (the default) for the model's own convention, or one of `bhlib.rules.WEIGHTINGS`.
     kernels : bool or "auto"
-        Whether `bhlib.kernels` may compute the routing and the experts, where they can: on a CUDA device, in half
-        precision, without gradients. ``"auto"`` (the default) uses them unless the rule is static top-k with the
-        model's own k. False multiplies by the model's own implementation always, so that a pass in which the rule
-        selects exactly the model's own experts gives the model's own logits, bit for bit; with kernels, the same up to
+        Whether `bhlib.kernels` may compute: the routing and the experts on a CUDA device, in half precision and without
+        gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
+        model's own k, or the model's experts implementation is none of `bhlib.experts.REPLACEABLE`. False multiplies by
+        the model's own implementation always, so that a pass in which the rule selects exactly the model's own experts
+        gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to
         rounding. True refuses a machine or a model that has no use for them.
 
     Attributes
@@ -319,20 +321,20 @@ class RoutingPatch:
 
     def _choose_kernels(self, wanted: bool | str) -> bool:
         """Whether to use the kernels; raises if they are wanted and there is no use for them."""
+        experts = [layer.experts for layer in self.layers]
         if wanted == "auto":
-            own = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
-            wanted_here = not own and not triton_kernels.interpreted()
-        else:
-            wanted_here = wanted
-        if not wanted_here:
+            own_k = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
+            replaceable = all(module.config._experts_implementation in pairwise.REPLACEABLE for module in experts)
+            if own_k or not replaceable or triton_kernels.interpreted():
+                return False
+            if not torch.cuda.is_available():
+                return all(map(is_plain, experts))
+        if not wanted or (wanted == "auto" and not triton_kernels.available()):
             return False
         if not triton_kernels.available():
-            if wanted == "auto":
-                return False
             raise RuntimeError(
                 "kernels=True needs Triton and a CUDA device of compute capability 8.0 or newer: install torch for "
-                "CUDA, "
-                "or leave kernels='auto'."
+                "CUDA, or leave kernels='auto'."
             )
         from bhlib.kernels.forward import module_fits
 

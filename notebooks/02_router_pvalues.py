@@ -141,7 +141,7 @@ again = load_calibration(path, model)
 print(f"{path.stat().st_size / 1024:.0f} kB; same p-values: {torch.equal(again(logits[3], 3), null(logits[3], 3))}")
 
 with BHRoutingIntegration(model, alpha=0.05, pvalues=again) as bh, torch.no_grad():
-    model(input_ids=demo.validation["drama"])
+    model(input_ids=demo.validation["drama"].to(model.device))
 print(f"experts per token at alpha = 0.05: {bh.get_routing_stats()['mean_experts_per_token']:.1f}")
 
 # %% [markdown]

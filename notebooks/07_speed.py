@@ -133,17 +133,24 @@ rows_of(table, "decode", ("median_us", "speedup", "best_speedup", "over_floor", 
 # This is what a user calls: greedy generation with a static cache, whose decoding steps `transformers` compiles and captures itself.
 # Left alone, it decodes by `batched_mm`, which copies the weights of every slot. That is quick for one sequence and slow for many,
 # so `grouped_mm` is measured beside it, under a name that `generate()` does not swap; `name` says what really ran.
-# The run that is shown here ended before it came to the patch at 8 and 32 sequences: for these, look at the single step above.
 # `graphs` counts what the compiler made of a step, and `recompiled` what it had to make anew while counts changed: it should be 0.
 
 # %%
 rows_of(table, "generate", ("median_us", "speedup", "over_floor", "peak_gib", "graphs", "recompiled"))
 
 # %% [markdown]
+# These rows could not take turns, since what is compiled for one is thrown away for the next, and the host's part in a step of one
+# sequence varies by half a millisecond over the minutes between them: that two experts take longer than four, at one
+# sequence, is that and nothing else. Against what `transformers` does by default the patch gains more with more sequences, most
+# of it because gathered weights are no longer copied; against `grouped_mm` kept, look at 8 sequences.
+
+# %% [markdown]
 # ## On a CPU
 #
-# The embedded model in two threads, a prefill of 4,096 tokens. There are no kernels of ours here: the selected pairs are gathered
-# and handed to the model's own matrix products. Ratios are to the unpatched model in the same round.
+# The embedded model in two threads, a prefill of 4,096 tokens. Where slots are empty, the experts are computed one after the other in
+# plain torch (`bhlib.kernels.loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
+# runs by the model's own forward, bit for bit. So the row of BH with seven of eight experts shows what the loop gains by itself, and
+# the rows below it what skipping adds. Ratios are to the unpatched model in the same round.
 
 # %%
 cpu = pd.read_csv("../figures/speed_cpu.csv")

@@ -9,6 +9,9 @@ from models import tiny_olmoe
 from rows import count_rows
 
 from bhlib.experts import pairwise_forward, twin
+from bhlib.kernels.loop import is_plain, loop_forward
+from bhlib.patching import RoutingPatch
+from bhlib.rules import BH, TopK
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
@@ -33,17 +36,22 @@ def routing(num_tokens, slots, empty, num_experts=64):
     return index.masked_fill(drop, num_experts), weights.masked_fill(drop, 0.0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def forward_by(way, *inputs):
+    """By one of the implementations of transformers on gathered pairs, or by the loop over experts."""
+    return loop_forward(*inputs) if way == "loop" else pairwise_forward(way, *inputs)
+
+
+@pytest.mark.parametrize("way", (*IMPLEMENTATIONS, "loop"))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("num_tokens", "slots", "empty"), [(40, 8, 0.5), (40, 64, 0.7), (1, 8, 0.5), (5, 8, 1.0)])
-def test_agrees_with_a_loop(implementation, dtype, tolerance, num_tokens, slots, empty):
+def test_agrees_with_a_loop_over_tokens(way, dtype, tolerance, num_tokens, slots, empty):
     module = tiny_olmoe().model.layers[0].mlp.experts.to(dtype)
     torch.nn.init.normal_(module.gate_up_proj, std=0.2)
     torch.nn.init.normal_(module.down_proj, std=0.2)
     hidden = torch.randn(num_tokens, 64).to(dtype)
     index, weights = routing(num_tokens, slots, empty)
     weights = weights.to(dtype)
-    got = pairwise_forward(implementation, module, hidden, index, weights)
+    got = forward_by(way, module, hidden, index, weights)
     expected = dense_by_loop(module, hidden, index, weights)
     assert got.dtype == dtype
     scale = expected.abs().max().clamp(min=1e-9)
@@ -62,11 +70,12 @@ def test_without_empty_slots_the_bits_are_the_models_own(implementation, dtype):
     assert torch.equal(pairwise_forward(implementation, module, hidden, index, weights.to(dtype)), own)
 
 
-def test_gradients_flow_as_without_the_patch():
+@pytest.mark.parametrize("way", ("grouped_mm", "loop"))
+def test_gradients_flow_as_without_the_patch(way):
     module = tiny_olmoe().model.layers[0].mlp.experts
     index, weights = routing(20, 8, 0.0)
     grads = []
-    for forward in (module, lambda *inputs: pairwise_forward("grouped_mm", module, *inputs)):
+    for forward in (module, lambda *inputs: forward_by(way, module, *inputs)):
         hidden = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         leaf = weights.clone().requires_grad_()
         module.zero_grad()
@@ -76,13 +85,14 @@ def test_gradients_flow_as_without_the_patch():
         torch.testing.assert_close(ours, own)
 
 
-def test_the_result_of_a_token_adds_up_in_float32():
+@pytest.mark.parametrize("way", ("grouped_mm", "loop"))
+def test_the_result_of_a_token_adds_up_in_float32(way):
     """64 experts in bfloat16: one rounding at the end, as in the model, and not one per addition."""
     module = tiny_olmoe().model.layers[0].mlp.experts.to(torch.bfloat16)
     index, weights = routing(50, 64, 0.01)
     hidden = torch.randn(50, 64).to(torch.bfloat16)
     expected = dense_by_loop(module, hidden, index, weights.to(torch.bfloat16))
-    got = pairwise_forward("grouped_mm", module, hidden, index, weights.to(torch.bfloat16))
+    got = forward_by(way, module, hidden, index, weights.to(torch.bfloat16))
     error = (got.double() - expected).norm() / expected.norm()
     assert error < 5e-3
 
@@ -94,13 +104,48 @@ def test_twin_names():
         twin("bh_eager")
 
 
+@pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_multiplied_are_the_pairs(implementation):
+def test_rows_multiplied_are_the_pairs(implementation, by_kernels):
     """Counted at the matrix products themselves, not in our own bookkeeping."""
     index, weights = routing(50, 8, 0.6)
     pairs = int((index < 64).sum())
     module = tiny_olmoe().model.layers[0].mlp.experts
-    module.config._experts_implementation = twin(implementation)
+    module.config._experts_implementation = twin(implementation, by_kernels)
     with count_rows(module) as counter:
         module(torch.randn(50, 64), index, weights)
     assert counter.rows == {"gate_up_proj": pairs, "down_proj": pairs}
+
+
+# -- which of the two computes on a CPU --------------------------------------------------------------------------------
+
+
+def test_the_loop_computes_plain_experts_with_an_empty_slot(monkeypatch):
+    calls = []
+    monkeypatch.setattr("bhlib.experts.loop_forward", lambda *inputs: calls.append(1) or loop_forward(*inputs))
+    model = tiny_olmoe(num_hidden_layers=1)
+    ids = torch.randint(2, 100, (1, 9))
+    for rule, options, expected in (
+        (BH(0.2), {}, 1),
+        (BH(0.2), {"kernels": False}, 0),
+        (BH(0.2, min_k=8), {}, 0),
+        (TopK(4), {}, 0),  # no slot is empty: the bits are the model's own
+    ):
+        calls.clear()
+        with RoutingPatch(model, rule, **options):
+            model(input_ids=ids)
+        assert len(calls) == expected, rule
+    model.config._experts_implementation = "one of the user's own"
+    assert not RoutingPatch(model, BH(0.2)).kernels
+
+
+def test_what_is_not_plain_is_left_to_the_model():
+    class Shard(torch.nn.Parameter):
+        pass
+
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    assert is_plain(module)
+    module.has_bias = True
+    assert not is_plain(module)
+    module.has_bias, module.gate_up_proj = False, Shard(module.gate_up_proj.detach())
+    assert not is_plain(module)

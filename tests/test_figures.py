@@ -58,6 +58,18 @@ def test_families_are_tried_on_the_validation_split(small_demo):
     figures.draw_families_tried(table)
 
 
+def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(small_demo):
+    demo = figures.Demo()
+    demo.model_and_tokenizer, demo.calibration_logits = small_demo.model_and_tokenizer, small_demo.calibration_logits
+    assert sum(len(sequences) for sequences in demo.whole_test.values()) == 1008
+    demo.whole_test = small_demo.test
+    table = figures.compute_whole_test_split(demo)
+    assert table["sequences"].eq(4).all() and len(table) == 5 * table["family"].nunique()
+    threshold = table[table["family"] == "threshold"]
+    assert threshold[["threshold_difference", "threshold_low", "threshold_high"]].eq(0).all(axis=None)
+    figures.draw_whole_test_split(table)
+
+
 def test_a_slow_figure_is_computed_only_by_name(made, monkeypatch):
     name = "count_distribution"
     slow = dataclasses.replace(figures.FIGURES[name], compute=lambda demo: pytest.fail("it was computed"), slow=True)

@@ -12,7 +12,7 @@ FLOORS = [
     "procedures",  # multiple testing on tensors of p-values
     "simulations",  # false discovery rate and power by simulation
     "pvalues",  # router logits -> p-values
-    "kernels",  # both by Triton, on a CUDA device
+    "kernels",  # both by Triton, on a CUDA device; the experts by a loop, on a CPU
     "rules",  # p-values -> experts and weights; the rival rules
     "experts",  # the experts' forward pass over selected pairs only
     "passes",  # which tokens of a forward pass are real, and where they stand

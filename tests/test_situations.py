@@ -84,7 +84,7 @@ def test_a_copy_of_one_layer_or_of_the_configuration_is_plain():
     model = tiny_olmoe()
     model.set_experts_implementation("eager")
     with BHRoutingIntegration(model):
-        assert str(model.config._experts_implementation) == "bh_eager"
+        assert model.config._experts_implementation.startswith("bh_")
         layer, config = copy.deepcopy(model.model.layers[0]), copy.deepcopy(model.config)
         assert not layer.mlp.gate._forward_hooks and "__reduce_ex__" not in vars(layer.mlp.gate)
         for name in (layer.mlp.experts.config._experts_implementation, config._experts_implementation):

@@ -153,7 +153,8 @@ def full_table(tmp_path):
 
 
 def test_goals_follow_from_the_table(tmp_path):
-    cpu = pd.DataFrame({"mean_k": [8, 4.1], "model_ratio": [1.0, 0.5], "tokens": 4096, "threads": 2})
+    rules = {"rule": ["unpatched", "top-4", "BH, alpha=0.01"], "mean_k": [8, 4, 4.1], "model_ratio": [1.0, 0.25, 0.5]}
+    cpu = pd.DataFrame(rules | {"tokens": 4096, "threads": 2})
     goals = check_goals(full_table(tmp_path), cpu).set_index("goal")
     block = goals.loc["experts of a layer, 512 tokens, k = 4: speedup"]
     assert block["reached"] == pytest.approx(2.5) and block["at_most"] == pytest.approx(5) and not block["met"]

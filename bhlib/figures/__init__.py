@@ -32,10 +32,12 @@ from bhlib.figures.quality import (
     compute_loss_vs_experts,
     compute_matched_compute,
     compute_statistic_matters,
+    compute_whole_test_split,
     draw_families_tried,
     draw_loss_vs_experts,
     draw_matched_compute,
     draw_statistic_matters,
+    draw_whole_test_split,
 )
 from bhlib.figures.registry import (
     ALPHAS,

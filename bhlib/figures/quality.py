@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from bhlib import evaluation, evidence
 from bhlib.calibration import VALUES_PER_LAYER, fit_null, name_of
 from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Picture
-from bhlib.figures.families import RIVALS, tried_families, weighted_families
+from bhlib.figures.families import RIVALS, bh, tried_families, weighted_families
 from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
 from bhlib.loading import load_heldout
 from bhlib.pvalues import STATISTICS, DirichletNull
@@ -50,6 +50,7 @@ LOOKS = {
     "static top-k": (BLACK, "s", "-"),
     "BH": (BLUE, "o", "-"),
     "BH, layer weights": (BLUE, "^", "--"),
+    "BH, fitted null": (BLUE, "p", ":"),
     "threshold": (GREEN, "D", "-"),
     "threshold, layer weights": (GREEN, "v", "--"),
     "top-p": (RED, "P", "-"),
@@ -76,6 +77,8 @@ def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
     axes = fig.subplots()
     for family, (color, marker, line) in LOOKS.items():
         part = table[(table["family"] == family) & table["mean_k"].between(2.4, 8)].sort_values("mean_k")
+        if part.empty:
+            continue
         error = part["difference"] - part["low"], part["high"] - part["difference"]
         axes.errorbar(
             part["mean_k"], part["difference"], error, color=color, marker=marker, linestyle=line, markersize=4.5,
@@ -100,7 +103,7 @@ def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
 def _sample(table: pd.DataFrame, split: str) -> str:
     first = table.iloc[0]
     return (
-        f"demo model, {split} split: {first['sequences']:.0f} sequences, {first['tokens']:,.0f} tokens; "
+        f"demo model, {split} split: {first['sequences']:,.0f} sequences, {first['tokens']:,.0f} tokens; "
         "bars: 95 % paired bootstrap"
     )
 
@@ -126,11 +129,13 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
     axes = fig.subplots()
     for i, (family, (color, marker, line)) in enumerate(LOOKS.items()):
         part = table[(table["family"] == family) & table["mean_k"].between(2.6, 7.5)].sort_values("mean_k")
+        if part.empty:
+            continue
         error = 1000 * (part["difference"] - part["low"]), 1000 * (part["high"] - part["difference"])
         axes.errorbar(
             part["mean_k"] + 0.02 * (i - 5), 1000 * part["difference"], error, color=color, marker=marker,
             linestyle=line, markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2,
-            label=family if len(part) else None, zorder=3 if family == "BH" else 2,
+            label=family, zorder=3 if family == "BH" else 2,
         )  # fmt: skip
     axes.axhline(0, color=BLACK, linewidth=1.2)
     axes.annotate("static top-k", (7.15, 0.3), fontsize=8)
@@ -144,6 +149,67 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
     axes.set_title(_sample(table, "test"), fontsize=8)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return fig
+
+
+# -- the whole test split ------------------------------------------------------------------------------------------
+
+
+def compute_whole_test_split(demo: Demo) -> pd.DataFrame:
+    """`compute_matched_compute` on every test sequence, with a fitted null too, and against the rival that is nearest.
+
+    Takes minutes on a GPU, and an hour without.
+    """
+    logits = demo.calibration_logits
+    fitted = fit_null(
+        logits, statistic="log_prob", model_name=name_of(demo.model), max_values=min(VALUES_PER_LAYER, logits.shape[1])
+    )
+    tried = {"BH": bh(), "BH, fitted null": bh(fitted)} | weighted_families() | RIVALS
+    wanted = {f"{name}, k = {k}": (name, k) for k in MEAN_K for name in tried}
+    rules = STATIC | {rule: tried[name](logits[:, ::THIN], k) for rule, (name, k) in wanted.items()}
+    frame = evaluation.sweep(demo.model, rules, demo.whole_test, batch_size=16)
+    matched = evaluation.matched_compute(frame)
+    matched.insert(0, "family", [wanted[rule][0] for rule in matched["rule"]])
+    matched.insert(1, "wanted_k", [wanted[rule][1] for rule in matched["rule"]])
+    for name, rival in {"threshold": "threshold, k = {k}", "top8": "top-8"}.items():
+        against = pd.DataFrame(
+            evaluation.paired_difference(frame, row.rule, rival.format(k=row.wanted_k)) for row in matched.itertuples()
+        )
+        matched[[f"{name}_difference", f"{name}_low", f"{name}_high"]] = against[["difference", "low", "high"]]
+    return matched.drop(columns="rule").assign(tokens=int(frame.loc[frame["rule"] == "top-8", "tokens"].sum()))
+
+
+@figure("whole_test_split", compute_whole_test_split, slow=True)
+def draw_whole_test_split(table: pd.DataFrame) -> Figure:
+    """Left, loss minus that of static top-k at the same mean; right, minus that of the probability threshold."""
+    fig = Picture(figsize=(7.0, 4.4), layout="constrained")
+    static, threshold = fig.subplots(1, 2, width_ratios=(1.35, 1))
+    families = [family for family in LOOKS if family in set(table["family"])]
+    nearest = [family for family in families if family.startswith("BH") or family.startswith("threshold, ")]
+    for axes, shown, columns in (
+        (static, families, ("difference", "low", "high")),
+        (threshold, nearest, ("threshold_difference", "threshold_low", "threshold_high")),
+    ):
+        for i, family in enumerate(shown):
+            color, marker, line = LOOKS[family]
+            part = table[table["family"] == family].sort_values("mean_k")
+            value, low, high = (1000 * part[column] for column in columns)
+            axes.errorbar(
+                part["wanted_k"] + 0.04 * (i - len(shown) / 2), value, (value - low, high - value), color=color,
+                marker=marker, linestyle=line, markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2,
+                label=family if axes is static else None, zorder=3 if family == "BH" else 2,
+            )  # fmt: skip
+        axes.axhline(0, color=BLACK, linewidth=1.2)
+        axes.set_xticks(MEAN_K)
+        axes.set_xlabel("experts per token and layer (mean)")
+    static.set_yscale("symlog", linthresh=10, linscale=1.5)
+    ticks = [-40, -20, -10, -5, 0, 5, 10, 20, 50, 100]
+    static.set_yticks(ticks, [f"{tick:+d}".replace("-", "−") if tick else "0" for tick in ticks])
+    static.set_yticks([], minor=True)
+    static.set_ylabel("loss minus static top-k (nats / 1000 per token)")
+    threshold.set_ylabel("loss minus the probability threshold (nats / 1000)")
+    fig.suptitle(_sample(table, "test"), fontsize=8)
+    fig.legend(fontsize=8, loc="outside lower center", ncols=4)
     return fig
 
 

@@ -113,7 +113,7 @@ def passage_counts(model, tokenizer, input_ids: torch.Tensor, **bh_options) -> p
         Columns ``position``, ``token`` (its text), ``layer``, ``count``.
     """
     with BHRoutingIntegration(model, **bh_options) as bh, torch.no_grad():
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids.to(model.device), use_cache=False)
     counts = bh.records.counts()
     texts = [tokenizer.decode([token]) for token in input_ids[0].tolist()]
     tokens, layers = counts.shape

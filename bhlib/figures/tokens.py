@@ -177,8 +177,9 @@ def compute_renormalization(demo: Demo, mean_experts: tuple[int, ...] = (3, 4, 5
     return pd.DataFrame(rows)
 
 
+# Few sequences, and levels that are themselves searched for: between a CPU and a GPU 6e-4 was seen.
 @figure(
-    "renormalization", compute_renormalization, tolerance=dict.fromkeys(["loss", "difference", "low", "high"], 5e-4)
+    "renormalization", compute_renormalization, tolerance=dict.fromkeys(["loss", "difference", "low", "high"], 1e-3)
 )
 def draw_renormalization(table: pd.DataFrame) -> Figure:
     """Change of the loss by other weights, against experts per token, for static top-k and for BH."""
@@ -230,7 +231,7 @@ def compute_generation(
         Row per token: ``domain``, ``rule`` ("prompt" for what was given), ``position``, ``token`` (its text),
         ``experts`` (mean over layers, of the token before, from which this one was predicted; none for the prompt).
     """
-    prompts = torch.cat([demo.test[domain][:1, :prompt_length] for domain in domains])
+    prompts = torch.cat([demo.test[domain][:1, :prompt_length] for domain in domains]).to(demo.model.device)
     names, rows = np.array(domains), []
 
     def add(rule: str, ids: np.ndarray, experts: np.ndarray) -> None:
@@ -238,11 +239,11 @@ def compute_generation(
             text = demo.tokenizer.decode([token])
             rows.append((names[i], rule, position, text, experts[i, position]))
 
-    add("prompt", prompts.numpy(), np.full(prompts.shape, np.nan))
+    add("prompt", prompts.cpu().numpy(), np.full(prompts.shape, np.nan))
     for rule_name, rule in WRITERS.items():
         with RoutingPatch(demo.model, rule) as patch:
             output = demo.model.generate(
-                input_ids=prompts.to(demo.model.device), attention_mask=torch.ones_like(prompts),
+                input_ids=prompts, attention_mask=torch.ones_like(prompts),
                 do_sample=False, repetition_penalty=1.2, min_new_tokens=length, max_new_tokens=length,
             )  # fmt: skip
         counts = patch.records.counts().mean(axis=1)

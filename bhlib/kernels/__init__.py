@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA devices: routing in one launch, and the experts over the selected pairs alone.
+"""Kernels, by Triton for CUDA devices: routing in one launch, and the experts over the selected pairs alone.
 
     from bhlib import kernels
     if kernels.available():
@@ -10,8 +10,11 @@ tested against it. Shapes depend on the number of tokens and slots alone, never 
 nothing waits for the device: hence CUDA graphs and ``torch.compile`` hold while the counts change from token to token.
 Nothing is added up by atomic operations, so the same inputs give the same bits.
 
-Importing this package is free; its modules import Triton, which is there where torch was installed for CUDA on Linux.
-With ``TRITON_INTERPRET=1`` in the environment they run on the CPU, slowly: that is how they are tested without a GPU.
+On a CPU there is `bhlib.kernels.loop`, in plain torch: the experts alone, on as many pairs as there are.
+
+Importing this package is free; its other modules import Triton, which is there where torch was installed for CUDA on
+Linux. With ``TRITON_INTERPRET=1`` in the environment these run on the CPU, slowly: that is how they are tested without
+a GPU.
 """
 
 import functools

@@ -7,6 +7,7 @@ from transformers.integrations import moe
 
 from bhlib.kernels import interpreted
 from bhlib.kernels.grouped import grouped_forward
+from bhlib.kernels.loop import is_plain
 from bhlib.kernels.vector import vector_forward
 
 #: Up to so many tokens an expert is read by each token that selected it.
@@ -21,17 +22,12 @@ def module_fits(module: nn.Module) -> bool:
     That is: SiLU-gated experts without biases, whose weights lie in rows (OLMoE, Qwen3-MoE, Mixtral).
     """
     return (
-        module.has_gate
-        and not module.has_bias
-        and not module.is_transposed
-        and getattr(module, "is_concatenated", True)
-        and not getattr(module, "has_post_expert_norm", False)
+        is_plain(module)
         and type(module)._apply_gate is moe._default_apply_gate
         and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
         and module.num_experts <= 256
         and all(
-            type(matrices) in (Tensor, nn.Parameter)  # no shards, no quantized weights
-            and matrices.is_contiguous()
+            matrices.is_contiguous()
             and matrices.shape[2] % 8 == 0  # rows start at multiples of 16 bytes
             for matrices in (module.gate_up_proj, module.down_proj)
         )

@@ -9,6 +9,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bhlib.speed.passes import (
+    NO_EXPERTS,
     load_model,
     mean_filled,
     model_floor,
@@ -69,7 +70,7 @@ def bench_generate(
     model = load_model(name)
     rules = rules_by_mean_k(model, random_ids(model, 1, 4096))
     contexts = variants(model, {k: rules[k] for k in ((4,) if quick else (4, 8, 2))}, ("grouped_mm", KEPT))
-    first = [candidate for candidate in contexts if candidate.name == "grouped_mm" or candidate.k == 4]
+    first = [candidate for candidate in contexts if candidate.name in ("grouped_mm", NO_EXPERTS) or candidate.k == 4]
     for candidate in first + [candidate for candidate in contexts if candidate not in first]:
         for batch in (1, 8) if quick else (1, 8, 32):
             ids = random_ids(model, batch, prompt)
