@@ -226,8 +226,8 @@ class RoutingPatch:
         gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
         model's own k, or the model's experts implementation is none of `bhlib.experts.REPLACEABLE`. False multiplies by
         the model's own implementation always, so that a pass in which the rule selects exactly the model's own experts
-        gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to
-        rounding. True refuses a machine or a model that has no use for them.
+        gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to rounding. True
+        demands those for CUDA, and refuses a machine or a model that has no use for them.
 
     Attributes
     ----------

@@ -77,7 +77,7 @@ figures.draw_loss_vs_experts(results)
 # ## At the same number of experts
 #
 # The curve above takes 72 sequences, so that `make figures` can compute it on a laptop (it draws `matched_compute` from them, too). The
-# comparison that decides takes the whole test split, 14 times as much: five minutes on a GPU, an hour without, by
+# comparison that decides takes the whole test split, 14 times as much: five minutes on a GPU, an hour and a half without, by
 # `python -m bhlib figures --only whole_test_split`. On the left, loss minus that of static top-k at the same mean: below zero is better.
 # On the right the same, minus that of the probability threshold.
 

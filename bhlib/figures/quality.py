@@ -158,7 +158,7 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
 def compute_whole_test_split(demo: Demo) -> pd.DataFrame:
     """`compute_matched_compute` on every test sequence, with a fitted null too, and against the rival that is nearest.
 
-    Takes minutes on a GPU, and an hour without.
+    Takes minutes on a GPU, and an hour and a half on two cores without.
     """
     logits = demo.calibration_logits
     fitted = fit_null(
