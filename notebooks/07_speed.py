@@ -147,8 +147,8 @@ rows_of(table, "generate", ("median_us", "speedup", "over_floor", "peak_gib", "g
 # %% [markdown]
 # ## On a CPU
 #
-# The embedded model in two threads, a prefill of 4,096 tokens. Where slots are empty, the experts are computed one after the other in
-# plain torch (`bhlib.kernels.loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
+# The embedded model in two threads, a prefill of 4,096 tokens. Where slots are empty and tokens many, the experts are computed one after
+# the other in plain torch (`bhlib.kernels.loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
 # runs by the model's own forward, bit for bit. So the row of BH with seven of eight experts shows what the loop gains by itself, and
 # the rows below it what skipping adds. Ratios are to the unpatched model in the same round.
 

@@ -106,8 +106,9 @@ def test_twin_names():
 
 @pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_multiplied_are_the_pairs(implementation, by_kernels):
+def test_rows_multiplied_are_the_pairs(implementation, by_kernels, monkeypatch):
     """Counted at the matrix products themselves, not in our own bookkeeping."""
+    monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 0)
     index, weights = routing(50, 8, 0.6)
     pairs = int((index < 64).sum())
     module = tiny_olmoe().model.layers[0].mlp.experts
@@ -122,6 +123,7 @@ def test_rows_multiplied_are_the_pairs(implementation, by_kernels):
 
 def test_the_loop_computes_plain_experts_with_an_empty_slot(monkeypatch):
     calls = []
+    monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 9 * 64 * 4)  # one pair per token
     monkeypatch.setattr("bhlib.experts.loop_forward", lambda *inputs: calls.append(1) or loop_forward(*inputs))
     model = tiny_olmoe(num_hidden_layers=1)
     ids = torch.randint(2, 100, (1, 9))
@@ -135,6 +137,10 @@ def test_the_loop_computes_plain_experts_with_an_empty_slot(monkeypatch):
         with RoutingPatch(model, rule, **options):
             model(input_ids=ids)
         assert len(calls) == expected, rule
+    with RoutingPatch(model, BH(0.2)):
+        calls.clear()
+        model(input_ids=ids[:, :1])
+        assert not calls  # too few to be worth it
     model.config._experts_implementation = "one of the user's own"
     assert not RoutingPatch(model, BH(0.2)).kernels
 

@@ -1,7 +1,7 @@
 """The experts' forward pass on a CPU: one expert after the other, in plain torch.
 
 What one expert makes stays in the processor's cache. The implementations of transformers write buffers of all pairs
-instead, to memory that the system has to hand out anew each time: that takes twice as long.
+instead, and large ones to memory that the system has to hand out anew each time: that takes twice as long.
 """
 
 import torch
