@@ -107,11 +107,9 @@ def pairwise_forward(
     implementation : str
         Which of the model's own implementations multiplies the matrices.
     module : nn.Module
-        The experts module: `num_experts` and the stacked weights.
-    hidden_states : Tensor [tokens, hidden]
-    top_k_index : Tensor [tokens, slots], int64
-        Expert of each slot; `num_experts` marks an empty one.
-    top_k_weights : Tensor [tokens, slots]
+        Any experts module that `ExpertsInterface` dispatches.
+    hidden_states, top_k_index, top_k_weights
+        As for `bhlib.kernels.loop.loop_forward`.
 
     Returns
     -------

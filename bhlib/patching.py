@@ -321,17 +321,19 @@ class RoutingPatch:
 
     def _choose_kernels(self, wanted: bool | str) -> bool:
         """Whether to use the kernels; raises if they are wanted and there is no use for them."""
-        experts = [layer.experts for layer in self.layers]
+        if not wanted:
+            return False
         if wanted == "auto":
+            experts = [layer.experts for layer in self.layers]
             own_k = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
             replaceable = all(module.config._experts_implementation in pairwise.REPLACEABLE for module in experts)
             if own_k or not replaceable or triton_kernels.interpreted():
                 return False
             if not torch.cuda.is_available():
                 return all(map(is_plain, experts))
-        if not wanted or (wanted == "auto" and not triton_kernels.available()):
-            return False
         if not triton_kernels.available():
+            if wanted == "auto":
+                return False
             raise RuntimeError(
                 "kernels=True needs Triton and a CUDA device of compute capability 8.0 or newer: install torch for "
                 "CUDA, or leave kernels='auto'."

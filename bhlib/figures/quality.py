@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bhlib import evaluation, evidence
@@ -108,6 +109,15 @@ def _sample(table: pd.DataFrame, split: str) -> str:
     )
 
 
+#: Ticks for differences in thousandths of a nat.
+DIFFERENCES = [-40, -20, -10, -5, 0, 5, 10, 20, 50, 100]
+
+
+def _signed_ticks(axes: Axes, ticks: list[float]) -> None:
+    axes.set_yticks(ticks, [f"{tick:+g}".replace("-", "−") if tick else "0" for tick in ticks])
+    axes.set_yticks([], minor=True)
+
+
 def compute_matched_compute(demo: Demo) -> pd.DataFrame:
     """Each rule's loss minus that of static top-k at the same mean number of experts, test split."""
     frame = comparison(demo)
@@ -140,9 +150,7 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
     axes.axhline(0, color=BLACK, linewidth=1.2)
     axes.annotate("static top-k", (7.15, 0.3), fontsize=8)
     axes.set_yscale("symlog", linthresh=10, linscale=1.5)
-    ticks = [-40, -20, -10, -5, 0, 5, 10, 20, 50, 100]
-    axes.set_yticks(ticks, [f"{tick:+d}".replace("-", "−") if tick else "0" for tick in ticks])
-    axes.set_yticks([], minor=True)
+    _signed_ticks(axes, DIFFERENCES)
     axes.set(
         xlabel="experts per token and layer (mean)", ylabel="loss minus static top-k (nats / 1000 per token)",
         xlim=(2.6, 7.95),
@@ -152,6 +160,11 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def _fit_options(demo: Demo) -> dict:
+    """What `fit_null` is told of a demo."""
+    return {"model_name": name_of(demo.model), "max_values": min(VALUES_PER_LAYER, demo.calibration_logits.shape[1])}
+
+
 # -- the whole test split ------------------------------------------------------------------------------------------
 
 
@@ -159,11 +172,17 @@ def compute_whole_test_split(demo: Demo) -> pd.DataFrame:
     """`compute_matched_compute` on every test sequence, with a fitted null too, and against the rival that is nearest.
 
     Takes minutes on a GPU, and an hour and a half on two cores without.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per family and wanted mean number of experts: ``family``, ``wanted_k``, the columns of `matched_compute`
+        (losses in nats per token), and the paired differences from the threshold at the same wanted mean and from the
+        model's own top-8, with 95 % intervals: ``threshold_difference``, ``threshold_low``, ``threshold_high``,
+        ``top8_difference``, ``top8_low``, ``top8_high``; ``tokens``.
     """
     logits = demo.calibration_logits
-    fitted = fit_null(
-        logits, statistic="log_prob", model_name=name_of(demo.model), max_values=min(VALUES_PER_LAYER, logits.shape[1])
-    )
+    fitted = fit_null(logits, statistic="log_prob", **_fit_options(demo))
     tried = {"BH": bh(), "BH, fitted null": bh(fitted)} | weighted_families() | RIVALS
     wanted = {f"{name}, k = {k}": (name, k) for k in MEAN_K for name in tried}
     rules = STATIC | {rule: tried[name](logits[:, ::THIN], k) for rule, (name, k) in wanted.items()}
@@ -203,9 +222,7 @@ def draw_whole_test_split(table: pd.DataFrame) -> Figure:
         axes.set_xticks(MEAN_K)
         axes.set_xlabel("experts per token and layer (mean)")
     static.set_yscale("symlog", linthresh=10, linscale=1.5)
-    ticks = [-40, -20, -10, -5, 0, 5, 10, 20, 50, 100]
-    static.set_yticks(ticks, [f"{tick:+d}".replace("-", "−") if tick else "0" for tick in ticks])
-    static.set_yticks([], minor=True)
+    _signed_ticks(static, DIFFERENCES)
     static.set_ylabel("loss minus static top-k (nats / 1000 per token)")
     threshold.set_ylabel("loss minus the probability threshold (nats / 1000)")
     fig.suptitle(_sample(table, "test"), fontsize=8)
@@ -219,8 +236,7 @@ def draw_whole_test_split(table: pd.DataFrame) -> Figure:
 def compute_statistic_matters(demo: Demo, mean_experts: tuple[float, ...] = (4.0, 5.0, 6.0)) -> pd.DataFrame:
     """Loss of BH with one kind of null and different statistics, against static top-k with as many experts."""
     logits = demo.calibration_logits
-    num_values = min(VALUES_PER_LAYER, logits.shape[1])
-    fit = {"model_name": name_of(demo.model), "max_values": num_values}
+    fit = _fit_options(demo)
     makers = {"KDE of all, logit": fit_null(logits, statistic="logit", exclude_top=0, **fit)}
     makers |= {f"KDE, {name}": fit_null(logits, statistic=name, **fit) for name in STATISTICS}
     makers |= {"Dirichlet": DirichletNull()}
@@ -242,9 +258,7 @@ def draw_statistic_matters(table: pd.DataFrame) -> Figure:
     axes.axhline(0, color=BLACK, linewidth=1)
     axes.annotate("static top-k", (table["mean_k"].min(), 0.0007), fontsize=8)
     axes.set_yscale("symlog", linthresh=0.02, linscale=1.2)
-    ticks = [-0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
-    axes.set_yticks(ticks, [f"{tick:+g}".replace("-", "−") if tick else "0" for tick in ticks])
-    axes.set_yticks([], minor=True)
+    _signed_ticks(axes, [-0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
     axes.set(xlabel="experts per token and layer (mean)", ylabel="loss above static top-k (nats per token)")
     axes.set_title(
         f"demo model, validation split: {table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; "
@@ -259,7 +273,7 @@ def compute_families_tried(
 ) -> pd.DataFrame:
     """Every family that was tried, on the validation split: loss minus static top-k. Takes half an hour."""
     logits = demo.calibration_logits
-    fit = {"model_name": name_of(demo.model), "max_values": min(VALUES_PER_LAYER, logits.shape[1])}
+    fit = _fit_options(demo)
     fitted = {f"KDE, {name}": fit_null(logits, statistic=name, **fit) for name in STATISTICS}
     for label, per_expert in {"conformal": False, "conformal per expert": True}.items():
         null = fit_null(logits, null="conformal", statistic="log_prob", per_expert=per_expert, **fit)
