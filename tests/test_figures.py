@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from bhlib import figures
+from bhlib import evaluation, figures
 from bhlib.__main__ import main
 from bhlib.figures import registry
 from bhlib.figures.runs import interval, observe, rank_correlation, resampled_means
@@ -58,12 +58,15 @@ def test_families_are_tried_on_the_validation_split(small_demo):
     figures.draw_families_tried(table)
 
 
-def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(small_demo):
-    demo = figures.Demo()
+def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(small_demo, tmp_path, monkeypatch):
+    demo = figures.Demo(cache=tmp_path)
     demo.model_and_tokenizer, demo.calibration_logits = small_demo.model_and_tokenizer, small_demo.calibration_logits
     assert sum(len(sequences) for sequences in demo.whole_test.values()) == 1008
     demo.whole_test = small_demo.test
     table = figures.compute_whole_test_split(demo)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("a finished cell was computed again"))
+    pd.testing.assert_frame_equal(figures.compute_whole_test_split(demo), table)
+    assert {"BH, fitted null", "fixed cut, fitted null"} <= set(table["family"]) <= set(figures.LOOKS)
     assert table["sequences"].eq(4).all() and len(table) == 5 * table["family"].nunique()
     threshold = table[table["family"] == "threshold"]
     assert threshold[["threshold_difference", "threshold_low", "threshold_high"]].eq(0).all(axis=None)

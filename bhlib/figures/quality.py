@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from bhlib import evaluation, evidence
 from bhlib.calibration import VALUES_PER_LAYER, fit_null, name_of
 from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Picture
-from bhlib.figures.families import RIVALS, bh, tried_families, weighted_families
+from bhlib.figures.families import RIVALS, Family, bh, fitted_families, level_of, tried_families, weighted_families
 from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
 from bhlib.loading import load_heldout
 from bhlib.pvalues import STATISTICS, DirichletNull
-from bhlib.rules import BH, TopK
+from bhlib.rules import BH, Rule, TopK
 
 #: Where families are compared.
 MEAN_K = (3, 4, 5, 6, 7)
@@ -27,23 +27,49 @@ STATIC = {f"top-{k}": TopK(k) for k in range(1, 9)}
 
 @lru_cache(maxsize=1)
 def comparison(demo: Demo) -> pd.DataFrame:
-    """All rules on the test split: a row per rule and sequence, with the rule's ``family`` and ``level``.
+    """All rules on 72 sequences of the test split: a row per rule and sequence.
 
     Levels were found on the calibration split, so that nothing is tuned on the text that results are reported on.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As `sweep` returns it, with ``family``, ``wanted_k`` (the mean that a level was found for) and ``level``
+        (`level_of`) of each row's rule.
     """
-    logits = demo.calibration_logits[:, ::THIN]
-    rules, families = dict(STATIC), dict.fromkeys(STATIC, ("static top-k", np.nan))
-    for alpha in ALPHAS:
-        rules[f"BH {alpha:g}"] = BH(alpha)
-        families[f"BH {alpha:g}"] = "BH", alpha
-    for name, family in (weighted_families() | RIVALS).items():
-        for k in MEAN_K:
-            rules[f"{name}, k = {k}"] = family(logits, k)
-            families[f"{name}, k = {k}"] = name, np.nan
+    default = [("BH", np.nan, f"BH {alpha:g}", BH(alpha)) for alpha in ALPHAS]
     text = {domain: sequences[::2] for domain, sequences in demo.test.items()}
-    frame = evaluation.sweep(demo.model, rules, text)
-    family, level = zip(*map(families.get, frame["rule"]), strict=True)
-    return frame.assign(family=family, level=level)
+    return _sweep(demo, default + _at_mean_k(demo, _calibrated_families(demo)), text)
+
+
+def whole_comparison(demo: Demo) -> pd.DataFrame:
+    """As `comparison` on every test sequence, with the default BH at the mean numbers of experts of the others.
+
+    Takes minutes on a GPU, and two hours on two cores without; `Demo.cache` keeps what is finished.
+    """
+    families = {"BH": bh()} | _calibrated_families(demo)
+    return _sweep(demo, _at_mean_k(demo, families), demo.whole_test, batch_size=16)
+
+
+def _calibrated_families(demo: Demo) -> dict[str, Family]:
+    """All families but BH with its default p-values, in the order of tables."""
+    fitted = fit_null(demo.calibration_logits, statistic="log_prob", **_fit_options(demo))
+    return fitted_families(fitted) | weighted_families() | RIVALS
+
+
+def _at_mean_k(demo: Demo, families: dict[str, Family]) -> list[tuple[str, float, str, Rule]]:
+    """Family, wanted mean, name and rule, of each family at each of `MEAN_K`."""
+    logits = demo.calibration_logits[:, ::THIN]
+    return [(name, k, f"{name}, k = {k}", make(logits, k)) for k in MEAN_K for name, make in families.items()]
+
+
+def _sweep(demo: Demo, entries: list[tuple[str, float, str, Rule]], text: dict, **options) -> pd.DataFrame:
+    """A sweep of static top-k and of what `_at_mean_k` lists."""
+    entries = [("static top-k", np.nan, name, rule) for name, rule in STATIC.items()] + entries
+    rules = {name: rule for _, _, name, rule in entries}
+    facts = {name: {"family": family, "wanted_k": k, "level": level_of(rule)} for family, k, name, rule in entries}
+    frame = evaluation.sweep(demo.model, rules, text, cache=demo.cache, **options)
+    return frame.join(pd.DataFrame.from_dict(facts, orient="index"), on="rule")
 
 
 #: Colour, marker and line of each family.
@@ -52,6 +78,7 @@ LOOKS = {
     "BH": (BLUE, "o", "-"),
     "BH, layer weights": (BLUE, "^", "--"),
     "BH, fitted null": (BLUE, "p", ":"),
+    "fixed cut, fitted null": (GREEN, "d", ":"),
     "threshold": (GREEN, "D", "-"),
     "threshold, layer weights": (GREEN, "v", "--"),
     "top-p": (RED, "P", "-"),
@@ -169,9 +196,7 @@ def _fit_options(demo: Demo) -> dict:
 
 
 def compute_whole_test_split(demo: Demo) -> pd.DataFrame:
-    """`compute_matched_compute` on every test sequence, with a fitted null too, and against the rival that is nearest.
-
-    Takes minutes on a GPU, and an hour and a half on two cores without.
+    """`compute_matched_compute` on every test sequence, and against the rival that is nearest.
 
     Returns
     -------
@@ -181,16 +206,15 @@ def compute_whole_test_split(demo: Demo) -> pd.DataFrame:
         model's own top-8, with 95 % intervals: ``threshold_difference``, ``threshold_low``, ``threshold_high``,
         ``top8_difference``, ``top8_low``, ``top8_high``; ``tokens``.
     """
-    logits = demo.calibration_logits
-    fitted = fit_null(logits, statistic="log_prob", **_fit_options(demo))
-    tried = {"BH": bh(), "BH, fitted null": bh(fitted)} | weighted_families() | RIVALS
-    wanted = {f"{name}, k = {k}": (name, k) for k in MEAN_K for name in tried}
-    rules = STATIC | {rule: tried[name](logits[:, ::THIN], k) for rule, (name, k) in wanted.items()}
-    frame = evaluation.sweep(demo.model, rules, demo.whole_test, batch_size=16)
+    return summarize_whole_test_split(whole_comparison(demo))
+
+
+def summarize_whole_test_split(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table of `compute_whole_test_split` from that of `whole_comparison`."""
     matched = evaluation.matched_compute(frame)
-    matched.insert(0, "family", [wanted[rule][0] for rule in matched["rule"]])
-    matched.insert(1, "wanted_k", [wanted[rule][1] for rule in matched["rule"]])
-    for name, rival in {"threshold": "threshold, k = {k}", "top8": "top-8"}.items():
+    facts = frame.groupby("rule", sort=False)[["family", "wanted_k", "level"]].first()
+    matched = facts.join(matched.set_index("rule"), how="inner").reset_index()
+    for name, rival in {"threshold": "threshold, k = {k:g}", "top8": "top-8"}.items():
         against = pd.DataFrame(
             evaluation.paired_difference(frame, row.rule, rival.format(k=row.wanted_k)) for row in matched.itertuples()
         )

@@ -26,10 +26,21 @@ ALPHAS = (0.0003, 0.003, 0.01, 0.05, 0.07, 0.1, 0.3, 0.6, 0.9)
 
 
 class Demo:
-    """The embedded model, on a CUDA device if there is one, and its held-out text; loaded when first needed."""
+    """The embedded model, on a CUDA device if there is one, and its held-out text; loaded when first needed.
+
+    Parameters
+    ----------
+    cache : path, optional
+        Folder of finished cells for the sweeps that compare rules on the test split (`bhlib.evaluation.sweep`). With
+        it a sweep that was stopped goes on where it was, and what is made of a finished one needs no second pass:
+        ``make_figures(only=["whole_test_split"], demo=Demo(cache="cells"))``.
+    """
 
     #: Sequences of each domain on which figures are computed: a compromise between time and intervals.
     sequences_per_domain = 16
+
+    def __init__(self, cache: str | Path | None = None) -> None:
+        self.cache = cache
 
     @cached_property
     def model_and_tokenizer(self) -> tuple:
