@@ -865,9 +865,14 @@ class ConformalNull(FittedNull):
     """p = (1 + the number of calibration values >= the statistic) / (n + 1): empirical p-values.
 
     Guarantee: if the statistic is exchangeable with the n calibration values, P(p <= a) <= a for every a, at any n and
-    for any distribution, ties included. It holds on average over calibration samples; given one sample, p is off by
-    some 1/sqrt(n), and by more where the values of a token depend on each other. P-values that share a calibration
-    sample are positively dependent in the sense that BH needs, if the tested values are independent.
+    for any distribution, ties included. It holds on average over calibration samples; given one sample of independent
+    values, p is off by some 1/sqrt(n). P-values that share a calibration sample are positively dependent in the sense
+    that BH needs (PRDS, Bates et al. 2023) if the calibration values and the tested ones are all independent.
+
+    Neither condition holds for a router. All the unselected experts of a token may be in the sample, 56 in OLMoE, and
+    the tokens of a document besides: values of one token resemble each other more than they do those of another token,
+    so that a tested token is not exchangeable with them, and the sample tells less than its size n says. The experts
+    of the tested token depend on each other, too. So neither P(p <= a) <= a nor BH's bound is proven here.
 
     The price is a floor: p >= 1/(n + 1), see ``check_resolution``.
 
