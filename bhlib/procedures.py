@@ -84,9 +84,10 @@ def benjamini_hochberg(pvals: torch.Tensor, alpha: float = 0.05, *, check: bool 
     Notes
     -----
     Guarantee: the FDR is at most ``alpha * m0 / m``, with ``m0`` the number of true nulls, if the true nulls'
-    p-values are (super-)uniform and independent [1]_ or positively dependent (PRDS) [2]_. It is equal to this
-    bound for independent and exactly uniform null p-values. Under other dependence the bound is larger by
-    ``1 + 1/2 + ... + 1/m`` at most, and there are distributions that attain it.
+    p-values are (super-)uniform and independent, of each other and of the false nulls' [1]_, or positively
+    dependent (PRDS: larger values of any one true null's p-value make larger values of all the others likelier)
+    [2]_. It is equal to this bound for independent and exactly uniform null p-values. Under other dependence the
+    bound is larger by a factor of up to ``1 + 1/2 + ... + 1/m``, and there are distributions that attain it.
 
     References
     ----------

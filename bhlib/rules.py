@@ -392,8 +392,9 @@ class BH(Rule):
     layer_weights : sequence of float, optional
         A factor per MoE layer on the odds of `alpha`: layer l is tested at ``w a / (1 - a + w a)``. A layer with a
         weight above 1 gets more experts. The weights are chosen beforehand, on calibration text
-        (`bhlib.tuning.choose_layer_weights`); for small `alpha` it is the weighted BH procedure of Genovese, Roeder &
-        Wasserman (2006, Biometrika 93, 509-524) with the layers as groups.
+        (`bhlib.tuning.choose_layer_weights`). Each token and layer is still a test by itself, at its layer's level;
+        nothing is promised over the layers together. This is not the weighted BH procedure of Genovese, Roeder and
+        Wasserman (2006), which is one step-up over pooled hypotheses with weights of arithmetic mean 1.
 
     Notes
     -----
@@ -427,7 +428,7 @@ class BH(Rule):
             object.__setattr__(self, "layer_weights", weights)
 
     def level(self, layer: int | None) -> float:
-        """The level at which a layer is tested: `alpha`, its odds times the layer's weight."""
+        """The level at which a layer is tested, by itself: `alpha`, its odds times the layer's weight."""
         if self.layer_weights is None:
             return self.alpha
         if layer is None or not 0 <= layer < len(self.layer_weights):

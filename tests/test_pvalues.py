@@ -556,6 +556,22 @@ def test_conformal_pvalues_are_valid(kind):
             assert found >= a - 4 * error
 
 
+def test_conformal_validity_is_lost_where_calibration_values_come_in_tokens():
+    """Values of one token share a component, and the tested token has another: p below 1/20 comes too often."""
+    repetitions, tokens, experts = 5000, 2, 56
+    shared, own = torch.randn(repetitions, tokens + 1, 1), torch.randn(repetitions, tokens + 1, experts)
+    drawn = shared + own
+    found = {}
+    for name, sample in {
+        "tokens": drawn[:, :tokens].flatten(1),
+        "independent": 2**0.5 * torch.randn(repetitions, tokens * experts),
+    }.items():
+        null = ConformalNull.fit([sample], model_name="noise", num_experts=repetitions, per_expert=True)
+        found[name] = (null.survival(drawn[:, tokens, 0]) <= 0.05).float().mean().item()
+    assert found["independent"] <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / repetitions)
+    assert found["tokens"] > 0.08
+
+
 @pytest.mark.parametrize(("alpha", "enough"), [(0.05, 1280), (0.1, 640), (0.3, 214)])
 def test_resolution(alpha, enough):
     """One clear expert among 64 is rejected exactly if the check is content."""

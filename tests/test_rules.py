@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bhlib import benjamini_hochberg_routing, topk_routing
-from bhlib.procedures import PROCEDURES, reject
+from bhlib.procedures import PROCEDURES, critical_values, reject
 from bhlib.pvalues import DirichletNull, TokenGaussian
 from bhlib.rules import BH, WEIGHTINGS, TopK, gather_weights, router_scores
 
@@ -147,3 +147,17 @@ def test_bad_logits_are_named():
         benjamini_hochberg_routing(logits)
     with pytest.raises(ValueError, match="k must be an int of 1 or more, got 0"):
         TopK(0)
+
+
+def test_the_default_is_constants_on_the_ordered_probabilities():
+    """At 0.05: the best expert needs 0.0514, the second 0.0481, the eighth 0.0413, and the last that passes counts."""
+    null = DirichletNull()
+    constants = null.probability(null.critical_statistics(critical_values(64, 0.05)), 64)
+    shown = [0.0514, 0.0481, 0.0461, 0.0447, 0.0436, 0.0427, 0.0419, 0.0413]
+    assert constants[:8].tolist() == pytest.approx(shown, abs=6e-5)
+    logits = 1.5 * torch.randn(20_000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ordered = torch.softmax(logits, -1).sort(dim=-1, descending=True).values
+    passes = (ordered >= constants) * torch.arange(1, 65)
+    counts = BH(0.05)(logits).counts
+    assert torch.equal(passes.amax(-1).clamp(1, 8), counts)
+    assert (passes[:, :8].amax(-1).clamp(1, 8) == counts).double().mean() > 0.99, "eight of them nearly always decide"
