@@ -14,6 +14,7 @@ import copyreg
 import inspect
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from bhlib.kernels.loop import is_plain
 from bhlib.passes import PassReader
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
-from bhlib.records import Records, RoutingStats
+from bhlib.records import MAX_RECORDED_TOKENS, Records, RoutingStats
 from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
 
 #: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
@@ -39,8 +40,9 @@ OLDEST_TRANSFORMERS = "5.6"
 
 MODES = ("patch", "analyze")
 
-#: Routers under a patch or an analysis now: model code that is patched twice would route twice.
-_patched_routers: WeakKeyDictionary = WeakKeyDictionary()
+#: Routers under a patch or an analysis now: model code that is patched twice would route twice. The patches are held
+#: weakly, since they hold the routers; the hooks in the model keep a patch alive as long as the model.
+_patched_routers: WeakKeyDictionary[nn.Module, "weakref.ref[RoutingPatch]"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ class RoutingPatch:
     collect_stats : bool
         Whether to record; without, a patched forward pass does no work beyond the routing itself.
     max_recorded_tokens : int or None
-        Bound on the tokens whose decisions are kept row by row (`bhlib.records`); statistics are complete anyway.
+        Bound on the tokens whose decisions are kept row by row (`bhlib.records`); None keeps all, 0 none. What comes
+        after is in the statistics, which are complete anyway, and reading the rows warns that they are not.
     weights : str
         ``"model"`` (the default) for the model's own convention, or one of `bhlib.rules.WEIGHTINGS`.
     kernels : bool or "auto"
@@ -243,7 +246,7 @@ class RoutingPatch:
         temperature: float = 1.0,
         mode: str = "patch",
         collect_stats: bool = True,
-        max_recorded_tokens: int | None = None,
+        max_recorded_tokens: int | None = MAX_RECORDED_TOKENS,
         weights: str = "model",
         kernels: bool | str = "auto",
     ) -> None:
@@ -281,13 +284,13 @@ class RoutingPatch:
         for layer in self.layers:
             if layer.router in _patched_routers:
                 raise RuntimeError(
-                    f"{type(self.model).__name__} is patched already (by {_patched_routers[layer.router]!r}): "
+                    f"{type(self.model).__name__} is patched already (by {_patched_routers[layer.router]()!r}): "
                     f"call unpatch_model() on that patch, or leave its `with` block, first."
                 )
         try:
             self.rule.rewind()
             for layer in self.layers:
-                _patched_routers[layer.router] = self
+                _patched_routers[layer.router] = weakref.ref(self)
                 self._add_hook(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
             if self.mode == "patch":
                 self._set_implementations()
@@ -316,7 +319,7 @@ class RoutingPatch:
             config, implementation = self._implementations.pop()
             config._experts_implementation = implementation
         for layer in self.layers:
-            if _patched_routers.get(layer.router) is self:
+            if layer.router in _patched_routers and _patched_routers[layer.router]() is self:
                 del _patched_routers[layer.router]
 
     def _choose_kernels(self, wanted: bool | str) -> bool:
@@ -409,7 +412,8 @@ class RoutingPatch:
 
     def get_routing_stats(self) -> RoutingStats:
         """Exact statistics of every token routed since the last reset, padding not counted."""
-        return self.records.stats(would=self.mode == "analyze")
+        about = {"mode": self.mode, "alpha": getattr(self.rule, "alpha", None)}
+        return RoutingStats(self.records.stats(would=self.mode == "analyze") | about)
 
     def reset_stats(self) -> None:
         """Forget what was recorded."""
@@ -469,7 +473,7 @@ class BHRoutingIntegration(RoutingPatch):
         method: str = "bh",
         layer_weights: Sequence[float] | None = None,
         weights: str = "model",
-        max_recorded_tokens: int | None = None,
+        max_recorded_tokens: int | None = MAX_RECORDED_TOKENS,
         kernels: bool | str = "auto",
     ) -> None:
         check_alpha(alpha)
@@ -486,6 +490,18 @@ class BHRoutingIntegration(RoutingPatch):
             max_recorded_tokens=max_recorded_tokens,
             kernels=kernels,
         )
+
+    @property
+    def alpha(self) -> float:
+        return self.rule.alpha
+
+    @property
+    def min_k(self) -> int:
+        return self.rule.min_k
+
+    @property
+    def max_k(self) -> int:
+        return self.rule.max_k
 
 
 class _RouterHook:

@@ -1,6 +1,7 @@
 """Patching real transformers models: what changes, what does not, and that all of it is taken back."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -225,6 +226,34 @@ def test_a_patch_lets_go_of_the_model():
         logits_of(model, tokens(1, 5))
     gc.collect()
     assert not patching._patched_routers
+
+
+def test_a_model_dropped_while_patched_is_freed():
+    model = tiny_olmoe()
+    dropped = [weakref.ref(model)]
+    bh = BHRoutingIntegration(model).patch_model()
+    logits_of(model, tokens(1, 5))
+    dropped.append(weakref.ref(bh))
+    with pytest.raises(RuntimeError, match=r"patched already \(by BHRoutingIntegration"):
+        BHRoutingIntegration(model).patch_model()
+    del model, bh
+    gc.collect()
+    assert [one() for one in dropped] == [None, None] and not patching._patched_routers
+
+
+def test_a_patch_nobody_holds_stays_in_the_model():
+    model = tiny_olmoe()
+    plain = logits_of(model, tokens(1, 9))
+    BHRoutingIntegration(model).patch_model()
+    gc.collect()
+    assert not torch.equal(logits_of(model, tokens(1, 9)), plain)
+    with pytest.raises(RuntimeError, match="patched already"):
+        BHRoutingIntegration(model).patch_model()
+
+
+def test_a_patch_says_what_it_was_made_with():
+    bh = BHRoutingIntegration(tiny_olmoe(), alpha=0.2, temperature=2.0, min_k=2, max_k=12)
+    assert (bh.alpha, bh.temperature, bh.min_k, bh.max_k) == (0.2, 2.0, 2, 12)
 
 
 @pytest.mark.parametrize(
