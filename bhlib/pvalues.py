@@ -26,6 +26,7 @@ is therefore a dial with a meaning under the null that each class states, not a 
 import functools
 import json
 import math
+import numbers
 import warnings
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.special import betainccinv, ndtr
 from scipy.stats import gaussian_kde, truncnorm
 from torch import Tensor
+
+from bhlib.procedures import is_whole
 
 __all__ = [
     "NULLS",
@@ -51,6 +54,7 @@ __all__ = [
     "SoftmaxPseudoWarning",
     "TokenGaussian",
     "check_logits",
+    "check_temperature",
     "load_null",
     "make_pvalues",
     "null_values",
@@ -96,6 +100,16 @@ def check_logits(router_logits: Tensor) -> None:
         raise ValueError(
             f"router_logits has {int((~finite).sum())} values that are NaN or infinite, the first at index {first}: "
             f"{router_logits[first].item()}; every logit must be finite. Look at the hidden states that the router read"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a TypeError unless the temperature is a number, and a ValueError unless 0 < temperature < inf."""
+    if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
+        raise TypeError(f"temperature must be a number, got {temperature!r} of type {type(temperature).__name__}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the softmax as it is."
         )
 
 
@@ -346,8 +360,7 @@ class SoftmaxPseudo(PValueMaker):
     statistic = "softmax"
 
     def __init__(self, temperature: float = 1.0):
-        if not temperature > 0 or math.isinf(temperature):
-            raise ValueError(f"temperature is {temperature}, but must be a positive number, such as 1.0")
+        check_temperature(temperature)
         self.temperature = float(temperature)
         warnings.warn(
             "1 - softmax is not a p-value: with N experts and alpha < 1 - 1/N, Benjamini-Hochberg on it rejects at "
@@ -410,9 +423,9 @@ class DirichletNull(PValueMaker):
     statistic = "log_prob"
 
     def __init__(self, concentration: int = 4):
-        if not isinstance(concentration, int) or isinstance(concentration, bool) or not 1 <= concentration <= 8:
+        if not is_whole(concentration) or not 1 <= concentration <= 8:
             raise ValueError(f"concentration must be an int from 1 to 8, got {concentration!r}; the default is 4.")
-        self.concentration = concentration
+        self.concentration = int(concentration)
 
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:
         """-log p, float32. Increases with the logit; exponential under the null."""
@@ -490,7 +503,17 @@ class TokenGaussian(PValueMaker):
         self.exclude_top = exclude_top
         self.estimator = estimator
 
+    def check_model(self, num_layers: int, num_experts: int) -> None:
+        """Raise a ValueError if `exclude_top` leaves fewer than two of the experts."""
+        if self.exclude_top > num_experts - 2:
+            raise ValueError(
+                f"pvalues=TokenGaussian(exclude_top={self.exclude_top}) needs {self.exclude_top + 2} experts or more "
+                f"to estimate centre and scale, but {num_experts} experts are routed: leave out as many as the model "
+                f"selects, for instance pvalues=TokenGaussian(exclude_top={min(2, num_experts - 2)})"
+            )
+
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:
+        self.check_model(1, router_logits.shape[-1])
         z = standardized(router_logits, self.exclude_top, top)
         if self.estimator == "trimmed":
             return z

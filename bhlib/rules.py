@@ -9,6 +9,7 @@ for the rules that always keep the best-scored experts, `count`.
     weights, experts, counts = rule(router_logits)          # Routing, one row per token
 """
 
+import numbers
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bhlib import kernels
-from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, reject
-from bhlib.pvalues import DirichletNull, PValueMaker, check_logits, make_pvalues
+from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, is_whole, reject
+from bhlib.pvalues import DirichletNull, PValueMaker, check_logits, check_temperature, make_pvalues
 
 #: How a model turns the scores of the experts that it keeps into weights.
 #: ``softmax``: the probabilities as they are (OLMoE); ``normalized``: divided by their sum (Mixtral, Qwen3-MoE);
@@ -100,11 +101,14 @@ class Rule:
     min_k: int = field(default=1, kw_only=True)
     max_k: int = field(default=8, kw_only=True)
 
+    _upper_bound = "max_k"  # what the user calls the largest number of experts
+
     def __post_init__(self) -> None:
         for name in ("min_k", "max_k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not is_whole(value):
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
+            object.__setattr__(self, name, int(value))
         if self.min_k < 0:
             raise ValueError(f"min_k must be 0 or more, got {self.min_k}; 1 is the usual choice.")
         if self.max_k < 1:
@@ -167,9 +171,11 @@ class Rule:
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if the rule cannot work with so many experts."""
         if self.max_k > num_experts:
+            name, value = self._upper_bound, getattr(self, self._upper_bound)
+            mend = f"{num_experts} at most" if isinstance(value, tuple) else f"{name}={num_experts} to allow them all"
             raise ValueError(
-                f"max_k must not exceed the number of experts, got max_k={self.max_k} for {num_experts} experts: "
-                f"use max_k={num_experts} to allow them all."
+                f"{name} must not exceed the number of experts, got {name}={value} for {num_experts} experts: "
+                f"use {mend}."
             )
 
 
@@ -195,11 +201,13 @@ class TopK(PrefixRule):
 
     k: int = 8
 
+    _upper_bound = "k"
+
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 1:
+        if not is_whole(self.k) or self.k < 1:
             raise ValueError(f"k must be an int of 1 or more, got {self.k!r}.")
-        object.__setattr__(self, "min_k", self.k)
-        object.__setattr__(self, "max_k", self.k)
+        for name in ("k", "min_k", "max_k"):
+            object.__setattr__(self, name, int(self.k))
 
     def count(self, top: Tensor, scores: Tensor, layer: int | None) -> Tensor:
         return torch.full(top.shape[:1], self.k, device=top.device)
@@ -223,13 +231,15 @@ class StaticPerLayer(PrefixRule):
 
     ks: tuple[int, ...] = ()
 
+    _upper_bound = "ks"
+
     def __post_init__(self) -> None:
         ks = tuple(self.ks)
-        if not ks or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in ks):
+        if not ks or not all(is_whole(k) and k >= 1 for k in ks):
             raise ValueError(f"ks must hold one int of 1 or more per MoE layer, got {self.ks!r}.")
-        object.__setattr__(self, "ks", ks)
-        object.__setattr__(self, "min_k", min(ks))
-        object.__setattr__(self, "max_k", max(ks))
+        ks = tuple(map(int, ks))
+        for name, value in (("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
+            object.__setattr__(self, name, value)
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
         super().check_model(num_layers, num_experts)
@@ -352,6 +362,8 @@ class EntropyK(ProbabilityRule):
     thresholds: tuple[float, ...] = (2.0, 2.5)
     ks: tuple[int, ...] = (2, 4, 8)
 
+    _upper_bound = "ks"
+
     def __post_init__(self) -> None:
         thresholds, ks = tuple(self.thresholds), tuple(self.ks)
         if len(ks) != len(thresholds) + 1:
@@ -361,8 +373,9 @@ class EntropyK(ProbabilityRule):
             )
         if list(thresholds) != sorted(thresholds):
             raise ValueError(f"thresholds must be increasing, got {thresholds}.")
-        if not all(isinstance(k, int) and k >= 1 for k in ks):
+        if not all(is_whole(k) and k >= 1 for k in ks):
             raise ValueError(f"ks must hold ints of 1 or more, got {ks}.")
+        ks = tuple(map(int, ks))
         for name, value in (("thresholds", thresholds), ("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
             object.__setattr__(self, name, value)
 
@@ -373,7 +386,7 @@ class EntropyK(ProbabilityRule):
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
 
 
@@ -415,6 +428,7 @@ class BH(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self.alpha)
+        object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "method", canonical_method(self.method))
         object.__setattr__(self, "pvalues", make_pvalues(self.pvalues))
         if self.layer_weights is not None:
@@ -713,14 +727,5 @@ def _dense(
     dense = weights.new_zeros(len(weights), num_experts)
     # Empty slots add their weight 0 to expert 0.
     dense.scatter_add_(-1, experts.clamp(min=0), weights)
-    return dense.view(*lead, num_experts), experts.view(*lead, -1), counts.view(lead)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise a ValueError unless 0 < temperature < inf."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the softmax as it is."
-        )
-
-
+    # Not view(*lead, -1): of no tokens the number of slots could be any.
+    return dense.view(router_logits.shape), experts.view(*lead, experts.shape[-1]), counts.view(lead)
