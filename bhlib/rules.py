@@ -10,9 +10,11 @@ for the rules that always keep the best-scored experts, `count`.
 """
 
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -663,7 +665,8 @@ def benjamini_hochberg_routing(
     pvalues: PValueMaker | str = "dirichlet",
     method: str = "bh",
     layer: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, dict]:
     """Route tokens by the Benjamini–Hochberg procedure, outside any model.
 
     Parameters
@@ -683,6 +686,8 @@ def benjamini_hochberg_routing(
         Multiple-testing procedure (`bhlib.procedures`).
     layer : int, optional
         MoE layer that the logits come from; needed by p-values calibrated per layer.
+    return_stats : bool
+        Whether to return `stats` too.
 
     Returns
     -------
@@ -692,6 +697,11 @@ def benjamini_hochberg_routing(
         Selected experts, largest weight first (smallest p-value first where p-values differ by expert); -1 pads.
     counts : Tensor [...], int64
         Number of experts selected.
+    stats : dict, only with `return_stats`
+        ``total_tokens``; ``mean_``, ``std_``, ``min_`` and ``max_experts_per_token``; ``sparsity_gain``, the fraction
+        of `max_k` experts per token that was saved; ``share_at_min_k`` and ``share_at_max_k``, the fractions of tokens
+        with exactly so many experts; and ``alpha``, ``temperature``, ``min_k``, ``max_k`` as given. Of no tokens, NaN,
+        and None for the least and the most.
 
     Examples
     --------
@@ -704,7 +714,46 @@ def benjamini_hochberg_routing(
     if pvalues == "softmax":
         pvalues = make_pvalues("softmax", temperature=temperature)
     rule = BH(alpha=alpha, pvalues=pvalues, method=method, min_k=min_k, max_k=max_k)
-    return _dense(rule, router_logits, temperature, layer)
+    weights, experts, counts = _dense(rule, router_logits, temperature, layer)
+    if not return_stats:
+        return weights, experts, counts
+    settings = {"alpha": rule.alpha, "temperature": float(temperature), "min_k": rule.min_k, "max_k": rule.max_k}
+    return weights, experts, counts, settings | _stats_of_counts(counts, rule)
+
+
+def compare_max_k(router_logits: Tensor, max_ks: Iterable[int] = (2, 4, 8, 16), **options) -> pd.DataFrame:
+    """What an upper bound on the number of experts does: `benjamini_hochberg_routing` at each of several `max_k`.
+
+    Parameters
+    ----------
+    router_logits : Tensor [tokens, experts] or [batch, sequence, experts]
+    max_ks : iterable of int
+    **options
+        Of `benjamini_hochberg_routing`: alpha, min_k, pvalues and so on.
+
+    Returns
+    -------
+    DataFrame
+        The statistics of the routing function, a row for each `max_k`. The procedure is the same in each row, so
+        ``share_at_max_k`` tells how often the bound binds (or is met exactly).
+    """
+    stats = [benjamini_hochberg_routing(router_logits, max_k=k, return_stats=True, **options)[3] for k in max_ks]
+    return pd.DataFrame(stats).set_index("max_k")
+
+
+def _stats_of_counts(counts: Tensor, rule: Rule) -> dict:
+    counts = counts.flatten().double()
+    mean = counts.mean().item()
+    return {
+        "total_tokens": len(counts),
+        "mean_experts_per_token": mean,
+        "std_experts_per_token": (counts - mean).square().mean().sqrt().item(),
+        "min_experts_per_token": int(counts.min()) if len(counts) else None,
+        "max_experts_per_token": int(counts.max()) if len(counts) else None,
+        "sparsity_gain": 1 - mean / rule.max_k,
+        "share_at_min_k": (counts == rule.min_k).double().mean().item(),
+        "share_at_max_k": (counts == rule.max_k).double().mean().item(),
+    }
 
 
 def topk_routing(

@@ -10,7 +10,17 @@ from models import tiny_olmoe, tokens
 from bhlib import BHRoutingIntegration, benjamini_hochberg_routing, topk_routing
 from bhlib.procedures import PROCEDURES, reject
 from bhlib.pvalues import DirichletNull, TokenGaussian
-from bhlib.rules import BH, WEIGHTINGS, EntropyK, StaticPerLayer, Threshold, TopK, gather_weights, router_scores
+from bhlib.rules import (
+    BH,
+    WEIGHTINGS,
+    EntropyK,
+    StaticPerLayer,
+    Threshold,
+    TopK,
+    compare_max_k,
+    gather_weights,
+    router_scores,
+)
 
 
 def random_logits(*shape, seed=0, spread=2.0):
@@ -212,3 +222,45 @@ def test_a_gaussian_that_leaves_no_expert_is_refused_when_it_is_made(num_experts
         benjamini_hochberg_routing(random_logits(3, num_experts), pvalues="gaussian", max_k=4)
     with BHRoutingIntegration(model, pvalues=TokenGaussian(exclude_top=2), max_k=4), torch.no_grad():
         model(input_ids=tokens(1, 5))
+
+
+# -- statistics of the routing function ----------------------------------------------------------------------------
+
+
+def test_statistics_of_the_routing_function_are_those_of_its_counts():
+    logits = random_logits(3, 100, 64)
+    options = dict(alpha=0.1, temperature=0.7, min_k=2, max_k=6)
+    *routing, stats = benjamini_hochberg_routing(logits, **options, return_stats=True)
+    plain = benjamini_hochberg_routing(logits, **options)
+    assert all(torch.equal(one, other) for one, other in zip(routing, plain, strict=True))
+    counts = plain[2].double().numpy()
+    assert stats == options | {
+        "total_tokens": 300,
+        "mean_experts_per_token": pytest.approx(counts.mean()),
+        "std_experts_per_token": pytest.approx(counts.std()),
+        "min_experts_per_token": 2,
+        "max_experts_per_token": 6,
+        "sparsity_gain": pytest.approx(1 - counts.mean() / 6),
+        "share_at_min_k": pytest.approx((counts == 2).mean()),
+        "share_at_max_k": pytest.approx((counts == 6).mean()),
+    }
+    assert 0 < stats["share_at_min_k"] < 1 and 0 < stats["share_at_max_k"] < 1
+    assert json.loads(json.dumps(stats)) == stats
+
+
+def test_statistics_of_no_tokens():
+    stats = benjamini_hochberg_routing(torch.zeros(0, 64), return_stats=True)[3]
+    assert stats["total_tokens"] == 0 and np.isnan(stats["mean_experts_per_token"])
+    assert stats["min_experts_per_token"] is None and np.isnan(stats["share_at_max_k"])
+
+
+def test_comparison_of_bounds():
+    logits = random_logits(300, 64)
+    table = compare_max_k(logits, (2, 4, 64), alpha=0.1, min_k=0)
+    counts = benjamini_hochberg_routing(logits, 0.1, min_k=0, max_k=64)[2]
+    assert table.index.tolist() == [2, 4, 64] and table.index.name == "max_k"
+    for max_k, row in table.iterrows():
+        assert row["mean_experts_per_token"] == pytest.approx(counts.clamp(max=max_k).double().mean().item())
+        assert row["share_at_max_k"] == pytest.approx((counts >= max_k).double().mean().item())
+    with pytest.raises(ValueError, match="max_k=65 for 64 experts"):
+        compare_max_k(logits, (2, 65))
