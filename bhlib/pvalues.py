@@ -27,7 +27,9 @@ import functools
 import json
 import math
 import numbers
+import reprlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -551,9 +553,11 @@ class FittedNull(PValueMaker):
     """
 
     parts: tuple[str, ...]  # names of a layer's tensors
+    header_types: dict[str, Callable[[object], bool]] = {}  # what the subclass adds to the header
 
     def __init__(self, tensors: dict[str, Tensor], header: dict):
-        self.tensors = tensors
+        with torch.inference_mode(False):  # a copy that a backward pass may save, whatever it was made in
+            self.tensors = {name: table.clone() if table.is_inference() else table for name, table in tensors.items()}
         self.header = header
         self.statistic = _check_statistic(header["statistic"])
         self.exclude_top: int = header["exclude_top"]
@@ -670,13 +674,33 @@ class FittedNull(PValueMaker):
         """What ``_survival`` needs, moved to the device once."""
         if (layer, device) not in self._on_device:
             parts = [self.tensors[f"{part}.{layer}"] for part in self.parts]
-            self._on_device[layer, device] = tuple(table.to(device) for table in self._make_tables(*parts))
+            # They outlive the pass that asks first; made in inference mode they would be of no use in training.
+            with torch.inference_mode(False):
+                self._on_device[layer, device] = tuple(table.to(device) for table in self._make_tables(*parts))
         return self._on_device[layer, device]
 
     def _make_tables(self, *parts: Tensor) -> tuple[Tensor, ...]:
         return parts
 
     def _survival(self, statistics: Tensor, *tables: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def _damage(cls, sizes: list[int], **parts: Tensor) -> str | None:
+        """What keeps the tables of a layer from being a survival function, None if nothing does.
+
+        Parameters
+        ----------
+        sizes : list of int
+            Sample sizes that the header announces, one per row of the tables.
+        **parts : Tensor [rows, ...]
+            The layer's tensors, by the names in `cls.parts`.
+
+        Returns
+        -------
+        str or None
+            Begins with the name of a part.
+        """
         raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
@@ -743,6 +767,11 @@ class KDENull(FittedNull):
 
     name = "kde"
     parts = ("grid", "log_survival", "slope")
+    header_types = {
+        "bw_method": lambda value: value is None or isinstance(value, (str, float)),
+        "weighted": lambda value: isinstance(value, bool),
+        "table_error": lambda value: isinstance(value, float),
+    }
 
     @classmethod
     def _fit_layers(cls, columns, bw_method=None, weights=None):
@@ -763,6 +792,23 @@ class KDENull(FittedNull):
 
     def _survival(self, statistics: Tensor, low: Tensor, cells: Tensor, pvals: Tensor) -> Tensor:
         return _interpolate(statistics, low, cells, pvals)
+
+    @classmethod
+    def _damage(cls, sizes, grid, log_survival, slope):
+        if grid.dtype != torch.float64 or grid.shape != (len(sizes), 2):
+            return f"grid is {_kind(grid)}, not torch.float64 [{len(sizes)}, 2]"
+        low, span = grid[:, 0], grid[:, 1] - grid[:, 0]
+        # Within these bounds, which are far from any logit, no float32 product in `_interpolate` overflows.
+        if not ((low.abs() < 1e18) & (span > 1e-18) & (span < 1e18)).all():
+            return "grid does not go from a lowest statistic to a highest one"
+        for name, table in (("log_survival", log_survival), ("slope", slope)):
+            if table.dtype != torch.float32 or table.ndim != 2 or len(table) != len(sizes) or table.shape[1] < 2:
+                return f"{name} is {_kind(table)}, not torch.float32 [{len(sizes)}, nodes]"
+            if not ((table <= 0) & table.isfinite()).all():
+                return f"{name} has values above 0, infinite or NaN"
+        if slope.shape != log_survival.shape:
+            return f"slope has shape {tuple(slope.shape)}, but log_survival has {tuple(log_survival.shape)}"
+        return "log_survival rises" if (log_survival.diff(dim=-1) > 0).any() else None
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, table error {self.header['table_error']:.1e})"
@@ -926,6 +972,17 @@ class ConformalNull(FittedNull):
         pvals = (1 + size - below).float() / (1 + size)
         return torch.where(statistics.isnan(), torch.nan, pvals)
 
+    @classmethod
+    def _damage(cls, sizes, sample, size):
+        if sample.dtype != torch.float32 or sample.shape != (len(sizes), max(sizes)):
+            return f"sample is {_kind(sample)}, not torch.float32 [{len(sizes)}, {max(sizes)}]"
+        if size.dtype != torch.int64 or size.tolist() != sizes:
+            return f"size is {_kind(size)}, not the sample sizes of the header"
+        is_value = torch.arange(max(sizes)) < size[:, None]
+        if not (sample.isfinite() == is_value).all() or not (sample[~is_value] == torch.inf).all():
+            return "sample has values that are NaN or infinite"
+        return "sample is not in increasing order" if (sample.diff(dim=-1) < 0).any() else None
+
     def check_resolution(self, alpha: float, num_experts: int) -> bool:
         """Warn if BH at level ``alpha`` can never reject one expert alone, because 1/(n + 1) > alpha/num_experts.
 
@@ -987,9 +1044,12 @@ def load_null(
 
     Raises
     ------
+    OSError
+        If there is no such file, or it cannot be read.
     ValueError
         If the file is not a calibration, is damaged, is of another format version, or was made for another model,
-        number of layers or experts, or statistic; the message says what was found and what was expected.
+        number of layers or experts, or statistic; the message says what was found and what was expected. Damage is
+        noticed where it leaves no survival function; a digit that changed within one is not.
     """
     tensors, header = _read(path)
     expected = dict(model_name=model_name, num_layers=num_layers, num_experts=num_experts, statistic=statistic)
@@ -999,9 +1059,9 @@ def load_null(
                 f"{path} is a calibration with {key} {header[key]!r}, but {key} {value!r} is expected. P-values of "
                 "another calibration mean nothing here: calibrate again, or load the file made for this model"
             )
-    null = NULLS[header["null"]](tensors, header)
-    _check_contents(null, path)
-    return null
+    null = NULLS[header["null"]]
+    _check_tables(null, tensors, header, path)
+    return null(tensors, header)
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -1013,30 +1073,77 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); save the calibration again") from error
     if "bhlib" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but no calibration: write one with .save(path)")
-    header = json.loads(metadata["bhlib"])
-    if header["format"] != FORMAT:
-        raise ValueError(f"{path} has format version {header['format']}, but {FORMAT} is read here; calibrate again")
-    if header["null"] not in NULLS:
-        raise ValueError(f"{path} holds a null {header['null']!r}, but must be one of {', '.join(map(repr, NULLS))}")
+    try:
+        header = json.loads(metadata["bhlib"])
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    _check_header(header, path)
     return tensors, header
 
 
-def _check_contents(null: FittedNull, path: str | Path) -> None:
-    """The tensors must be those that the header announces."""
-    wanted = {f"{part}.{layer}" for layer in range(null.num_layers) for part in null.parts}
-    if wanted != set(null.tensors):
-        odd = ", ".join(sorted(wanted ^ set(null.tensors)))
-        raise ValueError(f"{path} is damaged: the header and the tables disagree on {odd}; calibrate again")
-    columns = 1 if null.shared else null.num_experts
-    for name, tensor in null.tensors.items():
-        if len(tensor) != columns:
-            raise ValueError(f"{path} is damaged: {name} has {len(tensor)} rows, but {columns} are announced")
-    for layer, sizes in enumerate(null.header["sample_sizes"]):
-        stored = null.tensors.get(f"size.{layer}")
-        if stored is not None and stored.tolist() != np.atleast_1d(sizes).tolist():
-            raise ValueError(
-                f"{path} is damaged: layer {layer} holds {stored.tolist()} values, but {sizes} are announced"
-            )
+def _damaged(path: str | Path, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {what}; save the calibration again, or calibrate again")
+
+
+#: What a header must hold, and what it may be.
+_HEADER_TYPES = {
+    "statistic": lambda value: isinstance(value, str) and value in STATISTICS,
+    "exclude_top": lambda value: is_whole(value) and value >= 0,
+    "model_name": lambda value: isinstance(value, str) and value != "",
+    "num_layers": lambda value: is_whole(value) and value >= 1,
+    "num_experts": lambda value: is_whole(value) and value >= 2,
+    "per_expert": lambda value: isinstance(value, bool),
+    "sample_sizes": lambda value: isinstance(value, list),
+    "seed": lambda value: value is None or is_whole(value),
+}
+
+
+def _check_header(header: dict, path: str | Path) -> None:
+    """Every key is there, and of the right kind."""
+
+    def value_of(key: str) -> object:
+        if key not in header:
+            raise _damaged(path, f"its header lacks {key}")
+        return header[key]
+
+    if value_of("format") != FORMAT:
+        raise ValueError(f"{path} has format version {header['format']!r}, but {FORMAT} is read here; calibrate again")
+    if not isinstance(value_of("null"), str) or header["null"] not in NULLS:
+        raise ValueError(f"{path} holds a null {header['null']!r}, but must be one of {', '.join(map(repr, NULLS))}")
+    for key, fits in (_HEADER_TYPES | NULLS[header["null"]].header_types).items():
+        if not fits(value_of(key)):
+            raise _damaged(path, f"its header has the {key} {reprlib.repr(header[key])}")
+    if header["exclude_top"] > header["num_experts"] - 2:
+        raise _damaged(path, f"its exclude_top is {header['exclude_top']} of {header['num_experts']} experts")
+
+
+def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: dict, path: str | Path) -> None:
+    """The tensors must be those that the header announces, and tables of a survival function."""
+    num_layers, columns = header["num_layers"], header["num_experts"] if header["per_expert"] else 1
+    if num_layers > len(tensors):  # before anything as long as it says is made
+        raise _damaged(path, f"its header announces {num_layers:,} layers, but it holds {len(tensors)} tables")
+    wanted = {f"{part}.{layer}" for layer in range(num_layers) for part in null.parts}
+    if wanted != tensors.keys():
+        odd = ", ".join(sorted(wanted ^ tensors.keys()))
+        raise _damaged(path, f"the header and the tables disagree on {odd}")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 0 or len(tensor) != columns:
+            raise _damaged(path, f"{name} is {_kind(tensor)}, but {columns} rows are announced")
+    if len(header["sample_sizes"]) != num_layers:
+        raise _damaged(path, f"its header has sample_sizes of {len(header['sample_sizes'])} layers, not {num_layers}")
+    for layer, announced in enumerate(header["sample_sizes"]):
+        sizes = announced if header["per_expert"] else [announced]
+        if not isinstance(sizes, list) or len(sizes) != columns or not all(is_whole(n) and n >= 1 for n in sizes):
+            raise _damaged(path, f"its header has the sample_sizes {reprlib.repr(announced)} for layer {layer}")
+        what = null._damage(sizes, **{part: tensors[f"{part}.{layer}"] for part in null.parts})
+        if what is not None:
+            raise _damaged(path, f"in layer {layer} {what}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 # ------------------------------------------------------------------------------------------------------ by name

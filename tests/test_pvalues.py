@@ -2,12 +2,13 @@
 
 import json
 import math
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
@@ -29,6 +30,7 @@ from bhlib.pvalues import (
     make_pvalues,
     null_values,
 )
+from bhlib.rules import BH
 
 NUM_EXPERTS = 64
 SHIFT_INVARIANT = ("log_prob", "centered", "standardized")
@@ -586,6 +588,8 @@ def test_continuous_nulls_have_no_floor():
 
 # --------------------------------------------------------------------------------------------- layers, experts, files
 
+SAVED = [(KDENull, False), (KDENull, True), (ConformalNull, False), (ConformalNull, True)]
+
 
 @pytest.mark.parametrize("layer", [None, -1, 3])
 def test_a_layer_must_be_named(layer):
@@ -622,6 +626,26 @@ def test_tables_are_moved_to_a_device_once():
     assert null._tables(1, torch.device("cpu")) is first
 
 
+@pytest.mark.parametrize("made_in", [False, True])
+@pytest.mark.parametrize("method", ["bh", "storey"])
+@pytest.mark.parametrize(("null", "per_expert"), SAVED)
+def test_a_null_first_used_in_inference_mode_can_be_trained_through(null, per_expert, method, made_in, tmp_path):
+    logits = random_logits(6, NUM_EXPERTS)
+    made = fit_per_expert(null) if per_expert else fit(null, [torch.randn(800), torch.randn(700)])
+    made.save(tmp_path / "null.safetensors")
+    with torch.inference_mode(made_in):
+        maker = load_null(tmp_path / "null.safetensors")
+    rule = BH(0.1, maker, method)
+    with torch.inference_mode():
+        expected = rule(logits, layer=1)
+        pvals = maker(logits, layer=1)
+    trained = logits.clone().requires_grad_()
+    found = rule(trained, layer=1)
+    found.weights.sum().backward()
+    assert torch.equal(found.experts, expected.experts) and trained.grad.abs().sum() > 0
+    assert torch.equal(maker(trained, layer=1), pvals)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a CUDA device with the CPU")
 @pytest.mark.parametrize("maker", ["kde", "conformal"])
@@ -629,9 +653,6 @@ def test_fitted_nulls_have_the_same_bits_on_a_gpu(maker):
     maker = all_makers()[maker]
     statistics = 3 * torch.randn(1000, NUM_EXPERTS)
     assert torch.equal(maker.survival(statistics.cuda()).cpu(), maker.survival(statistics))
-
-
-SAVED = [(KDENull, False), (KDENull, True), (ConformalNull, False), (ConformalNull, True)]
 
 
 @pytest.mark.parametrize(("null", "per_expert"), SAVED)
@@ -718,8 +739,8 @@ def test_files_that_are_no_calibration(tmp_path):
         ({"format": 99}, "format version 99, but 1 is read"),
         ({"null": "cauchy"}, "null 'cauchy'.*'kde', 'conformal'"),
         ({"num_layers": 3}, r"damaged.*sample\.2, size\.2"),
-        ({"per_expert": True}, "damaged.*1 rows, but 64"),
-        ({"sample_sizes": [30, 31]}, r"layer 1 holds \[30\] values, but 31"),
+        ({"per_expert": True}, r"damaged.*\[1, 30\], but 64 rows"),
+        ({"sample_sizes": [30, 31]}, r"layer 1 sample is torch.float32 \[1, 30\], not torch.float32 \[1, 31\]"),
     ],
 )
 def test_a_header_that_does_not_fit_its_tables(change, message, tmp_path):
@@ -729,6 +750,184 @@ def test_a_header_that_does_not_fit_its_tables(change, message, tmp_path):
     save_file(load_file(path), path, metadata={"bhlib": json.dumps(null.header | change)})
     with pytest.raises(ValueError, match=message):
         load_null(path)
+
+
+def saved_bytes(null, path):
+    null.save(path)
+    return path.read_bytes()
+
+
+def with_header(null, path, header):
+    """The file of a null with another header: an object, or a text that is none."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    save_file(null.tensors, path, metadata={"bhlib": text})
+    return path
+
+
+@pytest.mark.parametrize("null", [KDENull, ConformalNull])
+def test_each_key_of_the_header_is_needed(null, tmp_path):
+    null = fit(null, [torch.randn(30), torch.randn(30)])
+    for key in null.header:
+        rest = {name: value for name, value in null.header.items() if name != key}
+        with pytest.raises(ValueError, match=f"damaged: its header lacks {key}"):
+            load_null(with_header(null, tmp_path / "null.safetensors", rest))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"kde"', "null", "3", "{", "", "[" * 100_000, '{"format": 1'])
+def test_a_header_that_is_no_object(text, tmp_path):
+    null = fit(ConformalNull, [torch.randn(30)])
+    with pytest.raises(ValueError, match="damaged: its header is no JSON object"):
+        load_null(with_header(null, tmp_path / "null.safetensors", text))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("null", ["kde"]),
+        ("statistic", {}),
+        ("statistic", "rank"),
+        ("exclude_top", 63),
+        ("exclude_top", 1.5),
+        ("model_name", None),
+        ("model_name", ""),
+        ("num_layers", 0),
+        ("num_layers", "1"),
+        ("num_layers", True),
+        ("num_experts", 1),
+        ("num_experts", 64.0),
+        ("per_expert", 0),
+        ("sample_sizes", 30),
+        ("sample_sizes", [-30]),
+        ("sample_sizes", [[30]]),
+        ("sample_sizes", [30, 30]),
+        ("sample_sizes", ["30"]),
+        ("table_error", "small"),
+        ("weighted", None),
+    ],
+)
+def test_a_header_with_a_wrong_value(key, value, tmp_path):
+    null = fit(KDENull, [torch.randn(30)])
+    with pytest.raises(ValueError, match=f"{key}|null"):
+        load_null(with_header(null, tmp_path / "null.safetensors", null.header | {key: value}))
+
+
+def test_a_small_file_that_announces_much_is_refused_at_once(tmp_path):
+    null = fit(ConformalNull, [torch.randn(2)])
+    for change in ({"num_layers": 10**9}, {"num_layers": 10**9, "sample_sizes": []}, {"num_experts": 10**9}):
+        path = with_header(null, tmp_path / "null.safetensors", null.header | change)
+        started = time.perf_counter()
+        if "num_experts" in change:
+            load_null(path)  # a null that all experts share is the same for any number of them
+        else:
+            with pytest.raises(ValueError, match="damaged.*1,000,000,000 layers"):
+                load_null(path)
+        assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("null", "tensor", "change"),
+    [
+        (KDENull, "grid.0", lambda grid: grid.flip(-1)),
+        (KDENull, "grid.0", lambda grid: grid * torch.inf),
+        (KDENull, "grid.0", lambda grid: grid[:, :1]),
+        (KDENull, "log_survival.0", lambda table: table.flip(-1)),
+        (KDENull, "log_survival.0", lambda table: table + 1),
+        (KDENull, "slope.0", lambda slope: slope[:, :-1]),
+        (KDENull, "log_survival.0", lambda table: table.double()),
+        (KDENull, "log_survival.0", lambda table: table[:, 0]),
+        (KDENull, "slope.0", lambda slope: -slope),
+        (KDENull, "slope.0", lambda slope: slope * torch.nan),
+        (ConformalNull, "sample.0", lambda sample: sample.flip(-1)),
+        (ConformalNull, "sample.0", lambda sample: sample * torch.nan),
+        (ConformalNull, "sample.0", lambda sample: sample.half()),
+        (ConformalNull, "sample.0", lambda sample: sample[:, :-1]),
+        (ConformalNull, "size.0", lambda size: size.int()),
+        (ConformalNull, "size.0", lambda size: size - 1),
+        (ConformalNull, "size.0", lambda size: size[0]),
+    ],
+)
+def test_tables_that_are_no_survival_function(null, tensor, change, tmp_path):
+    null = fit(null, [torch.randn(30)])
+    null.tensors[tensor] = change(null.tensors[tensor]).contiguous()
+    null.save(tmp_path / "null.safetensors")
+    with pytest.raises(ValueError, match=rf"damaged: (in layer 0 {tensor[:-2]}|{tensor})\b"):
+        load_null(tmp_path / "null.safetensors")
+
+
+WHOLE_FILES = {}
+
+
+def whole_file(kind, folder):
+    """Bytes of a small null of each kind that is saved, made once."""
+    if kind not in WHOLE_FILES:
+        null, per_expert = SAVED[kind]
+        rng = np.random.default_rng(kind)
+        if per_expert:
+            samples = [[rng.normal(size=5 + expert) for expert in range(4)] for _ in range(2)]
+        else:
+            samples = [rng.normal(size=20), rng.normal(size=25)]
+        made = null.fit(samples, model_name="tiny", num_experts=4, exclude_top=1, per_expert=per_expert)
+        WHOLE_FILES[kind] = saved_bytes(made, folder / "whole.safetensors")
+    return WHOLE_FILES[kind]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["kde", 10**9]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=2),
+    max_leaves=5,
+)
+
+
+@st.composite
+def damaged_files(draw, folder):
+    """A saved null with a few bytes changed, a piece cut out, or something else in its header or for a tensor."""
+    kind = draw(st.integers(0, len(SAVED) - 1))
+    content = bytearray(whole_file(kind, folder))
+    damage = draw(st.sampled_from(["bytes", "start", "cut", "header", "tensor"]))
+    if damage in ("bytes", "start"):
+        end = len(content) if damage == "bytes" else 1200  # the header lies at the start
+        for place in draw(st.lists(st.integers(0, min(end, len(content)) - 1), min_size=1, max_size=4)):
+            content[place] = draw(st.integers(0, 255))
+    elif damage == "cut":
+        first, last = sorted(draw(st.lists(st.integers(0, len(content)), min_size=2, max_size=2)))
+        del content[first:last]
+    else:
+        path = folder / "whole.safetensors"
+        path.write_bytes(content)
+        null = load_null(path)
+        if damage == "header":
+            key = draw(st.sampled_from(sorted(null.header)))
+            null.header[key] = draw(JSON_VALUES)
+        else:
+            name = draw(st.sampled_from(sorted(null.tensors)))
+            dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]))
+            shape = draw(st.lists(st.integers(0, 5), max_size=3))
+            value = draw(st.sampled_from([-1e30, -1.0, 0.0, 1.0] + [torch.nan] * dtype.is_floating_point))
+            null.tensors[name] = torch.full(shape, value).to(dtype)
+        content = saved_bytes(null, path)
+    return bytes(content)
+
+
+@settings(max_examples=2500)
+@given(data=st.data())
+def test_damaged_files_are_refused_or_still_a_null(data, tmp_path_factory):
+    """Whatever the damage: a ValueError that says so, or p-values that fall from 1 to 0, and a file as good again."""
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / "damaged.safetensors"
+    path.write_bytes(data.draw(damaged_files(folder)))
+    try:
+        null = load_null(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    statistics = torch.linspace(-60, 60, 121)
+    for layer in range(null.num_layers):
+        shown = statistics if null.shared else statistics[:, None].expand(-1, null.num_experts)
+        pvals = null.survival(shown, layer)
+        assert ((pvals >= 0) & (pvals <= 1)).all() and (pvals.diff(dim=0) <= 0).all()
+    repr(null)
+    null.save(path)
+    assert load_null(path).header == null.header
 
 
 # ------------------------------------------------------------------------------------------------------------- by name
