@@ -54,6 +54,7 @@ __all__ = [
     "ResolutionWarning",
     "SoftmaxPseudo",
     "SoftmaxPseudoWarning",
+    "TableNull",
     "TokenGaussian",
     "check_logits",
     "check_temperature",
@@ -238,6 +239,9 @@ class PValueMaker:
         True if the null does not depend on the expert, so that within one token p falls as the logit rises.
     num_layers : int or None
         How many layers it was fitted on; None if it needs no calibration, and ``layer`` is then ignored.
+
+    A maker of your own is held to this when it is put into a rule (``check``) and into a model (``check_model``). For a
+    survival function that you have as a table there is `TableNull`.
     """
 
     name: str
@@ -269,8 +273,49 @@ class PValueMaker:
         """Whether one expert alone can be rejected at level ``alpha`` (always, unless the p-values have a floor)."""
         return True
 
+    def check(self) -> None:
+        """Raise a ValueError unless ``survival`` is one: in [0, 1], and never increasing. At some thousand statistics,
+        for every layer; where the null differs by expert, ``check_model`` does it."""
+        if self.shared:
+            for layer in [None] if self.num_layers is None else range(self.num_layers):
+                self._check_survival(_probe(), layer)
+
     def check_model(self, num_layers: int, num_experts: int) -> None:
-        """Raise if a model of so many MoE layers and experts cannot be routed by these p-values (a fitted null's)."""
+        """Raise a ValueError if a model of so many MoE layers and experts cannot be routed by these p-values."""
+        if self.num_layers not in (None, num_layers):
+            raise ValueError(
+                f"{type(self).__name__} is for {self.num_layers} MoE layers, but the model has {num_layers}: "
+                "make p-values for each of them"
+            )
+        statistics = _probe() if self.shared else _probe()[:, None].expand(-1, num_experts)
+        for layer in range(num_layers):
+            self._check_survival(statistics, layer)
+
+    def _check_survival(self, statistics: Tensor, layer: int | None) -> None:
+        where = f"survival of {type(self).__name__}{'' if layer is None else f' for layer {layer}'}"
+        try:
+            pvals = self.survival(statistics, layer)
+        except Exception as error:
+            raise ValueError(f"{where} fails with {type(error).__name__}: {error}") from error
+        if not isinstance(pvals, Tensor):
+            raise ValueError(f"{where} gives a {type(pvals).__name__}; return a Tensor")
+        if pvals.shape != statistics.shape:
+            raise ValueError(
+                f"{where} gives p-values of shape {tuple(pvals.shape)} for statistics of shape "
+                f"{tuple(statistics.shape)}; return one for each"
+            )
+        outside = ~((pvals >= 0) & (pvals <= 1))
+        if outside.any():
+            raise ValueError(
+                f"{where} gives the p-value {pvals[outside][0]:g}, outside [0, 1], at the statistic "
+                f"{statistics[outside][0]:g}; clamp it, if rounding is the reason"
+            )
+        rises = pvals[1:] > 1.0001 * pvals[:-1]  # not a rounded last digit
+        if rises.any():
+            raise ValueError(
+                f"{where} is none: p-values rise from {pvals[:-1][rises][0]:g} to {pvals[1:][rises][0]:g} at the "
+                f"statistic {statistics[1:][rises][0]:g}; return P(statistic >= value), that is 1 - cdf and not the cdf"
+            )
 
     def critical_statistics(self, critical_p: Tensor, layer: int | None = None) -> Tensor:
         """The smallest float32 statistic with a p-value of at most ``critical_p``, elementwise.
@@ -312,6 +357,12 @@ class PValueMaker:
             low, high = torch.where(small, low, middle + 1), torch.where(small, middle, high)
             low = torch.minimum(low, high)
         return torch.where(reachable, _float_of_rank(high), torch.inf)
+
+
+def _probe() -> Tensor:
+    """Some thousand statistics in increasing order: close to each other from -64 to 64, and of every magnitude."""
+    ranks = torch.linspace(-1, 1, 2001, dtype=torch.float64, device="cpu").mul(_LARGEST_RANK).long()
+    return torch.cat([torch.linspace(-64, 64, 4097, device="cpu"), _float_of_rank(ranks)]).sort().values
 
 
 _LARGEST_RANK = int(np.array(np.finfo(np.float32).max).view(np.int32))
@@ -381,7 +432,7 @@ class SoftmaxPseudo(PValueMaker):
         return -(rest - (tested - largest).expm1()) / (rest + 1)
 
     def survival(self, statistics: Tensor, layer: int | None = None) -> Tensor:
-        return -statistics
+        return (-statistics).clamp(0, 1)
 
     def __repr__(self) -> str:
         return f"SoftmaxPseudo(temperature={self.temperature})"
@@ -507,6 +558,9 @@ class TokenGaussian(PValueMaker):
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
         """Raise a ValueError if `exclude_top` leaves fewer than two of the experts."""
+        self._check_num_experts(num_experts)
+
+    def _check_num_experts(self, num_experts: int) -> None:
         if self.exclude_top > num_experts - 2:
             raise ValueError(
                 f"pvalues=TokenGaussian(exclude_top={self.exclude_top}) needs {self.exclude_top + 2} experts or more "
@@ -515,7 +569,7 @@ class TokenGaussian(PValueMaker):
             )
 
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:
-        self.check_model(1, router_logits.shape[-1])
+        self._check_num_experts(router_logits.shape[-1])
         z = standardized(router_logits, self.exclude_top, top)
         if self.estimator == "trimmed":
             return z
@@ -604,27 +658,40 @@ class FittedNull(PValueMaker):
         ValueError
             If a sample is empty, not 1-D, not finite, or not there for every expert; the message says which.
         """
+        columns = _columns(samples, num_experts, per_expert)
+        sizes = [[len(values) for values in layer] for layer in columns]
+        header = cls._header(sizes, model_name, num_experts, statistic, exclude_top, per_expert, seed)
+        tensors, extra = cls._fit_layers(columns, **options)
+        return cls(tensors, header | extra)
+
+    @classmethod
+    def _header(
+        cls,
+        sizes: list[list[int]],
+        model_name: str,
+        num_experts: int,
+        statistic: str,
+        exclude_top: int,
+        per_expert: bool = False,
+        seed: int | None = None,
+    ) -> dict:
+        """What every file says, checked; `sizes` are the sample sizes [layers][1 or experts]."""
         _check_statistic(statistic)
         if not isinstance(model_name, str) or not model_name:
             raise ValueError(f"model_name is {model_name!r}; name the model whose logits these are")
         _check_exclude_top(exclude_top, num_experts)
-        columns = _columns(samples, num_experts, per_expert)
-        tensors, extra = cls._fit_layers(columns, **options)
-        sizes = [[len(values) for values in layer] for layer in columns]
-        header = dict(
+        return dict(
             format=FORMAT,
             null=cls.name,
             statistic=statistic,
             exclude_top=int(exclude_top),
             model_name=model_name,
-            num_layers=len(columns),
+            num_layers=len(sizes),
             num_experts=int(num_experts),
             per_expert=bool(per_expert),
             sample_sizes=sizes if per_expert else [layer[0] for layer in sizes],
-            seed=seed,
-            **extra,
+            seed=None if seed is None else int(seed),
         )
-        return cls(tensors, header)
 
     @classmethod
     def _fit_layers(cls, columns: list[list[np.ndarray]], **options) -> tuple[dict[str, Tensor], dict]:
@@ -1016,7 +1083,171 @@ class ConformalNull(FittedNull):
         return False
 
 
+class TableNull(FittedNull):
+    """A survival function that you have as a table: of another study, a theory, a larger sample.
+
+    Make one with ``from_survival``; it saves, loads and routes as a fitted null does. Between two points p is
+    interpolated linearly, which is cautious where the survival function is convex, as in a tail. Below the first point
+    p is 1, and from the last point on it stays at the last value: what the table does not say is not made up.
+    """
+
+    name = "table"
+    parts = ("x", "sf")
+
+    @classmethod
+    def from_survival(
+        cls,
+        x,
+        sf,
+        *,
+        model_name: str,
+        num_experts: int,
+        statistic: str,
+        exclude_top: int = 0,
+        num_layers: int | None = None,
+    ) -> "TableNull":
+        """A null from points of its survival function.
+
+        Parameters
+        ----------
+        x : 1-D array, or sequence over layers of 1-D arrays
+            Values of the statistic, increasing. One array serves all layers.
+        sf : 1-D array, or sequence over layers of 1-D arrays
+            P(statistic of a null expert >= x), never increasing, in [0, 1]. One array is the null of every layer.
+            From a distribution function pass ``1 - cdf``, with its loss: the smallest p-value above 0 is then some
+            6e-8 for a cdf in float32, and one over the sample size for that of a sample, whatever the number of points.
+        model_name : str
+            Whose logits these are. Checked on loading.
+        num_experts : int
+        statistic : a name in ``STATISTICS``
+            What `x` are values of, for instance ``"logit"``.
+        exclude_top : int
+            For the statistics ``"centered"`` and ``"standardized"``: how many of the largest logits their background
+            leaves out.
+        num_layers : int, optional
+            How many MoE layers share the one array `sf`, 1 by default.
+
+        Raises
+        ------
+        ValueError
+            If the points are no survival function or do not belong together; the message says where.
+
+        Examples
+        --------
+        >>> grids = [{"x": np.linspace(-6, 6, 10_000), "cdf": np.linspace(0, 1, 10_000)}] * 16
+        >>> null = TableNull.from_survival(
+        ...     [grid["x"] for grid in grids], [1 - grid["cdf"] for grid in grids],
+        ...     model_name="allenai/OLMoE-1B-7B-0924", num_experts=64, statistic="logit")
+        >>> null
+        TableNull(logit, 16 layers, 10,000 points or more each, of 'allenai/OLMoE-1B-7B-0924')
+        """
+        xs, tails = _by_layer(x, "x"), _by_layer(sf, "sf")
+        if len(tails) == 1 and num_layers is not None:
+            tails *= num_layers
+        if num_layers not in (None, len(tails)):
+            raise ValueError(f"num_layers is {num_layers}, but sf holds {len(tails)} layers; leave num_layers out")
+        if len(xs) == 1:
+            xs *= len(tails)
+        if len(xs) != len(tails):
+            raise ValueError(f"x holds {len(xs)} layers, but sf {len(tails)}; pass one x for all, or one for each sf")
+        tensors = {}
+        for layer, (points, tail) in enumerate(zip(xs, tails, strict=True)):
+            _check_points(points, tail, layer)
+            tensors[f"x.{layer}"], tensors[f"sf.{layer}"] = points.float()[None], tail.float()[None]
+        sizes = [[len(tail)] for tail in tails]
+        return cls(tensors, cls._header(sizes, model_name, num_experts, statistic, exclude_top))
+
+    @classmethod
+    def _fit_layers(cls, columns, **options):
+        raise TypeError("a TableNull is not fitted to samples; make one with TableNull.from_survival(x, sf, ...)")
+
+    def _survival(self, statistics: Tensor, x: Tensor, sf: Tensor) -> Tensor:
+        x, sf = x[0], sf[0]
+        cell = (torch.searchsorted(x, statistics.contiguous(), right=True) - 1).clamp(0, len(x) - 2)
+        left, right = sf[cell], sf[cell + 1]
+        share = ((statistics - x[cell]) / (x[cell + 1] - x[cell])).clamp(0, 1)
+        # Rounding may carry the sum past the right end, and p must not rise to the next cell.
+        pvals = torch.maximum(left + share * (right - left), right)
+        return torch.where(statistics < x[0], 1.0, pvals)
+
+    @classmethod
+    def _damage(cls, sizes, x, sf):
+        if len(sizes) > 1:
+            return "x is a table per expert"
+        for name, table in (("x", x), ("sf", sf)):
+            if table.dtype != torch.float32 or table.shape != (1, sizes[0]) or sizes[0] < 2:
+                return f"{name} is {_kind(table)}, not torch.float32 [1, {sizes[0]}], of two points or more"
+        if not (x.abs() < 1e18).all() or not (x.diff() > 0).all():
+            return "x does not increase"
+        return None if ((sf >= 0) & (sf <= 1)).all() and (sf.diff() <= 0).all() else "sf is no survival function"
+
+    def check_resolution(self, alpha: float, num_experts: int) -> bool:
+        """Warn (ResolutionWarning) if a layer's table has no p-value above 0 as small as alpha/num_experts, the largest
+        with which one expert alone is rejected; return whether each has."""
+        tails = [self.tensors[f"sf.{layer}"] for layer in range(self.num_layers)]
+        floor, needed = max(float(tail[tail > 0].min()) for tail in tails if (tail > 0).any()), alpha / num_experts
+        if floor <= needed:
+            return True
+        warnings.warn(
+            f"the smallest p-value above 0 in a layer's table is {floor:.2g}, which exceeds alpha/num_experts = "
+            f"{needed:.2g}: whether one expert alone is rejected at alpha = {alpha:g} is beyond the table. Pass one "
+            "that resolves its tail, computed as a survival function",
+            ResolutionWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def __repr__(self) -> str:
+        return (
+            f"TableNull({self.statistic}, {self.num_layers} layers, {self.smallest_sample:,} points or more each, "
+            f"of {self.model_name!r})"
+        )
+
+
+def _by_layer(values, name: str) -> list[Tensor]:
+    """A float64 array per layer; one if there is but one."""
+    values = list(values)
+    if not values:
+        raise ValueError(f"{name} is empty; pass two points or more")
+    if np.ndim(values[0]) == 0:
+        values = [values]
+    tables = [torch.as_tensor(np.asarray(table, dtype=np.float64)) for table in values]
+    for layer, table in enumerate(tables):
+        if table.ndim != 1:
+            raise ValueError(f"{name}[{layer}] has shape {tuple(table.shape)}, but must be 1-D: a value for each point")
+    return tables
+
+
+def _check_points(x: Tensor, sf: Tensor, layer: int) -> None:
+    """Raise unless sf [points] is a survival function of x [points], also in float32."""
+    if len(x) != len(sf):
+        raise ValueError(f"layer {layer} has {len(x)} points in x, but {len(sf)} in sf; pass a value for each point")
+    if len(x) < 2:
+        raise ValueError(f"the table of layer {layer} has {len(x)} points, but must have two or more")
+    if not (x.abs() < 1e18).all():
+        raise ValueError(f"x of layer {layer} has values that are NaN or infinite, or above 1e18")
+    stays = x.float().diff() <= 0
+    if stays.any():
+        raise ValueError(
+            f"x of layer {layer} must increase, in float32 as well, but {x[1:][stays][0]:.9g} follows "
+            f"{x[:-1][stays][0]:.9g}; sort the points and leave out those too close"
+        )
+    outside = ~((sf >= 0) & (sf <= 1))
+    if outside.any():
+        value, place = sf[outside][0], x[outside][0]
+        raise ValueError(f"sf of layer {layer} has the value {value:g}, outside [0, 1], at x = {place:g}")
+    rises = sf.diff() > 0
+    if rises.any():
+        raise ValueError(
+            f"sf of layer {layer} rises from {sf[:-1][rises][0]:g} to {sf[1:][rises][0]:g} at x = {x[1:][rises][0]:g}; "
+            "if it is a distribution function, pass 1 - cdf"
+        )
+
+
 NULLS = {null.name: null for null in (KDENull, ConformalNull)}
+"""Nulls that are fitted to a sample, by name."""
+
+_SAVED = NULLS | {TableNull.name: TableNull}
 
 
 # ------------------------------------------------------------------------------------------------------ loading
@@ -1039,7 +1270,7 @@ def load_null(
 
     Returns
     -------
-    KDENull or ConformalNull
+    KDENull, ConformalNull or TableNull
         With p-values equal to the bit to those of the null that was saved.
 
     Raises
@@ -1059,7 +1290,7 @@ def load_null(
                 f"{path} is a calibration with {key} {header[key]!r}, but {key} {value!r} is expected. P-values of "
                 "another calibration mean nothing here: calibrate again, or load the file made for this model"
             )
-    null = NULLS[header["null"]]
+    null = _SAVED[header["null"]]
     _check_tables(null, tensors, header, path)
     return null(tensors, header)
 
@@ -1110,9 +1341,9 @@ def _check_header(header: dict, path: str | Path) -> None:
 
     if value_of("format") != FORMAT:
         raise ValueError(f"{path} has format version {header['format']!r}, but {FORMAT} is read here; calibrate again")
-    if not isinstance(value_of("null"), str) or header["null"] not in NULLS:
-        raise ValueError(f"{path} holds a null {header['null']!r}, but must be one of {', '.join(map(repr, NULLS))}")
-    for key, fits in (_HEADER_TYPES | NULLS[header["null"]].header_types).items():
+    if not isinstance(value_of("null"), str) or header["null"] not in _SAVED:
+        raise ValueError(f"{path} holds a null {header['null']!r}, but must be one of {', '.join(map(repr, _SAVED))}")
+    for key, fits in (_HEADER_TYPES | _SAVED[header["null"]].header_types).items():
         if not fits(value_of(key)):
             raise _damaged(path, f"its header has the {key} {reprlib.repr(header[key])}")
     if header["exclude_top"] > header["num_experts"] - 2:

@@ -433,6 +433,7 @@ class BH(Rule):
         object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "method", canonical_method(self.method))
         object.__setattr__(self, "pvalues", make_pvalues(self.pvalues))
+        self.pvalues.check()
         if self.layer_weights is not None:
             weights = tuple(float(weight) for weight in self.layer_weights)
             if not weights or not all(0 < weight < float("inf") for weight in weights):

@@ -11,19 +11,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from models import tiny_olmoe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from bhlib.procedures import benjamini_hochberg, critical_values
+from bhlib import BHRoutingIntegration
+from bhlib.procedures import benjamini_hochberg, critical_values, reject
 from bhlib.pvalues import (
     STATISTICS,
     ConformalNull,
     DirichletNull,
     KDENull,
+    PValueMaker,
     ResolutionWarning,
     SoftmaxPseudo,
     SoftmaxPseudoWarning,
+    TableNull,
     TokenGaussian,
     check_logits,
     load_null,
@@ -586,9 +590,170 @@ def test_continuous_nulls_have_no_floor():
     assert fit(KDENull, [torch.randn(50)]).check_resolution(1e-9, NUM_EXPERTS)
 
 
+# -------------------------------------------------------------------------------------------------- tables of one's own
+
+
+def own_table(points=10_000):
+    """Marginal distributions of three layers' logits, as another study might have kept them: keys x and cdf."""
+    x = np.linspace(-6, 9, points)
+    return [{"x": x, "cdf": stats.norm(loc, 1.5).cdf(x)} for loc in (-1, 0, 1)]
+
+
+def table_null(tables, **options):
+    options = dict(model_name="tiny", num_experts=NUM_EXPERTS, statistic="logit") | options
+    return TableNull.from_survival([t["x"] for t in tables], [1 - t["cdf"] for t in tables], **options)
+
+
+def test_a_survival_table_is_looked_up_on_straight_lines():
+    null = TableNull.from_survival(
+        [0.0, 1.0, 3.0], [1.0, 0.5, 0.1], model_name="tiny", num_experts=4, statistic="logit"
+    )
+    statistics = torch.tensor([-9.0, -0.001, 0.0, 0.5, 1.0, 2.0, 3.0, 3.001, 1e30, torch.nan])
+    expected = torch.tensor([1.0, 1.0, 1.0, 0.75, 0.5, 0.3, 0.1, 0.1, 0.1, torch.nan])
+    torch.testing.assert_close(null.survival(statistics), expected, equal_nan=True)
+
+
+def test_a_table_that_starts_below_one_is_taken_to_start_at_one():
+    null = TableNull.from_survival([0.0, 1.0], [0.4, 0.0], model_name="tiny", num_experts=4, statistic="logit")
+    torch.testing.assert_close(null.survival(torch.tensor([-0.1, 0.0, 0.5, 2.0])), torch.tensor([1.0, 0.4, 0.2, 0.0]))
+
+
+def test_a_survival_table_of_each_layer():
+    null = table_null(own_table())
+    assert null.num_layers == 3
+    statistics = torch.linspace(-5, 8, 1001)
+    for layer, loc in enumerate((-1, 0, 1)):
+        expected = stats.norm(loc, 1.5).sf(statistics.double().numpy())
+        np.testing.assert_allclose(null.survival(statistics, layer).numpy(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_one_table_for_all_layers_and_one_grid_for_all_tables():
+    table = own_table()[1]
+    options = dict(model_name="tiny", num_experts=NUM_EXPERTS, statistic="logit")
+    shared = TableNull.from_survival(table["x"], 1 - table["cdf"], num_layers=3, **options)
+    grid = TableNull.from_survival(table["x"], [1 - t["cdf"] for t in own_table()], **options)
+    logits = random_logits(20, NUM_EXPERTS)
+    assert torch.equal(shared(logits, 2), shared(logits, 0)) and shared.num_layers == 3
+    assert torch.equal(grid(logits, 2), table_null(own_table())(logits, 2))
+
+
+def test_a_survival_table_routes_as_its_pvalues_do():
+    null = table_null(own_table())
+    logits = random_logits(500, NUM_EXPERTS)
+    for method in ("bh", "holm"):
+        counts = BH(0.2, null, method, min_k=0, max_k=64)(logits, layer=1).counts
+        assert torch.equal(counts, reject(null(logits, 1), 0.2, method).sum(-1)) and counts.float().std() > 0.5
+    assert null.critical_statistics(torch.tensor([0.05]), 1).item() == pytest.approx(1.645 * 1.5, abs=0.01)
+
+
+def test_a_coarse_survival_table_warns_of_its_resolution():
+    null = TableNull.from_survival([0.0, 1.0, 2.0], [1.0, 0.01, 0.0], model_name="m", num_experts=64, statistic="logit")
+    with pytest.warns(ResolutionWarning, match=r"smallest p-value above 0 .* is 0\.01.*alpha/num_experts = 0\.00078"):
+        assert not null.check_resolution(0.05, 64)
+    assert table_null(own_table()).check_resolution(0.05, 64)
+
+
+@pytest.mark.parametrize(
+    ("x", "sf", "options", "message"),
+    [
+        ([0, 1, 2], [1, 0.5, 0.6], {}, r"sf of layer 0 rises from 0.5 to 0.6 at x = 2"),
+        ([0, 1], [0.0, 1.0], {}, r"sf of layer 0 rises.*pass 1 - cdf"),
+        ([0, 1], [1.5, 0.5], {}, r"sf of layer 0 .* 1.5, outside \[0, 1\]"),
+        ([0, 1], [0.5, -1e-9], {}, r"sf of layer 0 .* -1e-09, outside \[0, 1\]"),
+        ([0, 1], [np.nan, 0.5], {}, r"sf of layer 0 .* nan, outside \[0, 1\]"),
+        ([0, 0, 1], [1, 0.5, 0.1], {}, r"x of layer 0 must increase.*0 follows 0"),
+        ([0, np.inf], [1, 0.5], {}, r"x of layer 0 .* NaN or infinite"),
+        ([0, 1, 2], [1, 0.5], {}, r"layer 0 has 3 points in x, but 2 in sf"),
+        ([0], [1], {}, "layer 0 has 1 points.*two or more"),
+        ([[0, 1], [0, 1]], [[1, 0.5]], {}, "x holds 2 layers, but sf 1"),
+        ([0, 1], [[1, 0.5]] * 3, {"num_layers": 2}, "num_layers is 2, but sf holds 3 layers"),
+        ([0, 1], [1, 0.5], {"statistic": "rank"}, "statistic is 'rank'"),
+        ([0, 1], [1, 0.5], {"model_name": ""}, "model_name is ''"),
+        ([0, 1], [1, 0.5], {"exclude_top": 63}, "exclude_top is 63"),
+        ([0, 1 + 1e-12, 1 + 2e-12], [1, 0.5, 0.1], {}, "x of layer 0 must increase, in float32"),
+        ([[0, 1], [[0]]], [[1, 0], [1, 0]], {}, r"x\[1\] has shape \(1, 1\)"),
+    ],
+)
+def test_tables_of_ones_own_that_are_no_survival_function(x, sf, options, message):
+    with pytest.raises(ValueError, match=message):
+        TableNull.from_survival(x, sf, **dict(model_name="tiny", num_experts=64, statistic="logit") | options)
+
+
+def test_a_survival_table_is_not_fitted():
+    with pytest.raises(TypeError, match="TableNull is not fitted to samples.*TableNull.from_survival"):
+        fit(TableNull, [torch.randn(50)])
+
+
+# -------------------------------------------------------------------------------------------- makers of one's own
+
+
+class OwnMaker(PValueMaker):
+    """As a user might write one: a function of the logit for each layer."""
+
+    name, statistic = "own", "logit"
+
+    def __init__(self, *functions, num_layers=None, shared=True):
+        self.functions, self.num_layers, self.shared = functions, num_layers, shared
+
+    def statistic_of(self, router_logits, top=None):
+        return (router_logits if top is None else top).float()
+
+    def survival(self, statistics, layer=None):
+        return self.functions[0 if layer is None else layer](statistics)
+
+
+def falling(statistics):
+    return torch.sigmoid(-statistics)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.sigmoid, r"p-values rise from .* to .* at the statistic"),
+        (lambda s: 2 * torch.sigmoid(-s), r"gives the p-value 2, outside \[0, 1\]"),
+        (lambda s: falling(s) - 0.1, r"gives the p-value -.*, outside \[0, 1\]"),
+        (lambda s: falling(s) * torch.nan, r"gives the p-value nan, outside \[0, 1\]"),
+        (lambda s: falling(s)[..., :3], r"gives p-values of shape \(3,\) for statistics of shape \(\d+,\)"),
+        (lambda s: falling(s).numpy(), "gives a ndarray"),
+        (lambda s: [falling][1](s), "fails with IndexError: list index out of range"),
+    ],
+)
+def test_a_maker_that_gives_no_pvalues_is_refused_by_the_rule(wrong, message):
+    with pytest.raises(ValueError, match=f"survival of OwnMaker.* {message}"):
+        BH(0.05, OwnMaker(wrong))
+    with pytest.raises(ValueError, match=f"survival of OwnMaker.*layer 1.* {message}"):
+        BH(0.05, OwnMaker(falling, wrong, num_layers=2))
+
+
+def test_a_maker_is_held_against_the_model():
+    model = tiny_olmoe(num_hidden_layers=4)
+    three = OwnMaker(falling, falling, falling, num_layers=3)
+    with pytest.raises(ValueError, match="OwnMaker.* is for 3 MoE layers, but the model has 4"):
+        BHRoutingIntegration(model, pvalues=three)
+    with pytest.raises(ValueError, match="survival of OwnMaker.*layer 3.* fails with IndexError"):
+        BHRoutingIntegration(model, pvalues=OwnMaker(falling, falling, falling))
+    per_expert = OwnMaker(lambda s: falling(s - torch.zeros(16)), shared=False)
+    with pytest.raises(ValueError, match="survival of OwnMaker.* fails with RuntimeError.*16"):
+        BHRoutingIntegration(tiny_olmoe(num_hidden_layers=1), pvalues=per_expert)
+    BHRoutingIntegration(tiny_olmoe(num_hidden_layers=1, num_experts=16), pvalues=per_expert)
+    BHRoutingIntegration(model, pvalues=OwnMaker(*[falling] * 4, num_layers=4))
+    with pytest.raises(ValueError, match="calibration of 'tiny' is for 3 layers of 64 experts"):
+        BHRoutingIntegration(model, pvalues=table_null(own_table()))
+
+
 # --------------------------------------------------------------------------------------------- layers, experts, files
 
 SAVED = [(KDENull, False), (KDENull, True), (ConformalNull, False), (ConformalNull, True)]
+
+
+def test_a_file_of_a_survival_table_gives_back_the_same_bits(tmp_path):
+    saved, path = table_null(own_table()), tmp_path / "null.safetensors"
+    saved.save(path)
+    loaded = load_null(path, model_name="tiny", num_layers=3, num_experts=64, statistic="logit")
+    logits = random_logits(100, NUM_EXPERTS)
+    assert all(torch.equal(loaded(logits, layer), saved(logits, layer)) for layer in range(3))
+    assert type(loaded) is TableNull and loaded.header == saved.header
+    assert repr(loaded) == "TableNull(logit, 3 layers, 10,000 points or more each, of 'tiny')" == repr(saved)
 
 
 @pytest.mark.parametrize("layer", [None, -1, 3])
@@ -844,10 +1009,16 @@ def test_a_small_file_that_announces_much_is_refused_at_once(tmp_path):
         (ConformalNull, "size.0", lambda size: size.int()),
         (ConformalNull, "size.0", lambda size: size - 1),
         (ConformalNull, "size.0", lambda size: size[0]),
+        (TableNull, "x.0", lambda x: x.flip(-1)),
+        (TableNull, "x.0", lambda x: x * torch.nan),
+        (TableNull, "x.0", lambda x: x[:, :-1]),
+        (TableNull, "sf.0", lambda sf: sf.flip(-1)),
+        (TableNull, "sf.0", lambda sf: 2 * sf),
+        (TableNull, "sf.0", lambda sf: sf.double()),
     ],
 )
 def test_tables_that_are_no_survival_function(null, tensor, change, tmp_path):
-    null = fit(null, [torch.randn(30)])
+    null = table_null(own_table(9)[:1]) if null is TableNull else fit(null, [torch.randn(30)])
     null.tensors[tensor] = change(null.tensors[tensor]).contiguous()
     null.save(tmp_path / "null.safetensors")
     with pytest.raises(ValueError, match=rf"damaged: (in layer 0 {tensor[:-2]}|{tensor})\b"):
@@ -860,8 +1031,12 @@ WHOLE_FILES = {}
 def whole_file(kind, folder):
     """Bytes of a small null of each kind that is saved, made once."""
     if kind not in WHOLE_FILES:
-        null, per_expert = SAVED[kind]
+        null, per_expert = (SAVED + [(TableNull, False)])[kind]
         rng = np.random.default_rng(kind)
+        if null is TableNull:
+            made = table_null(own_table(points=20), num_experts=4)
+            WHOLE_FILES[kind] = saved_bytes(made, folder / "whole.safetensors")
+            return WHOLE_FILES[kind]
         if per_expert:
             samples = [[rng.normal(size=5 + expert) for expert in range(4)] for _ in range(2)]
         else:
@@ -881,7 +1056,7 @@ JSON_VALUES = st.recursive(
 @st.composite
 def damaged_files(draw, folder):
     """A saved null with a few bytes changed, a piece cut out, or something else in its header or for a tensor."""
-    kind = draw(st.integers(0, len(SAVED) - 1))
+    kind = draw(st.integers(0, len(SAVED)))
     content = bytearray(whole_file(kind, folder))
     damage = draw(st.sampled_from(["bytes", "start", "cut", "header", "tensor"]))
     if damage in ("bytes", "start"):
