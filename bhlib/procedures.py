@@ -471,6 +471,11 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha!r} must lie strictly between 0 and 1, e.g. alpha=0.05")
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, Python's or numpy's; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def _check_tensor(pvals: torch.Tensor) -> None:
     if not isinstance(pvals, torch.Tensor):
         kind = type(pvals).__name__

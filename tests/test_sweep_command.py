@@ -107,7 +107,7 @@ def test_another_model_reads_the_text_in_its_own_tokens(tmp_path):
 
 def test_a_rule_that_fails_is_said_at_the_end(tmp_path, capsys):
     out = tmp_path / "table.csv"
-    with pytest.raises(SystemExit, match="top-65 failed: ValueError: max_k must not exceed the number of experts"):
+    with pytest.raises(SystemExit, match="top-65 failed: ValueError: k must not exceed the number of experts"):
         main(["sweep", *SMALL, "--rules", "top-k:65,8", "--out", str(out)])
     assert pd.read_csv(out)["rule"].tolist() == ["top-65"] + 9 * ["top-8"]
     said = capsys.readouterr()
