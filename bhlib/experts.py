@@ -158,6 +158,7 @@ def kernel_forward(
 def _cpu_forward(implementation: str, module: nn.Module, hidden_states: Tensor, *routing: Tensor) -> Tensor:
     filled = routing[0] < module.num_experts
     gathered = filled.sum() * hidden_states.shape[-1] * hidden_states.element_size()
-    if filled.all() or gathered < LOOP_BYTES:
+    # Autocast means float32 or half precision according to the implementation: there, only the model's own will do.
+    if filled.all() or gathered < LOOP_BYTES or torch.is_autocast_enabled("cpu"):
         return pairwise_forward(implementation, module, hidden_states, *routing)
     return loop_forward(module, hidden_states, *routing)

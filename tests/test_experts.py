@@ -8,7 +8,7 @@ import torch
 from models import tiny_olmoe
 from rows import count_rows
 
-from bhlib.experts import pairwise_forward, twin
+from bhlib.experts import kernel_forward, pairwise_forward, twin
 from bhlib.kernels.loop import is_plain, loop_forward
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, TopK
@@ -143,6 +143,23 @@ def test_the_loop_computes_plain_experts_with_an_empty_slot(monkeypatch):
         assert not calls  # too few to be worth it
     model.config._experts_implementation = "one of the user's own"
     assert not RoutingPatch(model, BH(0.2)).kernels
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_means_the_same_for_few_tokens_and_for_many(implementation, monkeypatch):
+    """transformers' grouped_mm ignores autocast and its two others obey it; the loop would obey it always."""
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    hidden, (index, weights) = torch.randn(40, 64), routing(40, 8, 0.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        few = kernel_forward(implementation, module, hidden, index, weights)
+        monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 0)
+        many = kernel_forward(implementation, module, hidden, index, weights)
+        own = module(hidden, index.clamp(max=63), weights)  # by the default implementation, for its dtype
+    assert few.dtype == many.dtype == own.dtype == torch.float32
+    torch.testing.assert_close(many, few, rtol=1e-5, atol=1e-7)
+    expected = dense_by_loop(module, hidden, index, weights).detach()
+    error = float((few.double() - expected).norm() / expected.norm())
+    assert (error < 1e-6) == (implementation == "grouped_mm"), error
 
 
 def test_what_is_not_plain_is_left_to_the_model():
