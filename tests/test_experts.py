@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import tiny_olmoe
 from rows import count_rows
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from bhlib.experts import kernel_forward, pairwise_forward, twin
 from bhlib.kernels.loop import is_plain, loop_forward
@@ -95,6 +96,16 @@ def test_the_result_of_a_token_adds_up_in_float32(way):
     got = forward_by(way, module, hidden, index, weights.to(torch.bfloat16))
     error = (got.double() - expected).norm() / expected.norm()
     assert error < 5e-3
+
+
+def test_the_auxiliary_loss_balances_the_models_own_top_k():
+    """transformers computes it from the router's logits, which the patch leaves alone: as `RoutingPatch` says."""
+    model = tiny_olmoe()
+    ids = torch.randint(2, 100, (2, 9))
+    with RoutingPatch(model, TopK(1)):
+        out = model(input_ids=ids, output_router_logits=True)
+    own_k, selected = (load_balancing_loss_func(out.router_logits, 64, k) for k in (8, 1))
+    assert torch.equal(out.aux_loss, own_k) and own_k > 4 * selected
 
 
 def test_twin_names():
