@@ -12,6 +12,7 @@ patched model is the plain model.
 
 import copyreg
 import inspect
+import itertools
 import sys
 import threading
 import weakref
@@ -60,6 +61,8 @@ class MoELayer:
         Experts in the layer, and how many the model itself gives to a token.
     weighting : str
         How the router makes weights of its scores, one of `bhlib.rules.WEIGHTINGS`.
+    narrows : bool
+        Whether the router takes float64 logits, those of a float64 model, to float32 first, as most do.
     """
 
     index: int
@@ -69,6 +72,7 @@ class MoELayer:
     num_experts: int
     top_k: int
     weighting: str
+    narrows: bool
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -103,8 +107,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         if not _dispatches_experts(module):
             continue
         router_name, router = _find_router(model, name, module)
-        top_k, weighting = _probe(router, router_name, module.num_experts)
-        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, top_k, weighting))
+        probed = _probe(router, router_name, module.num_experts)
+        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, *probed))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no mixture-of-experts layer that bhlib can patch: no module of it dispatches "
@@ -124,6 +128,13 @@ def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, 
     One level above, if an adapter is wrapped around the experts.
     """
     prefix = name
+    if _is_expert_parallel(model, experts):
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched under expert parallelism (EP): {name!r} holds the "
+            f"{experts.num_experts} experts of one process, and the gate beside it chooses among those of all. "
+            f"Load the model without ep_size and enable_expert_parallel; device_map='auto' spreads whole layers over "
+            f"several devices."
+        )
     for _ in range(2):
         prefix = prefix.rpartition(".")[0]
         beside = {
@@ -143,6 +154,13 @@ def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, 
     return f"{prefix}.{found[0]}".lstrip("."), beside[found[0]]
 
 
+def _is_expert_parallel(model: nn.Module, experts: nn.Module) -> bool:
+    """Whether the experts of a layer are spread over processes: their module says so, in older versions the model."""
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    asked = getattr(distributed, "enable_expert_parallel", False)
+    return getattr(experts, "_is_expert_parallel", asked)
+
+
 def _dispatches_experts(module: nn.Module) -> bool:
     """Whether transformers' `use_experts_implementation` decorated the module's class."""
     return (
@@ -159,13 +177,22 @@ def _num_rows(module: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str]:
-    """Run a router on random inputs: its top-k, and which weighting gives its weights to the last bit."""
+def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bool]:
+    """Run a router on random inputs: its top-k, which weighting gives its weights to the last bit, whether it narrows.
+
+    The last two as in `MoELayer`.
+    """
     refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
+    if hasattr(router.weight, "device_mesh"):
+        raise ValueError(
+            f"{refusal}its weight is sharded over processes (a DTensor, as fully_shard or a tensor-parallel plan makes "
+            f"it). Load the model whole and patch it first, then call fully_shard inside the patch."
+        )
     device = router.weight.device if router.weight.device.type != "meta" else "cpu"
     if router.weight.device.type == "meta" and "forward" not in vars(router):  # where accelerate brings them in
         raise ValueError(f"{refusal}its weights are on the meta device, without values. Load the model first.")
-    noise = torch.randn(256, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(256, router.weight.shape[1], generator=generator, device="cpu")
     training = router.training
     try:
         # Noise that a router adds in training would hide its rule. `forward` leaves other people's hooks alone.
@@ -186,15 +213,20 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str]:
     if not torch.isfinite(logits).all():
         raise ValueError(f"{refusal}its logits are not finite on finite inputs; look at its weights.")
     top_k = index.shape[-1]
-    for weighting in WEIGHTINGS:
-        routing = TopK(top_k)(logits, weighting=weighting)
+    for narrows, weighting in itertools.product((True, False), WEIGHTINGS):
+        routing = TopK(top_k)(_as_scored(logits, narrows), weighting=weighting)
         if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
             _refuse_corrections(router, refusal, num_experts)
-            return top_k, weighting
+            return top_k, weighting, narrows
     raise ValueError(
         f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
         f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
     )
+
+
+def _as_scored(router_logits: Tensor, narrows: bool) -> Tensor:
+    """Logits [tokens, experts] in the precision in which the router scores them (`MoELayer.narrows`)."""
+    return router_logits.float() if narrows and router_logits.dtype == torch.float64 else router_logits
 
 
 def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> None:
@@ -206,6 +238,10 @@ def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> No
 
 class RoutingPatch:
     """Route a model by a rule, or watch what the rule would do.
+
+    In training, gradients flow through the weights of the experts that the rule selected. The load-balancing loss that
+    transformers adds under ``output_router_logits=True`` does not know the rule: it takes the ``num_experts_per_tok``
+    largest of a token's logits, and so balances the model's own top-k, whatever was selected.
 
     Parameters
     ----------
@@ -386,7 +422,8 @@ class RoutingPatch:
             check_logits(router_logits)
         weighting = layer.weighting if self.weights == "model" else self.weights
         rule = self.rule.fused if self.kernels else self.rule
-        return rule(router_logits, layer.index, weighting=weighting, temperature=self.temperature)
+        logits = _as_scored(router_logits, layer.narrows)
+        return rule(logits, layer.index, weighting=weighting, temperature=self.temperature)
 
     @torch.compiler.disable  # to count is not the compiler's business
     def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from models import tiny_olmoe
 from rows import count_rows
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from bhlib.experts import pairwise_forward, twin
+from bhlib.experts import kernel_forward, pairwise_forward, twin
 from bhlib.kernels.loop import is_plain, loop_forward
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, TopK
@@ -97,6 +98,16 @@ def test_the_result_of_a_token_adds_up_in_float32(way):
     assert error < 5e-3
 
 
+def test_the_auxiliary_loss_balances_the_models_own_top_k():
+    """transformers computes it from the router's logits, which the patch leaves alone: as `RoutingPatch` says."""
+    model = tiny_olmoe()
+    ids = torch.randint(2, 100, (2, 9))
+    with RoutingPatch(model, TopK(1)):
+        out = model(input_ids=ids, output_router_logits=True)
+    own_k, selected = (load_balancing_loss_func(out.router_logits, 64, k) for k in (8, 1))
+    assert torch.equal(out.aux_loss, own_k) and own_k > 4 * selected
+
+
 def test_twin_names():
     assert twin("grouped_mm") == "bh_grouped_mm" and twin(None) == "bh_eager"
     assert copy.deepcopy(twin(None)) is None and pickle.loads(pickle.dumps(twin(None))) is None
@@ -143,6 +154,23 @@ def test_the_loop_computes_plain_experts_with_an_empty_slot(monkeypatch):
         assert not calls  # too few to be worth it
     model.config._experts_implementation = "one of the user's own"
     assert not RoutingPatch(model, BH(0.2)).kernels
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_means_the_same_for_few_tokens_and_for_many(implementation, monkeypatch):
+    """transformers' grouped_mm ignores autocast and its two others obey it; the loop would obey it always."""
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    hidden, (index, weights) = torch.randn(40, 64), routing(40, 8, 0.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        few = kernel_forward(implementation, module, hidden, index, weights)
+        monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 0)
+        many = kernel_forward(implementation, module, hidden, index, weights)
+        own = module(hidden, index.clamp(max=63), weights)  # by the default implementation, for its dtype
+    assert few.dtype == many.dtype == own.dtype == torch.float32
+    torch.testing.assert_close(many, few, rtol=1e-5, atol=1e-7)
+    expected = dense_by_loop(module, hidden, index, weights).detach()
+    error = float((few.double() - expected).norm() / expected.norm())
+    assert (error < 1e-6) == (implementation == "grouped_mm"), error
 
 
 def test_what_is_not_plain_is_left_to_the_model():
