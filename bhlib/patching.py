@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
 from bhlib.kernels.loop import is_plain
-from bhlib.passes import PassReader
+from bhlib.passes import PassReader, find_cache
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
 from bhlib.records import Records, RoutingStats
@@ -264,7 +264,7 @@ class RoutingPatch:
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
-        self._reader = PassReader(_padding_tokens(model))
+        self._reader = PassReader(*_special_tokens(model))
         self._hooks: list[tuple[nn.Module, object]] = []
         self._implementations: list[tuple[object, str | None]] = []
         self._local = threading.local()
@@ -387,14 +387,14 @@ class RoutingPatch:
 
     @torch.compiler.disable  # to count is not the compiler's business
     def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        self._local.current = self.records.begin(self._reader.read(inputs))
+        names = inspect.signature(module.forward).parameters if args else ()
+        self._local.current = self.records.begin(self._reader.read(dict(zip(names, args, strict=False)) | kwargs))
 
     @torch.compiler.disable
     def _end_pass(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         finished, self._local.current = self._local.current, None
         self.records.end(finished)
-        cache = getattr(output, "past_key_values", None)
+        cache = find_cache(output.values() if isinstance(output, dict) else output)
         if cache is not None:
             self._reader.follow(finished.step, cache)
 
@@ -523,14 +523,14 @@ def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
     return body
 
 
-def _padding_tokens(model: nn.Module) -> list[int]:
-    """What `generate()` feeds for a sequence that has ended: the padding token, or else the first end-of-text token."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        for name in ("pad_token_id", "eos_token_id"):
-            token = getattr(config, name, None)
-            if token is not None:
-                return [token[0] if isinstance(token, list) else token]
-    return []
+def _special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
+    """The padding token and the end-of-text tokens that `generate()` reads from the configuration; empty if unset."""
+    found = []
+    for name in ("pad_token_id", "eos_token_id"):
+        configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
+        tokens = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
+        found.append(tokens if isinstance(tokens, list) else [tokens])
+    return tuple(found)
 
 
 def _forget_compiled_code() -> None:
