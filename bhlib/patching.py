@@ -14,6 +14,8 @@ import copyreg
 import inspect
 import sys
 import threading
+import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +40,9 @@ from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
 OLDEST_TRANSFORMERS = "5.6"
 
 MODES = ("patch", "analyze")
+
+#: How long a patch waits for other threads to notice that it is being taken back.
+PATIENCE_SECONDS = 60.0
 
 #: Routers under a patch or an analysis now: model code that is patched twice would route twice.
 _patched_routers: WeakKeyDictionary = WeakKeyDictionary()
@@ -268,6 +273,9 @@ class RoutingPatch:
         self._hooks: list[tuple[nn.Module, object]] = []
         self._implementations: list[tuple[object, str | None]] = []
         self._local = threading.local()
+        self._body = _body(model, self.layers)
+        self._is_open = False  # to forward passes
+        self._running: set[threading.Thread] = set()
 
     # -- patching and restoring ------------------------------------------------------------------------------
 
@@ -286,6 +294,7 @@ class RoutingPatch:
                 )
         try:
             self.rule.rewind()
+            self._is_open = True
             for layer in self.layers:
                 _patched_routers[layer.router] = self
                 self._add_hook(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
@@ -294,10 +303,9 @@ class RoutingPatch:
             if self.kernels:
                 for layer in self.layers:
                     self.rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
-            if self.collect_stats:
-                body = _body(self.model, self.layers)
-                self._add_hook(body, body.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
-                self._add_hook(body, body.register_forward_hook(self._end_pass, with_kwargs=True))
+            body = self._body
+            self._add_hook(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._add_hook(body, body.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
             _forget_compiled_code()
         except BaseException:
             self.unpatch_model()
@@ -305,7 +313,17 @@ class RoutingPatch:
         return self
 
     def unpatch_model(self) -> None:
-        """Take everything back. Does nothing if the model is not patched."""
+        """Take everything back. Does nothing if the model is not patched.
+
+        A forward pass that another thread is running meanwhile raises a RuntimeError there, at its next router; this
+        call waits until it has.
+        """
+        self._is_open = False
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        others = self._running - {threading.current_thread()}
+        while any(thread.is_alive() for thread in others & self._running) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._running.clear()
         if self._hooks:
             _forget_compiled_code()
         while self._hooks:
@@ -385,25 +403,64 @@ class RoutingPatch:
         rule = self.rule.fused if self.kernels else self.rule
         return rule(router_logits, layer.index, weighting=weighting, temperature=self.temperature)
 
+    def check_open(self) -> None:
+        """Raise a RuntimeError if the patch was taken back since the forward pass began."""
+        if not self._is_open:
+            raise RuntimeError(
+                f"The patch of {type(self.model).__name__} was taken back while another thread ran the model, and its "
+                f"forward pass was given up: wait for the thread (join) before the `with` block ends."
+            )
+
+    def _watches(self) -> bool:
+        """Whether passes have to be known one by one; compiled code does not see them otherwise."""
+        follows = type(self.rule).end_pass is not Rule.end_pass
+        return self.collect_stats or follows or not torch.compiler.is_compiling()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._watches():
+            self._begin_pass(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self._watches():
+            self._end_pass(output)
+
     @torch.compiler.disable  # to count is not the compiler's business
     def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        names = inspect.signature(module.forward).parameters if args else ()
-        self._local.current = self.records.begin(self._reader.read(dict(zip(names, args, strict=False)) | kwargs))
+        self._running.add(threading.current_thread())  # before the look whether the patch is open, or it might not wait
+        self._local.current = None
+        self.check_open()
+        if self.collect_stats:
+            names = inspect.signature(module.forward).parameters if args else ()
+            self._local.current = self.records.begin(self._reader.read(dict(zip(names, args, strict=False)) | kwargs))
 
     @torch.compiler.disable
-    def _end_pass(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        finished, self._local.current = self._local.current, None
-        self.records.end(finished)
-        cache = find_cache(output.values() if isinstance(output, dict) else output)
-        if cache is not None:
-            self._reader.follow(finished.step, cache)
+    def _end_pass(self, output: object) -> None:
+        """`output` is None if an exception ends the pass."""
+        self._running.discard(threading.current_thread())
+        finished, self._local.current = getattr(self._local, "current", None), None
+        if output is None:
+            return
+        self.rule.end_pass()
+        if finished is not None:
+            self.records.end(finished)
+            values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+            cache = find_cache(values)
+            if cache is not None:
+                self._reader.follow(finished.step, cache)
 
     @torch.compiler.disable
     def _record(self, layer: MoELayer, routing: Routing) -> None:
-        # None while gradient checkpointing repeats a forward pass: its tokens have been counted.
         current = getattr(self._local, "current", None)
+        if current is not None and layer.index in current.histogram and not _is_running(self._body):
+            current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
             current.add(layer.index, routing)
+        elif torch._C._current_graph_task_id() < 0:  # else gradient checkpointing repeats a pass that has been counted
+            warnings.warn(
+                f"{layer.name!r} was run outside a forward pass of {type(self._body).__name__}: its tokens are routed, "
+                f"but not recorded. Call the model, or patch the part that you call.",
+                stacklevel=2,
+            )
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -496,6 +553,7 @@ class _RouterHook:
 
     def __call__(self, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
         patch, layer = self.patch, self.layer
+        patch.check_open()
         router_logits, top_k_weights, _ = output
         routing = patch.route(layer, router_logits)
         if patch.collect_stats:
@@ -521,6 +579,14 @@ def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
         if takes_ids and routers <= {id(child) for child in module.modules()}:
             body = module
     return body
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Whether a method of a module is being run by this thread."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_locals.get("self") is not module:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
