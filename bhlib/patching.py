@@ -15,6 +15,8 @@ import inspect
 import itertools
 import sys
 import threading
+import time
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
 from bhlib.kernels.loop import is_plain
-from bhlib.passes import PassReader
+from bhlib.passes import PassReader, find_cache
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
 from bhlib.records import MAX_RECORDED_TOKENS, Records, RoutingStats
@@ -40,6 +42,9 @@ from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
 OLDEST_TRANSFORMERS = "5.6"
 
 MODES = ("patch", "analyze")
+
+#: How long a patch waits for other threads to notice that it is being taken back.
+PATIENCE_SECONDS = 60.0
 
 #: Routers under a patch or an analysis now: model code that is patched twice would route twice. The patches are held
 #: weakly, since they hold the routers; the hooks in the model keep a patch alive as long as the model.
@@ -303,10 +308,13 @@ class RoutingPatch:
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
-        self._reader = PassReader(_padding_tokens(model))
+        self._reader = PassReader(*_special_tokens(model))
         self._hooks: list[tuple[nn.Module, object]] = []
         self._implementations: list[tuple[object, str | None]] = []
         self._local = threading.local()
+        self._body = _body(model, self.layers)
+        self._is_open = False  # to forward passes
+        self._running: set[threading.Thread] = set()
 
     # -- patching and restoring ------------------------------------------------------------------------------
 
@@ -325,6 +333,7 @@ class RoutingPatch:
                 )
         try:
             self.rule.rewind()
+            self._is_open = True
             for layer in self.layers:
                 _patched_routers[layer.router] = weakref.ref(self)
                 self._add_hook(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
@@ -333,10 +342,9 @@ class RoutingPatch:
             if self.kernels:
                 for layer in self.layers:
                     self.rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
-            if self.collect_stats:
-                body = _body(self.model, self.layers)
-                self._add_hook(body, body.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
-                self._add_hook(body, body.register_forward_hook(self._end_pass, with_kwargs=True))
+            body = self._body
+            self._add_hook(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._add_hook(body, body.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
             _forget_compiled_code()
         except BaseException:
             self.unpatch_model()
@@ -344,7 +352,17 @@ class RoutingPatch:
         return self
 
     def unpatch_model(self) -> None:
-        """Take everything back. Does nothing if the model is not patched."""
+        """Take everything back. Does nothing if the model is not patched.
+
+        A forward pass that another thread is running meanwhile raises a RuntimeError there, at its next router; this
+        call waits until it has.
+        """
+        self._is_open = False
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        others = self._running - {threading.current_thread()}
+        while any(thread.is_alive() for thread in others & self._running) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._running.clear()
         if self._hooks:
             _forget_compiled_code()
         while self._hooks:
@@ -425,25 +443,64 @@ class RoutingPatch:
         logits = _as_scored(router_logits, layer.narrows)
         return rule(logits, layer.index, weighting=weighting, temperature=self.temperature)
 
+    def check_open(self) -> None:
+        """Raise a RuntimeError if the patch was taken back since the forward pass began."""
+        if not self._is_open:
+            raise RuntimeError(
+                f"The patch of {type(self.model).__name__} was taken back while another thread ran the model, and its "
+                f"forward pass was given up: wait for the thread (join) before the `with` block ends."
+            )
+
+    def _watches(self) -> bool:
+        """Whether passes have to be known one by one; compiled code does not see them otherwise."""
+        follows = type(self.rule).end_pass is not Rule.end_pass
+        return self.collect_stats or follows or not torch.compiler.is_compiling()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._watches():
+            self._begin_pass(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self._watches():
+            self._end_pass(output)
+
     @torch.compiler.disable  # to count is not the compiler's business
     def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        self._local.current = self.records.begin(self._reader.read(inputs))
+        self._running.add(threading.current_thread())  # before the look whether the patch is open, or it might not wait
+        self._local.current = None
+        self.check_open()
+        if self.collect_stats:
+            names = inspect.signature(module.forward).parameters if args else ()
+            self._local.current = self.records.begin(self._reader.read(dict(zip(names, args, strict=False)) | kwargs))
 
     @torch.compiler.disable
-    def _end_pass(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        finished, self._local.current = self._local.current, None
-        self.records.end(finished)
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            self._reader.follow(finished.step, cache)
+    def _end_pass(self, output: object) -> None:
+        """`output` is None if an exception ends the pass."""
+        self._running.discard(threading.current_thread())
+        finished, self._local.current = getattr(self._local, "current", None), None
+        if output is None:
+            return
+        self.rule.end_pass()
+        if finished is not None:
+            self.records.end(finished)
+            values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+            cache = find_cache(values)
+            if cache is not None:
+                self._reader.follow(finished.step, cache)
 
     @torch.compiler.disable
     def _record(self, layer: MoELayer, routing: Routing) -> None:
-        # None while gradient checkpointing repeats a forward pass: its tokens have been counted.
         current = getattr(self._local, "current", None)
+        if current is not None and layer.index in current.histogram and not _is_running(self._body):
+            current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
             current.add(layer.index, routing)
+        elif torch._C._current_graph_task_id() < 0:  # else gradient checkpointing repeats a pass that has been counted
+            warnings.warn(
+                f"{layer.name!r} was run outside a forward pass of {type(self._body).__name__}: its tokens are routed, "
+                f"but not recorded. Call the model, or patch the part that you call.",
+                stacklevel=2,
+            )
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -549,6 +606,7 @@ class _RouterHook:
 
     def __call__(self, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
         patch, layer = self.patch, self.layer
+        patch.check_open()
         router_logits, top_k_weights, _ = output
         routing = patch.route(layer, router_logits)
         if patch.collect_stats:
@@ -576,14 +634,22 @@ def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
     return body
 
 
-def _padding_tokens(model: nn.Module) -> list[int]:
-    """What `generate()` feeds for a sequence that has ended: the padding token, or else the first end-of-text token."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        for name in ("pad_token_id", "eos_token_id"):
-            token = getattr(config, name, None)
-            if token is not None:
-                return [token[0] if isinstance(token, list) else token]
-    return []
+def _is_running(module: nn.Module) -> bool:
+    """Whether a method of a module is being run by this thread."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_locals.get("self") is not module:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
+    """The padding token and the end-of-text tokens that `generate()` reads from the configuration; empty if unset."""
+    found = []
+    for name in ("pad_token_id", "eos_token_id"):
+        configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
+        tokens = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
+        found.append(tokens if isinstance(tokens, list) else [tokens])
+    return tuple(found)
 
 
 def _forget_compiled_code() -> None:

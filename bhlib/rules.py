@@ -166,6 +166,9 @@ class Rule:
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""
 
+    def end_pass(self) -> None:
+        """Called after each forward pass of the model that comes to its end. Most rules have no use for it."""
+
     def check_model(self, num_layers: int, num_experts: int) -> None:
         """Raise if the rule cannot route a model of so many MoE layers and experts."""
         self.check_num_experts(num_experts)
@@ -561,8 +564,9 @@ class Replay(Rule):
         with RoutingPatch(model, Replay(bh.records)):
             model(**inputs)  # the same logits, bit for bit
 
-    Whenever the rule is put into a model it begins with the first recorded pass (`rewind`). Passes are told apart by
-    their order alone: one thread at a time, and no gradient checkpointing, which repeats them.
+    Whenever the rule is put into a model it begins with the first recorded pass (`rewind`), and goes on to the next one
+    when a pass comes to its end; one that is aborted is repeated. Passes are told apart by their order alone: one thread
+    at a time, and no gradient checkpointing, which runs layers again after the end of their pass.
 
     Parameters
     ----------
@@ -582,7 +586,7 @@ class Replay(Rule):
 
     records: object = field(repr=False)
     weights: str = "model"
-    _next_pass: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    _number: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.weights not in ("model", "recorded"):
@@ -600,7 +604,11 @@ class Replay(Rule):
 
     def rewind(self) -> None:
         """Begin with the first recorded pass again."""
-        self._next_pass.clear()
+        object.__setattr__(self, "_number", 0)
+
+    def end_pass(self) -> None:
+        """Go on to the next recorded pass."""
+        object.__setattr__(self, "_number", self._number + 1)
 
     def check_num_experts(self, num_experts: int) -> None:
         if num_experts != self.records.num_experts:
@@ -635,8 +643,8 @@ class Replay(Rule):
         return experts.clamp(min=0), counts
 
     def _recorded(self, router_logits: Tensor, layer: int | None) -> Routing:
-        """Decisions of the next recorded pass of a layer, on the device of the logits."""
-        number, passes = self._next_pass.get(layer, 0), self.records.passes
+        """Decisions of a layer in the recorded pass that is being repeated, on the device of the logits."""
+        number, passes = self._number, self.records.passes
         if number == len(passes):
             raise RuntimeError(
                 f"The recording holds {len(passes)} forward passes, and MoE layer {layer} is run once more: record as "
@@ -650,7 +658,6 @@ class Replay(Rule):
                 f"The recorded forward pass {number} routed {len(routing.counts)} tokens, and now there are "
                 f"{len(router_logits)}: replay on the inputs that were recorded."
             )
-        self._next_pass[layer] = number + 1
         device = router_logits.device
         return Routing(
             routing.weights.to(device), routing.experts.to(device, torch.int64), routing.counts.to(device, torch.int64)
