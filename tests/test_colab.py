@@ -1,6 +1,7 @@
 """Badges, set-up cells and links between notebooks: that they agree, and that stamping disturbs nothing else."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from bhlib.colab import NOTE, badge, cell_id, colab_page, read_address, setup_code, stamp
 
@@ -211,3 +213,51 @@ def test_a_workspace_without_an_address_says_what_is_missing(workspace):
     (workspace / "pyproject.toml").write_text("[project]\n")
     with pytest.raises(ValueError, match="must name a repository on GitHub.*Repository = "):
         stamp(root=workspace)
+
+
+# -- tools/colab.py, which `make colab` runs ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The names that the tool defines."""
+    return runpy.run_path(str(ROOT / "tools" / "colab.py"))
+
+
+def test_a_warning_in_a_cell_is_seen(tool, tmp_path):
+    sources = "print('fine')", "import warnings; warnings.warn('in a later release', FutureWarning)", "'a value'"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    nbformat.write(notebook, tmp_path / "one.ipynb")
+    (said,) = tool["read_stderr"](tmp_path / "one.ipynb")
+    assert said.startswith("cell 1 writes to stderr") and "FutureWarning: in a later release" in said
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebooks_as_they_are_committed_hold_no_warning(tool, path):
+    assert tool["read_stderr"](path) == []
+
+
+@pytest.mark.skipif(sys.version_info[:2] == (3, 13), reason="this is Colab's Python, so no other is looked for")
+def test_colabs_python_is_taken_where_it_starts(tool, tmp_path, monkeypatch, capsys):
+    """pyenv leaves a script on the PATH that fails where the version was not chosen."""
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    script, version = tmp_path / "python3.13", tmp_path / "versions" / "3.13.1" / "bin" / "python"
+    version.parent.mkdir(parents=True)
+    for path in (script, version):
+        path.write_text("#!/bin/sh\nexit 127\n")
+        path.chmod(0o755)
+    assert tool["find_pythons"]() == [sys.executable]
+    assert "no Python 3.13 here" in capsys.readouterr().out
+    version.write_text("#!/bin/sh\n")
+    assert tool["find_pythons"]() == [str(version), sys.executable]
+    script.write_text("#!/bin/sh\n")
+    assert tool["find_pythons"]() == [str(script), sys.executable]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch comes without CUDA")
+def test_another_python_gets_pytorch_without_cuda_only(tool):
+    choices = tool["torch_choices"]
+    assert all(choice.endswith("+cpu") for choice in choices("another"))
+    assert choices("another")[0] == choices(sys.executable)[0] == f"torch=={tool['read_pins']()['torch']}+cpu"
