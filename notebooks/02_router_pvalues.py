@@ -64,7 +64,7 @@ for alpha in (0.05, 0.5, 0.9):
     print(f"alpha = {alpha}: experts per token {counts.double().mean():.2f}, at most {counts.max()}")
 
 # %% [markdown]
-# At *no* level does it select even two experts for any token. This is not a weakness of the model, but a theorem.
+# At *none* of these levels does it select even two experts for any token. This is not a weakness of the model, but a theorem.
 #
 # **Theorem.** Let $q_{(1)} \ge \dots \ge q_{(N)}$ be $N \ge 2$ probabilities that sum to one. BH at level $\alpha < 1 - 1/N$ on
 # $p_i = 1 - q_i$ rejects at most one hypothesis, and one only if $q_{(1)} \ge 1 - \alpha/N$.
@@ -212,9 +212,10 @@ at.loc[["fixed", "storey", "bh", "by", "bonferroni"], list(realised["dependence"
 # ## What is guaranteed, and what is only heuristic
 #
 # For one token, BH at level $\alpha$ keeps the expected share of true nulls among the selected experts at or below
-# $\alpha m_0/m$ *if* the p-values of the true nulls are each uniform or larger than uniform, and independent or positively
-# dependent in the sense of PRDS; without the assumption on dependence the bound is larger by up to 4.74 for 64 experts,
-# and BY restores it. A conformal p-value satisfies the first assumption, at any sample size and on average over calibration
+# $\alpha m_0/m$ *if* the p-values of the true nulls are each uniform or larger than uniform, and independent of each other and
+# of the rest, or positively dependent in the sense of PRDS (*positive regression dependence on a subset*, that of the true
+# nulls: the larger the p-value of one of them, the larger all the other p-values tend to be).
+# Without the assumption on dependence the bound is larger by a factor of up to 4.74 for 64 experts, and BY restores it. A conformal p-value satisfies the first assumption, at any sample size and on average over calibration
 # samples, *if* the statistic of the null expert is exchangeable with the calibration values; a kernel p-value as far as the
 # density is right; the Gaussian and the Dirichlet p-values *if* the token's logits are what these nulls say.
 # For a router, each of these is an approximation at best. "Null" is not a fact about an expert but our definition, by the

@@ -51,15 +51,16 @@ from bhlib.rules import BH, Replay, TopK
 # ## Which model
 #
 # Everything here runs on the small OLMoE that comes with this repository (64 experts, top 8, trained on the texts
-# described in `bhlib/demo/README.md`), on any machine and without a download. With a GPU you can take the real one, which
+# described in `bhlib/demo/README.md`), on any machine and without a download. It stays on the CPU, also where there is a GPU,
+# which it does not need; `model.to("cuda")` would move it. With a GPU you can take the real one, which
 # has 6.9 billion parameters: set the switch to `True`, and run all cells. The rest stays as it is, but for the numbers
-# that the text mentions. Its weights fill 12.9 GiB in their own precision, bfloat16, to which come a few GiB to compute in:
+# that the text mentions. Its weights fill 12.9 GiB in 16 bits, to which come a few GiB to compute in:
 #
 # | runtime in Colab | memory of the GPU | |
 # |---|---|---|
 # | A100 | 40 GiB or 80 GiB | fits |
 # | L4 | 22 GiB | fits |
-# | T4 | 15 GiB | too small for weights and computation together: what does not fit is moved to the computer's memory, and everything is slow. The T4 has no arithmetic in bfloat16 either. Stay with the small model. |
+# | T4 | 15 GiB | short prompts only, and in float16, since it has no arithmetic in bfloat16: `load_olmoe(dtype="float16")` |
 # | no GPU | | stay with the small model: the weights do not fit into the memory of the free runtime |
 
 # %%
@@ -81,7 +82,7 @@ for layer in find_moe_layers(model):
 # %% [markdown]
 # ## Patch, generate, read
 #
-# A patch is a context manager. Inside the block the model routes by BH at level `alpha`; behind it, the model is as before.
+# A patch is a context manager. Inside the block the model routes by BH at level `alpha`; after it, the model is as before.
 # `generate()` knows nothing of it: prompt and generated tokens are routed alike, each on its own.
 
 # %%

@@ -52,14 +52,18 @@ model, tokenizer = load_demo()
 # - the number by layer,
 # - the router weights of the experts that are kept, from each token's best to its last, with black marks for the model's own
 #   eight,
-# - the loss of the model when it is routed so, beside its own.
+# - the loss of the model when it is routed so, beside its own, in *nats* per token: the mean of −log of the probability
+#   that the model gave to the token that came next, by the natural logarithm. A loss higher by 0.01 nats means that this
+#   probability was 1 % lower, in the geometric mean.
 #
 # One thing to know: while a slider moves, the numbers say what the rule *would* select from the logits of the model's own
 # routing. When the slider has rested for half a second, the model is run with the rule in place, and the line with the loss
 # gives the number of experts that were really used. The two differ a little, since layers that get other inputs choose
 # otherwise.
 #
-# If you read this where no kernel runs, you see the picture that the explorer had when the notebook was executed.
+# **Do you see a picture and no sliders?** Then no kernel has run the cells yet, and the picture is what the explorer had when
+# this notebook was saved. In Colab choose Runtime, Run all; in JupyterLab Run, Run All Cells. GitHub and nbviewer only show
+# pictures: for the sliders open the notebook by the badge at the top, or in a clone of the repository with `make lab`.
 
 # %%
 explorer = Explorer(model, tokenizer)
@@ -69,7 +73,7 @@ explorer
 # %% [markdown]
 # ### Move α
 #
-# Drag $\alpha$ from left to right, slowly. The histogram wanders to the right and the text darkens, but not evenly: look for the
+# When the cells above have run, drag $\alpha$ from left to right, slowly. The histogram wanders to the right and the text darkens, but not evenly: look for the
 # tokens that are dark already at a small $\alpha$, and for those that stay pale at a large one. Then let go and compare the losses.
 # On the left the model loses something; how much depends on the passage. On the right it is next to its own loss, with fewer
 # than eight experts. On a single passage the difference may even be negative: a few hundred tokens are a small sample.
