@@ -3,7 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/02_router_pvalues.ipynb)
 #
-# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+# To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
+#
+# Previous: [False discoveries, and how to bound them](01_bh_theory.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/01_bh_theory.ipynb)) · Next: [From p-values to experts, and why the statistic decides](03_bh_routing.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb))
 
 # %%
 import os
@@ -11,8 +13,17 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
-    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
-    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    assert os.path.exists("bh-routing"), (
+        "This notebook does not know its repository: the address still says OWNER. In a clone of yours run "
+        "`python -m bhlib colab ACCOUNT/REPOSITORY`, commit, push, and open the notebook from there. Or copy the clone "
+        "into Colab's files, as bh-routing, and run this cell again."
+    )
+    for command in (
+        "[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing",
+        "pip install --quiet --editable ./bh-routing",
+    ):
+        status, said = subprocess.getstatusoutput(command)
+        assert status == 0, f"{command}: {said}"
     sys.path.append(os.path.abspath("bh-routing"))
     os.chdir("bh-routing/notebooks")
 
@@ -53,7 +64,7 @@ for alpha in (0.05, 0.5, 0.9):
     print(f"alpha = {alpha}: experts per token {counts.double().mean():.2f}, at most {counts.max()}")
 
 # %% [markdown]
-# At *no* level does it select even two experts for any token. This is not a weakness of the model, but a theorem.
+# At *none* of these levels does it select even two experts for any token. This is not a weakness of the model, but a theorem.
 #
 # **Theorem.** Let $q_{(1)} \ge \dots \ge q_{(N)}$ be $N \ge 2$ probabilities that sum to one. BH at level $\alpha < 1 - 1/N$ on
 # $p_i = 1 - q_i$ rejects at most one hypothesis, and one only if $q_{(1)} \ge 1 - \alpha/N$.
@@ -201,9 +212,10 @@ at.loc[["fixed", "storey", "bh", "by", "bonferroni"], list(realised["dependence"
 # ## What is guaranteed, and what is only heuristic
 #
 # For one token, BH at level $\alpha$ keeps the expected share of true nulls among the selected experts at or below
-# $\alpha m_0/m$ *if* the p-values of the true nulls are each uniform or larger than uniform, and independent or positively
-# dependent in the sense of PRDS; without the assumption on dependence the bound is larger by up to 4.74 for 64 experts,
-# and BY restores it. A conformal p-value satisfies the first assumption, at any sample size and on average over calibration
+# $\alpha m_0/m$ *if* the p-values of the true nulls are each uniform or larger than uniform, and independent of each other and
+# of the rest, or positively dependent in the sense of PRDS (*positive regression dependence on a subset*, that of the true
+# nulls: the larger the p-value of one of them, the larger all the other p-values tend to be).
+# Without the assumption on dependence the bound is larger by a factor of up to 4.74 for 64 experts, and BY restores it. A conformal p-value satisfies the first assumption, at any sample size and on average over calibration
 # samples, *if* the statistic of the null expert is exchangeable with the calibration values; a kernel p-value as far as the
 # density is right; the Gaussian and the Dirichlet p-values *if* the token's logits are what these nulls say.
 # For a router, each of these is an approximation at best. "Null" is not a fact about an expert but our definition, by the
@@ -265,3 +277,6 @@ for bandwidth in (None, 0.05, 0.02):
 # **References.** B. Efron (2004), *Large-scale simultaneous hypothesis testing: the choice of a null hypothesis*, JASA 99,
 # 96–104. S. Bates, E. Candès, L. Lei, Y. Romano and M. Sesia (2023), *Testing for outliers with conformal p-values*, Ann.
 # Statist. 51, 149–178. Y. Benjamini and D. Yekutieli (2001), Ann. Statist. 29, 1165–1188.
+
+# %% [markdown]
+# Previous: [False discoveries, and how to bound them](01_bh_theory.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/01_bh_theory.ipynb)) · Next: [From p-values to experts, and why the statistic decides](03_bh_routing.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb))

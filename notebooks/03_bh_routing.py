@@ -3,7 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb)
 #
-# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+# To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
+#
+# Previous: [From logits to p-values](02_router_pvalues.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/02_router_pvalues.ipynb)) · Next: [Patching OLMoE](04_patching_olmoe.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/04_patching_olmoe.ipynb))
 
 # %%
 import os
@@ -11,8 +13,17 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
-    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
-    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    assert os.path.exists("bh-routing"), (
+        "This notebook does not know its repository: the address still says OWNER. In a clone of yours run "
+        "`python -m bhlib colab ACCOUNT/REPOSITORY`, commit, push, and open the notebook from there. Or copy the clone "
+        "into Colab's files, as bh-routing, and run this cell again."
+    )
+    for command in (
+        "[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing",
+        "pip install --quiet --editable ./bh-routing",
+    ):
+        status, said = subprocess.getstatusoutput(command)
+        assert status == 0, f"{command}: {said}"
     sys.path.append(os.path.abspath("bh-routing"))
     os.chdir("bh-routing/notebooks")
 
@@ -217,3 +228,6 @@ own = evaluate(model, few)["loss"].mean()
 for max_k in (8, 16):
     frame = evaluate(model, few, BH(alpha=0.2, pvalues=three, max_k=max_k))
     print(f"max_k = {max_k:2}: {frame['mean_k'].mean():.1f} experts, loss {frame['loss'].mean() - own:+.2f} against top-8")
+
+# %% [markdown]
+# Previous: [From logits to p-values](02_router_pvalues.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/02_router_pvalues.ipynb)) · Next: [Patching OLMoE](04_patching_olmoe.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/04_patching_olmoe.ipynb))

@@ -9,7 +9,7 @@ from models import tiny_olmoe
 from rows import count_rows
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from bhlib.experts import kernel_forward, pairwise_forward, twin
+from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
 from bhlib.kernels.loop import is_plain, loop_forward
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, TopK
@@ -108,11 +108,20 @@ def test_the_auxiliary_loss_balances_the_models_own_top_k():
     assert torch.equal(out.aux_loss, own_k) and own_k > 4 * selected
 
 
-def test_twin_names():
+@pytest.mark.parametrize(("version", "kind"), [("2.11.0", str), ("2.12.1+cpu", str), ("2.13.0+cpu", TwinName)])
+def test_twin_names(version, kind, monkeypatch):
+    monkeypatch.setattr("torch.__version__", version)
     assert twin("grouped_mm") == "bh_grouped_mm" and twin(None) == "bh_eager"
-    assert copy.deepcopy(twin(None)) is None and pickle.loads(pickle.dumps(twin(None))) is None
+    assert type(twin("grouped_mm")) is type(twin(None)) is kind, "what torch.compile of this version can trace"
     with pytest.raises(ValueError, match="'bh_eager' is a twin already"):
         twin("bh_eager")
+
+
+@pytest.mark.parametrize("original", [None, "grouped_mm"])
+def test_who_copies_a_twins_name_gets_the_original(original):
+    name = TwinName(original)
+    copies = copy.copy(name), copy.deepcopy(name), pickle.loads(pickle.dumps(name))
+    assert copies == (original,) * 3 and not any(isinstance(one, TwinName) for one in copies)
 
 
 @pytest.mark.parametrize("by_kernels", [False, True])
