@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # What is made of the tables below is reached from here too.
-from bhlib.comparisons import bootstrap_mean, matched_compute, paired_difference, summarize  # noqa: F401
+from bhlib.comparisons import matched_compute, paired_difference, summarize  # noqa: F401
 from bhlib.patching import RoutingPatch, find_moe_layers
 from bhlib.records import Records
 from bhlib.rules import Rule, TopK
