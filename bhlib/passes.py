@@ -37,8 +37,7 @@ class Step:
         Number of the sequence in row 0; rows are numbered on from there. -1 for a packed pass: several sequences in
         one row, as in continuous batching, and no word on which earlier ones they continue.
     generated : bool
-        True for a decoding step: one token for each sequence, and a cache that held tokens before. A packed pass is
-        one if each of its sequences has one token.
+        True for a decoding step: one token for each sequence, and a cache that held tokens before.
     """
 
     valid: Tensor
@@ -216,12 +215,13 @@ def _packed_step(
     position = inputs.get("position_ids")
     if position is None:
         position = column - ends[torch.searchsorted(ends, column, right=True).clamp(max=len(ends) - 1) - 1]
+    valid = column < ends[-1]
     return Step(
-        (column < ends[-1]).expand(batch, length).clone(),
+        valid.expand(batch, length).clone(),
         position.expand(batch, length).to(torch.int32, copy=True),
         None if token_ids is None else token_ids.to(torch.int32, copy=True),
         -1,
-        inputs.get("max_length_q") == 1,
+        bool((ends.diff() <= 1).all() and (position[..., valid] > 0).all()),
     )
 
 
