@@ -52,7 +52,7 @@ def model(demo):
 
 @pytest.fixture(scope="module")
 def texts():
-    data = load_heldout("calibration", length=32, max_sequences=2)
+    data = load_heldout("calibration", length=16, max_sequences=2)
     return {domain: data[domain] for domain in ("novels", "python")}
 
 
