@@ -175,7 +175,8 @@ def _now(device: torch.device) -> float:
 def _expert_load(records: Records, num_sequences: int) -> Tensor:
     """How many tokens used an expert: int64 [sequences, layers, experts], of one recorded pass without padding."""
     (only,) = records.passes
-    load = torch.zeros(num_sequences, records.num_layers, records.num_experts + 1, dtype=torch.int64)
+    shape = num_sequences, records.num_layers, records.num_experts + 1
+    load = torch.zeros(shape, dtype=torch.int64, device="cpu")
     for layer, routing in only.routings.items():
         slots = routing.experts.cpu().long().view(num_sequences, -1)
         slots = slots.masked_fill(slots < 0, records.num_experts)  # one column more for the empty ones

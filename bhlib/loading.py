@@ -165,7 +165,8 @@ def _cut(tokens: Tensor, length: int, max_sequences: int | None) -> Tensor:
         raise ValueError(f"length must be 2 or more, since the first token has no loss; got {length}.")
     sequences = tokens[: len(tokens) // length * length].view(-1, length)
     if max_sequences is not None and max_sequences < len(sequences):
-        sequences = sequences[torch.linspace(0, len(sequences) - 1, max_sequences).round().long()]
+        picked = torch.linspace(0, len(sequences) - 1, max_sequences, device=sequences.device)
+        sequences = sequences[picked.round().long()]
     return sequences
 
 
@@ -182,4 +183,4 @@ def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Documents as one row of tokens, int64 [tokens], each with the end-of-text token behind it."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a model may read
-    return torch.tensor([token for document in ids for token in [*document, *separator]])
+    return torch.tensor([token for document in ids for token in [*document, *separator]], device="cpu")

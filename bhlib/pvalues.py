@@ -839,7 +839,7 @@ def _columns(samples, num_experts: int, per_expert: bool) -> list[list[np.ndarra
 
 
 def _check_sample(values, place: str) -> np.ndarray:
-    values = torch.as_tensor(values).detach().cpu().to(torch.float64).numpy()
+    values = torch.as_tensor(values, device="cpu").detach().to(torch.float64).numpy()
     if values.ndim != 1:
         raise ValueError(f"{place} has shape {values.shape}, but must be 1-D: the statistic values of null experts")
     if len(values) == 0:
@@ -1032,7 +1032,7 @@ def _refined(grid: Tensor, log_survival: Tensor, slope: Tensor) -> tuple[Tensor,
 
 def _table_error(densities: list[gaussian_kde], tables: tuple[Tensor, Tensor, Tensor]) -> float:
     """Largest relative error of the table at 200 points of each column, evenly spread over log p from 1 to 1e-8."""
-    levels = torch.logspace(0, -8, 200, dtype=torch.float32)
+    levels = torch.logspace(0, -8, 200, dtype=torch.float32, device="cpu")
     worst = 0.0
     for kde, low, cells, pvals in zip(densities, *tables, strict=True):
         # The middle of the cell in which p passes a level: that is where a straight line errs most.
@@ -1086,11 +1086,11 @@ class ConformalNull(FittedNull):
         for layer, samples in enumerate(columns):
             sizes = [len(values) for values in samples]
             # Infinity pads where experts have unequal samples: it is above every statistic, so never counted below.
-            table = torch.full((len(samples), max(sizes)), torch.inf, dtype=torch.float32)
+            table = torch.full((len(samples), max(sizes)), torch.inf, dtype=torch.float32, device="cpu")
             for row, values in zip(table, samples, strict=True):
                 row[: len(values)] = torch.from_numpy(np.sort(values))
             tensors[f"sample.{layer}"] = table
-            tensors[f"size.{layer}"] = torch.tensor(sizes)
+            tensors[f"size.{layer}"] = torch.tensor(sizes, device="cpu")
         return tensors, {}
 
     def _survival(self, statistics: Tensor, sample: Tensor, size: Tensor) -> Tensor:

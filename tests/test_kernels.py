@@ -106,6 +106,18 @@ def test_half_precision_logits_and_empty_slots():
     assert weights.dtype == torch.float16 and not weights[experts == 64].any()
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_is_the_largest_logit_whatever_its_sign(sign):
+    """As in ``torch.topk``; a negative one, as a quotient 0 / 0 gives, would be sorted below what pads 60 to 64."""
+    nan = torch.tensor(float("nan"), device=DEVICE).copysign(torch.tensor(sign, device=DEVICE))
+    logits = torch.cat([spread_logits(2, 60), nan.expand(1, 60)])
+    logits[0, 7] = nan
+    _, experts, counts = kernel_route(BH(alpha=0.05, min_k=60, max_k=60), logits)
+    assert counts.tolist() == [60, 60, 60]
+    assert (experts.sort(dim=-1).values == torch.arange(60, device=DEVICE)).all()
+    assert experts[0, 0] == 7 and experts[2].tolist() == list(range(60))
+
+
 def test_no_tokens():
     weights, experts, counts = kernel_route(BH(), spread_logits(0, 64))
     assert weights.shape == experts.shape == (0, 8) and counts.shape == (0,)

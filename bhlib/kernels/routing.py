@@ -195,6 +195,7 @@ def _route(
 
     # As integers, floats are ordered like themselves once the magnitude bits of the negative ones are flipped.
     bits = logits.to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)  # a NaN with a sign would sort below -inf
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.sort((ordered.to(tl.int64) << 8) | (255 - rank), descending=True)
     expert = 255 - (key & 255)
