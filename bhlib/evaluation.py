@@ -34,6 +34,9 @@ from bhlib.rules import Rule, TopK
 #: Version of the stored cells: part of their names, to be raised when what a cell means changes.
 CELL_FORMAT = 2
 
+#: What `evaluate` and `sweep` hand on to `RoutingPatch`.
+PATCH_OPTIONS = ("temperature", "weights", "kernels")
+
 # -- one rule --------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +107,7 @@ def evaluate(
     progress : tqdm, optional
         Bar to advance by the number of sequences done.
     **patch_options
-        For `RoutingPatch`: temperature, weights.
+        For `RoutingPatch`: temperature, weights, kernels.
 
     Returns
     -------
@@ -116,8 +119,15 @@ def evaluate(
         the patched model's next-token distribution from the unpatched one's, KL(unpatched || patched), nats per token)
         and ``top1_agreement`` (share of tokens for which both have the same best guess).
 
+    Raises
+    ------
+    TypeError
+        If an option is none of these three.
+
     Notes
     -----
+    The rule is put into the model once: one that goes from pass to pass, as `Replay` does, sees the batches in order.
+
     ``rows`` is read from the records: the pairs that were selected. They are the rows that the experts' matrices
     multiply, since no others are handed to the experts (`bhlib.experts`); the tests count them in the products.
 
@@ -129,40 +139,79 @@ def evaluate(
     own routing too. It is the one column that differs from run to run, and says nothing while the machine does
     something else; the first batch may be slow.
     """
-    device = next(model.parameters()).device
+    _check_options(patch_options)
+    device = _device(model)
     watched, options = rule, patch_options
     if rule is None:  # the model routes itself, and a rule that would do the same records it
         watched, options = TopK(find_moe_layers(model)[0].top_k), {"mode": "analyze"}
     rows = []
-    for domain, sequences in data.items():
-        for start in range(0, len(sequences), batch_size):
-            batch = sequences[start : start + batch_size].to(device)
-            with RoutingPatch(model, watched, **options) as patch:
+    with RoutingPatch(model, watched, max_recorded_tokens=None, **options) as patch:
+        for domain, sequences in data.items():
+            for start in range(0, len(sequences), batch_size):
+                batch = sequences[start : start + batch_size].to(device)
+                patch.reset_stats()
                 started = _now(device)
                 logits = _next_token_logits(model, batch)
                 seconds = _now(device) - started
-            load = _expert_load(patch.records, len(batch))
-            pairs, entropy = load.sum(dim=(1, 2)), _load_entropy(load)
-            reference = logits if rule is None or not agreement else _next_token_logits(model, batch)
-            loss, correct = _score(logits, batch)
-            rows += [
-                {
-                    "domain": domain,
-                    "sequence": start + i,
-                    "tokens": loss.shape[1],
-                    "loss": loss[i].mean().item(),
-                    "accuracy": correct[i].float().mean().item(),
-                    "mean_k": pairs[i].item() / (batch.shape[1] * load.shape[1]),
-                    "rows": pairs[i].item(),
-                    "load_entropy": entropy[i].item(),
-                    "seconds": seconds / len(batch),
-                }
-                | (_agreement(logits[i], reference[i]) if agreement else {})
-                for i in range(len(batch))
-            ]
-            if progress is not None:
-                progress.update(len(batch))
+                load = _expert_load(patch.records, len(batch))
+                reference = _unpatched_logits(patch, batch) if agreement and rule is not None else logits
+                rows += [
+                    {"domain": domain, "sequence": start + i}
+                    | row
+                    | {"seconds": seconds / len(batch)}
+                    | (_agreement(logits[i], reference[i]) if agreement else {})
+                    for i, row in enumerate(_measure(logits, batch, load))
+                ]
+                if progress is not None:
+                    progress.update(len(batch))
     return pd.DataFrame(rows)
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    """Raise a TypeError for an option that is not for whoever calls `evaluate`."""
+    for name in options:
+        if name not in PATCH_OPTIONS:
+            raise TypeError(
+                f"evaluate() and sweep() take no {name!r}: they record every token of one batch after the other, and "
+                f"hand on to RoutingPatch only {', '.join(PATCH_OPTIONS)}. Leave {name!r} out."
+            )
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: weights that accelerate has offloaded lie on the meta device until they are used.
+
+    The first of its hooks that names a device is that of the first module which computes.
+    """
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device
+
+
+def _unpatched_logits(patch: RoutingPatch, batch: Tensor) -> Tensor:
+    """What the model gives by itself; the rule goes on afterwards where it was."""
+    patch.unpatch_model()
+    logits = _next_token_logits(patch.model, batch)
+    patch.patch_model(rewind=False)
+    return logits
+
+
+def _measure(logits: Tensor, batch: Tensor, load: Tensor) -> list[dict[str, float]]:
+    """What there is to say of each sequence of a batch, from its logits and its load [sequences, layers, experts]."""
+    loss, correct = _score(logits, batch)
+    pairs, entropy = load.sum(dim=(1, 2)), _load_entropy(load)
+    return [
+        {
+            "tokens": loss.shape[1],
+            "loss": loss[i].mean().item(),
+            "accuracy": correct[i].float().mean().item(),
+            "mean_k": pairs[i].item() / (batch.shape[1] * load.shape[1]),
+            "rows": pairs[i].item(),
+            "load_entropy": entropy[i].item(),
+        }
+        for i in range(len(batch))
+    ]
 
 
 def _now(device: torch.device) -> float:
@@ -229,6 +278,7 @@ def sweep(
     rule is never split.
     Machines without a common `cache` folder work too, but after a stop only the first one's cells are found.
     """
+    _check_options(patch_options)
     state = PartialState(cpu=not torch.cuda.is_available())
     paths = {}
     if cache is not None:
