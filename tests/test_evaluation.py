@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from models import state_of, tiny_olmoe, tokens
 from rows import count_rows
 
@@ -141,6 +142,29 @@ def test_options_that_are_not_for_evaluate():
                 measure(tiny_olmoe(), DATA, TopK(2), **option)
 
 
+@pytest.mark.parametrize("how", ["device_map", "cpu_offload", "disk_offload"])
+def test_offloaded_models(how, tmp_path):
+    """Their weights are on the meta device while they are not used; cells are found, and told apart, all the same."""
+    cells, wanted = tmp_path / "cells", sweep(tiny_olmoe(), RULES, DATA, agreement=True)
+    for seed in (0, 1):
+        model = tiny_olmoe(seed)
+        if how == "cpu_offload":
+            cpu_offload(model, execution_device="cpu")
+        elif how == "disk_offload":
+            disk_offload(model, tmp_path / str(seed), execution_device="cpu")
+        else:
+            places = {"model.embed_tokens": "disk", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+            places |= {f"model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(3)}
+            dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / str(seed), force_hooks=True)
+        assert any(parameter.is_meta for parameter in model.parameters())
+        found = sweep(model, RULES, DATA, cache=cells, agreement=True)
+        assert (found["error"] == "").all() and len(list(cells.iterdir())) == 3 * (seed + 1)
+        if seed == 0:
+            assert_same_table(found, wanted)
+            assert_same_table(sweep(model, RULES, DATA, cache=cells, agreement=True), found, check_exact=True)
+        assert len(list(cells.iterdir())) == 3 * (seed + 1)
+
+
 # -- sweeps ----------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +257,7 @@ def test_a_replay_is_not_stored(tmp_path):
     with BHRoutingIntegration(model, alpha=0.2) as bh, torch.no_grad():
         model(DATA["a"])
     rules = {"again": Replay(bh.records)}
-    with pytest.raises(ValueError, match="'again' cannot be stored, since its repr does not tell records"):
+    with pytest.raises(ValueError, match="'again' cannot be stored, since it imposes what one run recorded"):
         sweep(model, rules, DATA, cache=tmp_path)
     frame = sweep(model, rules, {"a": DATA["a"]})
     assert frame["loss"].tolist() == pytest.approx(evaluate(model, {"a": DATA["a"]}, BH(0.2))["loss"].tolist())
