@@ -624,6 +624,10 @@ class FittedNull(PValueMaker):
         self.shared = not header["per_expert"]
         self._on_device: dict = {}
 
+    def __getstate__(self) -> dict:
+        """Without the tables on devices, which are made anew."""
+        return vars(self) | {"_on_device": {}}
+
     @classmethod
     def fit(
         cls,
