@@ -4,6 +4,8 @@
 """
 
 import os
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a CUDA device the kernels run in Triton's interpreter: make kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch for CUDA on Linux")
 
+from triton.runtime.jit import KernelInterface  # noqa: E402
+
+from bhlib.kernels.forward import experts_forward  # noqa: E402
 from bhlib.kernels.grouped import PLANS, grouped_forward  # noqa: E402
 from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
 from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
@@ -207,6 +212,32 @@ def test_every_plan(plan):
     index, weights = routed(40, 3, 3, "random")
     got = grouped_forward(hidden, gate_up, down, index, weights, plan)
     assert relative_error(got, by_expert(hidden, gate_up, down, index, weights)) < TOLERANCE
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device: with several GPUs, each launch has to stand in `on_device`."""
+    inside, launched = [], {}
+
+    @contextmanager
+    def on_device(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def launch(kernel, grid, own=KernelInterface.__getitem__):
+        launched[kernel.fn.__name__] = list(inside)
+        return own(kernel, grid)
+
+    monkeypatch.setattr("bhlib.kernels.forward.on_device", on_device)
+    monkeypatch.setattr("bhlib.kernels.routing.on_device", on_device)
+    monkeypatch.setattr(KernelInterface, "__getitem__", launch)
+    kernel_route(BH(), spread_logits(3, 64))
+    for num_tokens in (1, 40):
+        hidden, gate_up, down = tensors(num_tokens, 24, 16, 9, DTYPE)
+        module = SimpleNamespace(gate_up_proj=gate_up, down_proj=down)
+        experts_forward(module, hidden, *routed(num_tokens, 3, 9))
+    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots".split()
+    assert launched == {name: [hidden.device] for name in names}
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bhlib.kernels import on_device
 from bhlib.pvalues import DirichletNull, FittedNull, PValueMaker, TokenGaussian
 
 MOST_EXPERTS = 256
@@ -116,27 +117,28 @@ def _launch(
     width = triton.next_power_of_2(num_experts)
     rows, warps = _tokens_and_warps(num_tokens, width)
     if num_tokens:
-        _route[(triton.cdiv(num_tokens, rows),)](
-            router_logits,
-            cuts,
-            weights,
-            experts,
-            counts,
-            num_tokens,
-            router_logits.stride(0),
-            temperature,
-            NUM_EXPERTS=num_experts,
-            WIDTH=width,
-            ROWS=rows,
-            MIN_K=min_k,
-            MAX_K=max_k,
-            EMPTY=empty,
-            STATISTIC=statistic,
-            EXCLUDE_TOP=exclude_top,
-            NORMALIZE=normalize,
-            TEMPERED=temperature != 1.0,
-            num_warps=warps,
-        )
+        with on_device(router_logits.device):
+            _route[(triton.cdiv(num_tokens, rows),)](
+                router_logits,
+                cuts,
+                weights,
+                experts,
+                counts,
+                num_tokens,
+                router_logits.stride(0),
+                temperature,
+                NUM_EXPERTS=num_experts,
+                WIDTH=width,
+                ROWS=rows,
+                MIN_K=min_k,
+                MAX_K=max_k,
+                EMPTY=empty,
+                STATISTIC=statistic,
+                EXCLUDE_TOP=exclude_top,
+                NORMALIZE=normalize,
+                TEMPERED=temperature != 1.0,
+                num_warps=warps,
+            )
     return weights, experts, counts
 
 
