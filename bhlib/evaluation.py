@@ -137,7 +137,7 @@ def evaluate(
     for domain, sequences in data.items():
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size].to(device)
-            with RoutingPatch(model, watched, **options) as patch:
+            with RoutingPatch(model, watched, max_recorded_tokens=None, **options) as patch:
                 started = _now(device)
                 logits = _next_token_logits(model, batch)
                 seconds = _now(device) - started

@@ -36,7 +36,7 @@ class Run:
 def observe(model: nn.Module, data: Mapping[str, Tensor], rule: Rule) -> Run:
     """Run a model under a rule on token ids by domain, each a Tensor [sequences, length]."""
     domains, losses, counts, pairs = [], [], [], []
-    with RoutingPatch(model, rule) as patch:
+    with RoutingPatch(model, rule, max_recorded_tokens=None) as patch:
         for domain, sequences in data.items():
             for sequence in sequences:
                 patch.reset_stats()
