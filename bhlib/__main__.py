@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     speed.add_argument("--only", action="append", metavar="STAGE", help="measure this stage only; may be repeated")
     speed.add_argument("--quick", action="store_true", help="fewer rounds, fewer things compiled")
     speed.add_argument("--model", metavar="NAME", help="a checkpoint instead of random weights")
-    colab = commands.add_parser("colab", help="put the repository's address into badges and set-up cells")
+    colab = commands.add_parser("colab", help="put the repository's address into badges, set-up cells and links")
     colab.add_argument("address", nargs="?", metavar="OWNER/REPO", help="default: the one in pyproject.toml")
     sweep = commands.add_parser("sweep", help="loss and cost of rules on held-out text, in one process or several")
     sweep_command.add_arguments(sweep)

@@ -15,7 +15,7 @@ from scipy.stats import binom, rankdata
 from torch import Tensor, nn
 
 from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, alpha_for_mean_experts, fit_null
-from bhlib.comparisons import matched_compute
+from bhlib.comparisons import matched_compute, with_documents
 from bhlib.evaluation import sweep
 from bhlib.pvalues import STATISTICS, DirichletNull, PValueMaker, TokenGaussian
 from bhlib.rules import BH, Rule, TopK
@@ -71,7 +71,7 @@ def uniformity(
     The null experts of a token are those outside its `exclude_top` largest logits: the ones that the model does not
     select, which is what nulls are fitted on. For a null hypothesis about the token as a whole (`DirichletNull`, the
     truncated `TokenGaussian`) these are not a random part of its experts, and their p-values are compared with what
-    they should then be (`lower_order_cdf`).
+    they would then be if the experts of a token were independent (`lower_order_cdf`).
 
     Parameters
     ----------
@@ -88,10 +88,13 @@ def uniformity(
     -------
     pandas.DataFrame
         One row per layer: ``ks``, the Kolmogorov-Smirnov distance (at `LEVELS`, so up to 1/4096 too small), with a 95 %
-        percentile interval ``ks_low``, ``ks_high``; ``tail_01`` and ``tail_001``, P(p <= a)/a at a = 0.01 and 0.001,
-        which should be 1, and below 1 is cautious; ``inflation``, the variance of a token's mean p-value over that of
-        independent uniform ones, which should be 1; ``values``, ``tokens``, ``sequences``.
+        percentile interval ``ks_low``, ``ks_high``; ``tail_01`` and ``tail_001``, P(p <= a)/a at a = 0.01 and 0.001;
+        ``inflation``, the variance of a token's mean p-value over that of independent uniform ones; what each of the
+        three is where the null is true (`true_null_reference`), ``tail_01_reference`` and so on; ``values``,
+        ``tokens``, ``sequences``. A tail below its reference is cautious.
     """
+    reference = true_null_reference(pvalues, router_logits.shape[-1], exclude_top)
+    reference = {f"{name}_reference": value for name, value in reference.items()}
     weights = _bootstrap_weights(router_logits, sequence_length, resamples, seed)
     rows = []
     for layer, logits in enumerate(router_logits):
@@ -99,22 +102,63 @@ def uniformity(
         fractions = _fractions(pvals, sequence_length)
         pooled = fractions.mean(axis=0)
         low, high = np.quantile(np.abs(weights @ fractions - LEVELS).max(axis=1), [0.025, 0.975])
-        at = np.searchsorted(LEVELS, [0.01, 0.001])
         rows.append(
-            {
-                "layer": layer,
-                "ks": np.abs(pooled - LEVELS).max(),
-                "ks_low": low,
-                "ks_high": high,
-                "tail_01": pooled[at[0]] / LEVELS[at[0]],
-                "tail_001": pooled[at[1]] / LEVELS[at[1]],
-                "inflation": 12 * pvals.shape[1] * pvals.mean(axis=1, dtype=np.float64).var(),
-                "values": pvals.size,
-                "tokens": len(pvals),
-                "sequences": len(fractions),
-            }
+            {"layer": layer, "ks": np.abs(pooled - LEVELS).max(), "ks_low": low, "ks_high": high}
+            | _tails_and_inflation(pvals)
+            | reference
+            | {"values": pvals.size, "tokens": len(pvals), "sequences": len(fractions)}
         )
     return pd.DataFrame(rows)
+
+
+def true_null_reference(
+    pvalues: PValueMaker, num_experts: int, exclude_top: int = 8, *, tokens: int = 20_000, seed: int = 0
+) -> dict[str, float]:
+    """``tail_01``, ``tail_001`` and ``inflation`` of `uniformity` where the null is true, by simulation.
+
+    For independent uniform p-values they are 1. The experts outside the top `exclude_top` do not have such p-values,
+    even in a token where no expert stands out: all were selected for being low, which ties them together; a statistic
+    that subtracts a mean of the token, or a division of one, makes them balance each other; and `lower_order_cdf` takes
+    for independent what balances. The tokens simulated are
+
+    - for a `DirichletNull`, divisions of one from its own distribution;
+    - for a truncated `TokenGaussian`, independent Gaussian logits;
+    - for a trimmed one, a background of such logits below `exclude_top` experts out of reach;
+    - for any other maker, so for a fitted null, independent Gaussian logits under the very distribution that its
+      statistic then has outside the top: the tails are 1 up to rounding, and only the inflation is simulated.
+
+    Parameters
+    ----------
+    pvalues : PValueMaker
+    num_experts : int
+    exclude_top : int
+    tokens : int
+        With the default, 64 experts and `exclude_top` 8, the standard error is 0.01 for ``tail_01``, 0.02 for
+        ``tail_001``, and 1.5 % of the ``inflation``, or less.
+    seed : int
+
+    Returns
+    -------
+    dict of float
+    """
+    generator = np.random.default_rng(seed)
+    if isinstance(pvalues, DirichletNull):
+        noise = np.log(generator.standard_gamma(pvalues.concentration, (tokens, num_experts)))
+    else:
+        noise = generator.standard_normal((tokens, num_experts))
+    if getattr(pvalues, "estimator", "") == "trimmed":
+        noise[:, :exclude_top] += 100
+    logits = torch.from_numpy(noise).float()
+    if isinstance(pvalues, DirichletNull | TokenGaussian):
+        return _tails_and_inflation(_null_pvalues(pvalues, logits, None, exclude_top))
+    statistics = pvalues.statistic_of(logits)[_outside_top(logits, exclude_top)].view(tokens, -1).numpy()
+    return _tails_and_inflation(rankdata(-statistics).reshape(statistics.shape) / statistics.size)
+
+
+def _tails_and_inflation(pvals: np.ndarray) -> dict[str, float]:
+    """Of p-values [tokens, experts]: P(p <= a)/a, and the variance of a token's mean over that of independent ones."""
+    tails = {f"tail_{str(a)[2:]}": float((pvals <= np.float32(a)).mean() / a) for a in (0.01, 0.001)}
+    return tails | {"inflation": float(12 * pvals.shape[1] * pvals.mean(axis=1, dtype=np.float64).var())}
 
 
 def level_curve(
@@ -156,15 +200,19 @@ def lower_order_cdf(levels: np.ndarray, num_tests: int, exclude_top: int) -> np.
     return (chances * surplus).sum(axis=-1) / len(surplus)
 
 
-def _null_pvalues(pvalues: PValueMaker, logits: Tensor, layer: int, exclude_top: int) -> np.ndarray:
+def _null_pvalues(pvalues: PValueMaker, logits: Tensor, layer: int | None, exclude_top: int) -> np.ndarray:
     """P-values [tokens, experts - exclude_top] of the null experts, uniform if all is well."""
     pvals = pvalues(logits, layer)
-    is_null = torch.ones_like(pvals, dtype=torch.bool).scatter_(-1, logits.topk(exclude_top).indices, False)
-    null = pvals[is_null].view(len(pvals), -1).numpy()
+    null = pvals[_outside_top(logits, exclude_top)].view(len(pvals), -1).numpy()
     if isinstance(pvalues, DirichletNull) or getattr(pvalues, "estimator", "") == "truncated":
         expected = lower_order_cdf(LEVELS, pvals.shape[-1], exclude_top)
         null = np.interp(null, np.append(0, LEVELS), np.append(0, expected)).astype(np.float32)
     return null
+
+
+def _outside_top(logits: Tensor, exclude_top: int) -> Tensor:
+    """[tokens, experts], bool: False for each token's `exclude_top` largest logits."""
+    return torch.ones_like(logits, dtype=torch.bool).scatter_(-1, logits.topk(exclude_top).indices, False)
 
 
 def _fractions(pvals: np.ndarray, sequence_length: int) -> np.ndarray:
@@ -234,6 +282,7 @@ def compare_at_equal_cost(
     *,
     mean_experts: tuple[float, ...] = (4.0, 5.0, 6.0),
     static_k: tuple[int, ...] = (3, 4, 5, 6, 7, 8),
+    documents: Mapping[str, np.ndarray] | None = None,
     **sweep_options,
 ) -> pd.DataFrame:
     """Loss of BH with different p-values, each at the levels that give so many experts, against static top-k.
@@ -250,6 +299,8 @@ def compare_at_equal_cost(
     mean_experts : tuple of float
     static_k : tuple of int
         Static rules, consecutive; their loss is interpolated linearly between these, NaN outside of them.
+    documents : mapping of str to ndarray [sequences], optional
+        The document of each sequence of `data` (`bhlib.comparisons.with_documents`), to be what intervals are over.
     **sweep_options
         For `bhlib.evaluation.sweep`.
 
@@ -257,8 +308,9 @@ def compare_at_equal_cost(
     -------
     pandas.DataFrame
         One row per maker and number: ``pvalues``, ``wanted_k``, ``alpha``, ``mean_k``, ``loss`` (nats per token),
-        ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with a 95 % bootstrap interval
-        ``low``, ``high`` over the sequences (`bhlib.comparisons.matched_compute`); ``sequences``, ``tokens``.
+        ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with 95 % bootstrap
+        intervals ``low``, ``high`` and ``joint_low``, ``joint_high`` (`bhlib.comparisons.matched_compute`);
+        ``sequences``, ``units``, ``tokens``.
     """
     settings = {
         (name, k): alpha_for_mean_experts(maker, calibration_logits, k)
@@ -269,13 +321,15 @@ def compare_at_equal_cost(
     rules |= {f"{name}, {k:g}": BH(alpha, makers[name]) for (name, k), alpha in settings.items()}
     frame = sweep(model, rules, data, **sweep_options)
     tokens = int(frame.groupby("rule")["tokens"].sum().iloc[0])
+    frame = frame if documents is None else with_documents(frame, documents)
     matched = matched_compute(frame).set_index("rule").rename(columns={"static": "static_loss"})
-    columns = ["mean_k", "loss", "static_loss", "difference", "low", "high", "sequences"]
+    columns = ["mean_k", "loss", "static_loss", "difference", "low", "high", "joint_low", "joint_high"]
+    columns += ["sequences", "units"]
     rows = [
         {"pvalues": name, "wanted_k": k, "alpha": alpha} | matched.loc[f"{name}, {k:g}", columns].to_dict()
         for (name, k), alpha in settings.items()
     ]
-    return pd.DataFrame(rows).astype({"sequences": int}).assign(tokens=tokens)
+    return pd.DataFrame(rows).astype({"sequences": int, "units": int}).assign(tokens=tokens)
 
 
 def kept_mass(rule: Rule, router_logits: Tensor, top_k: int = 8) -> dict[str, float]:
@@ -291,13 +345,20 @@ def kept_mass(rule: Rule, router_logits: Tensor, top_k: int = 8) -> dict[str, fl
     Returns
     -------
     dict
-        ``mean`` and ``worst_5_percent`` (the 5 % quantile), over all pairs of a token and a layer, of the probability
-        that falls to the rule's experts over the probability that falls to the `top_k` largest.
+        ``share``, the probability that falls to the rule's experts over the probability that falls to the `top_k`
+        largest, each summed over all pairs of a token and a layer; ``worst_5_percent``, the 5 % quantile of the same
+        ratio taken for each pair.
+
+    Notes
+    -----
+    Of all rules that spend the same number of experts in total, between the same `min_k` and `max_k`, a threshold on
+    the probability with one constant for all tokens and layers (`Threshold`) has the largest ``share``: exchanging an
+    expert that it keeps for one that it drops can only lower the sum. It does not maximize the mean of the pairs'
+    ratios, which counts the same weight for more where the top `top_k` have less of it.
     """
     own = TopK(top_k)
-    kept = [
-        rule(logits, layer).weights.sum(dim=-1) / own(logits).weights.sum(dim=-1)
-        for layer, logits in enumerate(router_logits)
-    ]
-    kept = torch.cat(kept).double().numpy()
-    return {"mean": float(kept.mean()), "worst_5_percent": float(np.quantile(kept, 0.05))}
+    kept, whole = (
+        torch.cat([chosen(logits, layer).weights.sum(dim=-1) for layer, logits in enumerate(router_logits)]).double()
+        for chosen in (rule, own)
+    )
+    return {"share": float(kept.sum() / whole.sum()), "worst_5_percent": float(np.quantile(kept / whole, 0.05))}

@@ -114,7 +114,8 @@ def pairwise_forward(
     Returns
     -------
     Tensor [tokens, hidden], in the dtype of `hidden_states`. A token's experts are added up in float32 or wider, in
-    the order of their slots: the result does not vary from run to run, on a GPU either.
+    the order of their slots: the result does not vary from run to run, on a GPU either. Where no slot is filled, it is
+    zero, and so are the gradients of all that would have had a part in it.
     """
     forward = original_forward(module, implementation)
     filled = top_k_index < module.num_experts
@@ -134,6 +135,10 @@ def pairwise_forward(
         per_slot = filled.sum(dim=0).tolist()
         for tokens, outputs in zip(token.split(per_slot), pairs.split(per_slot), strict=True):
             total.index_add_(0, tokens, outputs.to(wide))
+    elif torch.is_grad_enabled():  # DistributedDataParallel takes a parameter without a gradient for an error
+        for unused in (hidden_states, top_k_weights, *module.parameters()):
+            if unused.requires_grad:
+                total = total + unused.flatten()[:0].sum()
     return total.to(hidden_states.dtype)
 
 
@@ -158,6 +163,7 @@ def kernel_forward(
 def _cpu_forward(implementation: str, module: nn.Module, hidden_states: Tensor, *routing: Tensor) -> Tensor:
     filled = routing[0] < module.num_experts
     gathered = filled.sum() * hidden_states.shape[-1] * hidden_states.element_size()
-    if filled.all() or gathered < LOOP_BYTES:
+    # Autocast means float32 or half precision according to the implementation: there, only the model's own will do.
+    if filled.all() or gathered < LOOP_BYTES or torch.is_autocast_enabled("cpu"):
         return pairwise_forward(implementation, module, hidden_states, *routing)
     return loop_forward(module, hidden_states, *routing)

@@ -12,8 +12,11 @@ patched model is the plain model.
 
 import copyreg
 import inspect
+import itertools
 import sys
 import threading
+import time
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
 from bhlib.kernels.loop import is_plain
-from bhlib.passes import PassReader
+from bhlib.passes import PassReader, find_cache
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
 from bhlib.records import MAX_RECORDED_TOKENS, Records, RoutingStats
@@ -39,6 +42,9 @@ from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
 OLDEST_TRANSFORMERS = "5.6"
 
 MODES = ("patch", "analyze")
+
+#: How long a patch waits for other threads to notice that it is being taken back.
+PATIENCE_SECONDS = 60.0
 
 #: Routers under a patch or an analysis now: model code that is patched twice would route twice. The patches are held
 #: weakly, since they hold the routers; the hooks in the model keep a patch alive as long as the model.
@@ -60,6 +66,8 @@ class MoELayer:
         Experts in the layer, and how many the model itself gives to a token.
     weighting : str
         How the router makes weights of its scores, one of `bhlib.rules.WEIGHTINGS`.
+    narrows : bool
+        Whether the router takes float64 logits, those of a float64 model, to float32 first, as most do.
     """
 
     index: int
@@ -69,6 +77,7 @@ class MoELayer:
     num_experts: int
     top_k: int
     weighting: str
+    narrows: bool
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -103,8 +112,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         if not _dispatches_experts(module):
             continue
         router_name, router = _find_router(model, name, module)
-        top_k, weighting = _probe(router, router_name, module.num_experts)
-        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, top_k, weighting))
+        probed = _probe(router, router_name, module.num_experts)
+        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, *probed))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no mixture-of-experts layer that bhlib can patch: no module of it dispatches "
@@ -124,6 +133,13 @@ def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, 
     One level above, if an adapter is wrapped around the experts.
     """
     prefix = name
+    if _is_expert_parallel(model, experts):
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched under expert parallelism (EP): {name!r} holds the "
+            f"{experts.num_experts} experts of one process, and the gate beside it chooses among those of all. "
+            f"Load the model without ep_size and enable_expert_parallel; device_map='auto' spreads whole layers over "
+            f"several devices."
+        )
     for _ in range(2):
         prefix = prefix.rpartition(".")[0]
         beside = {
@@ -143,6 +159,13 @@ def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, 
     return f"{prefix}.{found[0]}".lstrip("."), beside[found[0]]
 
 
+def _is_expert_parallel(model: nn.Module, experts: nn.Module) -> bool:
+    """Whether the experts of a layer are spread over processes: their module says so, in older versions the model."""
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    asked = getattr(distributed, "enable_expert_parallel", False)
+    return getattr(experts, "_is_expert_parallel", asked)
+
+
 def _dispatches_experts(module: nn.Module) -> bool:
     """Whether transformers' `use_experts_implementation` decorated the module's class."""
     return (
@@ -159,13 +182,22 @@ def _num_rows(module: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str]:
-    """Run a router on random inputs: its top-k, and which weighting gives its weights to the last bit."""
+def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bool]:
+    """Run a router on random inputs: its top-k, which weighting gives its weights to the last bit, whether it narrows.
+
+    The last two as in `MoELayer`.
+    """
     refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
+    if hasattr(router.weight, "device_mesh"):
+        raise ValueError(
+            f"{refusal}its weight is sharded over processes (a DTensor, as fully_shard or a tensor-parallel plan makes "
+            f"it). Load the model whole and patch it first, then call fully_shard inside the patch."
+        )
     device = router.weight.device if router.weight.device.type != "meta" else "cpu"
     if router.weight.device.type == "meta" and "forward" not in vars(router):  # where accelerate brings them in
         raise ValueError(f"{refusal}its weights are on the meta device, without values. Load the model first.")
-    noise = torch.randn(256, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(256, router.weight.shape[1], generator=generator, device="cpu")
     training = router.training
     try:
         # Noise that a router adds in training would hide its rule. `forward` leaves other people's hooks alone.
@@ -186,15 +218,20 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str]:
     if not torch.isfinite(logits).all():
         raise ValueError(f"{refusal}its logits are not finite on finite inputs; look at its weights.")
     top_k = index.shape[-1]
-    for weighting in WEIGHTINGS:
-        routing = TopK(top_k)(logits, weighting=weighting)
+    for narrows, weighting in itertools.product((True, False), WEIGHTINGS):
+        routing = TopK(top_k)(_as_scored(logits, narrows), weighting=weighting)
         if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
             _refuse_corrections(router, refusal, num_experts)
-            return top_k, weighting
+            return top_k, weighting, narrows
     raise ValueError(
         f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
         f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
     )
+
+
+def _as_scored(router_logits: Tensor, narrows: bool) -> Tensor:
+    """Logits [tokens, experts] in the precision in which the router scores them (`MoELayer.narrows`)."""
+    return router_logits.float() if narrows and router_logits.dtype == torch.float64 else router_logits
 
 
 def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> None:
@@ -206,6 +243,10 @@ def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> No
 
 class RoutingPatch:
     """Route a model by a rule, or watch what the rule would do.
+
+    In training, gradients flow through the weights of the experts that the rule selected. The load-balancing loss that
+    transformers adds under ``output_router_logits=True`` does not know the rule: it takes the ``num_experts_per_tok``
+    largest of a token's logits, and so balances the model's own top-k, whatever was selected.
 
     Parameters
     ----------
@@ -267,10 +308,13 @@ class RoutingPatch:
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
-        self._reader = PassReader(_padding_tokens(model))
+        self._reader = PassReader(*_special_tokens(model))
         self._hooks: list[tuple[nn.Module, object]] = []
         self._implementations: list[tuple[object, str | None]] = []
         self._local = threading.local()
+        self._body = _body(model, self.layers)
+        self._is_open = False  # to forward passes
+        self._running: set[threading.Thread] = set()
 
     # -- patching and restoring ------------------------------------------------------------------------------
 
@@ -279,8 +323,11 @@ class RoutingPatch:
         """Whether hooks are in place now."""
         return bool(self._hooks)
 
-    def patch_model(self) -> "RoutingPatch":
-        """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already."""
+    def patch_model(self, *, rewind: bool = True) -> "RoutingPatch":
+        """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already.
+
+        The rule forgets earlier passes, unless `rewind` is False.
+        """
         for layer in self.layers:
             if layer.router in _patched_routers:
                 raise RuntimeError(
@@ -288,7 +335,9 @@ class RoutingPatch:
                     f"call unpatch_model() on that patch, or leave its `with` block, first."
                 )
         try:
-            self.rule.rewind()
+            if rewind:
+                self.rule.rewind()
+            self._is_open = True
             for layer in self.layers:
                 _patched_routers[layer.router] = weakref.ref(self)
                 self._add_hook(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
@@ -297,10 +346,9 @@ class RoutingPatch:
             if self.kernels:
                 for layer in self.layers:
                     self.rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
-            if self.collect_stats:
-                body = _body(self.model, self.layers)
-                self._add_hook(body, body.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
-                self._add_hook(body, body.register_forward_hook(self._end_pass, with_kwargs=True))
+            body = self._body
+            self._add_hook(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._add_hook(body, body.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
             _forget_compiled_code()
         except BaseException:
             self.unpatch_model()
@@ -308,7 +356,17 @@ class RoutingPatch:
         return self
 
     def unpatch_model(self) -> None:
-        """Take everything back. Does nothing if the model is not patched."""
+        """Take everything back. Does nothing if the model is not patched.
+
+        A forward pass that another thread is running meanwhile raises a RuntimeError there, at its next router; this
+        call waits until it has.
+        """
+        self._is_open = False
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        others = self._running - {threading.current_thread()}
+        while any(thread.is_alive() for thread in others & self._running) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._running.clear()
         if self._hooks:
             _forget_compiled_code()
         while self._hooks:
@@ -386,27 +444,67 @@ class RoutingPatch:
             check_logits(router_logits)
         weighting = layer.weighting if self.weights == "model" else self.weights
         rule = self.rule.fused if self.kernels else self.rule
-        return rule(router_logits, layer.index, weighting=weighting, temperature=self.temperature)
+        logits = _as_scored(router_logits, layer.narrows)
+        return rule(logits, layer.index, weighting=weighting, temperature=self.temperature)
+
+    def check_open(self) -> None:
+        """Raise a RuntimeError if the patch was taken back since the forward pass began."""
+        if not self._is_open:
+            raise RuntimeError(
+                f"The patch of {type(self.model).__name__} was taken back while another thread ran the model, and its "
+                f"forward pass was given up: wait for the thread (join) before the `with` block ends."
+            )
+
+    def _watches(self) -> bool:
+        """Whether passes have to be known one by one; compiled code does not see them otherwise."""
+        follows = type(self.rule).end_pass is not Rule.end_pass
+        return self.collect_stats or follows or not torch.compiler.is_compiling()
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._watches():
+            self._begin_pass(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self._watches():
+            self._end_pass(output)
 
     @torch.compiler.disable  # to count is not the compiler's business
     def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        self._local.current = self.records.begin(self._reader.read(inputs))
+        self._running.add(threading.current_thread())  # before the look whether the patch is open, or it might not wait
+        self._local.current = None
+        self.check_open()
+        if self.collect_stats:
+            names = inspect.signature(module.forward).parameters if args else ()
+            self._local.current = self.records.begin(self._reader.read(dict(zip(names, args, strict=False)) | kwargs))
 
     @torch.compiler.disable
-    def _end_pass(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        finished, self._local.current = self._local.current, None
-        self.records.end(finished)
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            self._reader.follow(finished.step, cache)
+    def _end_pass(self, output: object) -> None:
+        """`output` is None if an exception ends the pass."""
+        self._running.discard(threading.current_thread())
+        finished, self._local.current = getattr(self._local, "current", None), None
+        if output is None:
+            return
+        self.rule.end_pass()
+        if finished is not None:
+            self.records.end(finished)
+            values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+            cache = find_cache(values)
+            if cache is not None:
+                self._reader.follow(finished.step, cache)
 
     @torch.compiler.disable
     def _record(self, layer: MoELayer, routing: Routing) -> None:
-        # None while gradient checkpointing repeats a forward pass: its tokens have been counted.
         current = getattr(self._local, "current", None)
+        if current is not None and layer.index in current.histogram and not _is_running(self._body):
+            current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
             current.add(layer.index, routing)
+        elif torch._C._current_graph_task_id() < 0:  # else gradient checkpointing repeats a pass that has been counted
+            warnings.warn(
+                f"{layer.name!r} was run outside a forward pass of {type(self._body).__name__}: its tokens are routed, "
+                f"but not recorded. Call the model, or patch the part that you call.",
+                stacklevel=2,
+            )
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -512,6 +610,7 @@ class _RouterHook:
 
     def __call__(self, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
         patch, layer = self.patch, self.layer
+        patch.check_open()
         router_logits, top_k_weights, _ = output
         routing = patch.route(layer, router_logits)
         if patch.collect_stats:
@@ -539,14 +638,22 @@ def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
     return body
 
 
-def _padding_tokens(model: nn.Module) -> list[int]:
-    """What `generate()` feeds for a sequence that has ended: the padding token, or else the first end-of-text token."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        for name in ("pad_token_id", "eos_token_id"):
-            token = getattr(config, name, None)
-            if token is not None:
-                return [token[0] if isinstance(token, list) else token]
-    return []
+def _is_running(module: nn.Module) -> bool:
+    """Whether a method of a module is being run by this thread."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_locals.get("self") is not module:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
+    """The padding token and the end-of-text tokens that `generate()` reads from the configuration; empty if unset."""
+    found = []
+    for name in ("pad_token_id", "eos_token_id"):
+        configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
+        tokens = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
+        found.append(tokens if isinstance(tokens, list) else [tokens])
+    return tuple(found)
 
 
 def _forget_compiled_code() -> None:

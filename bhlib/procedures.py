@@ -84,9 +84,10 @@ def benjamini_hochberg(pvals: torch.Tensor, alpha: float = 0.05, *, check: bool 
     Notes
     -----
     Guarantee: the FDR is at most ``alpha * m0 / m``, with ``m0`` the number of true nulls, if the true nulls'
-    p-values are (super-)uniform and independent [1]_ or positively dependent (PRDS) [2]_. It is equal to this
-    bound for independent and exactly uniform null p-values. Under other dependence the bound is larger by
-    ``1 + 1/2 + ... + 1/m`` at most, and there are distributions that attain it.
+    p-values are (super-)uniform and independent, of each other and of the false nulls' [1]_, or positively
+    dependent (PRDS: larger values of any one true null's p-value make larger values of all the others likelier)
+    [2]_. It is equal to this bound for independent and exactly uniform null p-values. Under other dependence the
+    bound is larger by a factor of up to ``1 + 1/2 + ... + 1/m``, and there are distributions that attain it.
 
     References
     ----------
@@ -468,6 +469,11 @@ def check_alpha(alpha: float) -> None:
         raise TypeError(f"alpha must be a number, not {type(alpha).__name__}; use float(alpha)")
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha={alpha!r} must lie strictly between 0 and 1, e.g. alpha=0.05")
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, Python's or numpy's; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_tensor(pvals: torch.Tensor) -> None:

@@ -26,7 +26,10 @@ is therefore a dial with a meaning under the null that each class states, not a 
 import functools
 import json
 import math
+import numbers
+import reprlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +37,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.interpolate import CubicHermiteSpline
-from scipy.special import betainccinv, ndtr
+from scipy.special import betainccinv, expit, ndtr
+from scipy.special import logit as logit_of
 from scipy.stats import gaussian_kde, truncnorm
 from torch import Tensor
+
+from bhlib.procedures import is_whole
 
 __all__ = [
     "NULLS",
@@ -49,8 +55,10 @@ __all__ = [
     "ResolutionWarning",
     "SoftmaxPseudo",
     "SoftmaxPseudoWarning",
+    "TableNull",
     "TokenGaussian",
     "check_logits",
+    "check_temperature",
     "load_null",
     "make_pvalues",
     "null_values",
@@ -96,6 +104,16 @@ def check_logits(router_logits: Tensor) -> None:
         raise ValueError(
             f"router_logits has {int((~finite).sum())} values that are NaN or infinite, the first at index {first}: "
             f"{router_logits[first].item()}; every logit must be finite. Look at the hidden states that the router read"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a TypeError unless the temperature is a number, and a ValueError unless 0 < temperature < inf."""
+    if not isinstance(temperature, numbers.Real) or isinstance(temperature, bool):
+        raise TypeError(f"temperature must be a number, got {temperature!r} of type {type(temperature).__name__}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the softmax as it is."
         )
 
 
@@ -222,6 +240,9 @@ class PValueMaker:
         True if the null does not depend on the expert, so that within one token p falls as the logit rises.
     num_layers : int or None
         How many layers it was fitted on; None if it needs no calibration, and ``layer`` is then ignored.
+
+    A maker of your own is held to this when it is put into a rule (``check``) and into a model (``check_model``). For a
+    survival function that you have as a table there is `TableNull`.
     """
 
     name: str
@@ -253,8 +274,49 @@ class PValueMaker:
         """Whether one expert alone can be rejected at level ``alpha`` (always, unless the p-values have a floor)."""
         return True
 
+    def check(self) -> None:
+        """Raise a ValueError unless ``survival`` is one: in [0, 1], and never increasing. At some thousand statistics,
+        for every layer; where the null differs by expert, ``check_model`` does it."""
+        if self.shared:
+            for layer in [None] if self.num_layers is None else range(self.num_layers):
+                self._check_survival(_probe(), layer)
+
     def check_model(self, num_layers: int, num_experts: int) -> None:
-        """Raise if a model of so many MoE layers and experts cannot be routed by these p-values (a fitted null's)."""
+        """Raise a ValueError if a model of so many MoE layers and experts cannot be routed by these p-values."""
+        if self.num_layers not in (None, num_layers):
+            raise ValueError(
+                f"{type(self).__name__} is for {self.num_layers} MoE layers, but the model has {num_layers}: "
+                "make p-values for each of them"
+            )
+        statistics = _probe() if self.shared else _probe()[:, None].expand(-1, num_experts)
+        for layer in range(num_layers):
+            self._check_survival(statistics, layer)
+
+    def _check_survival(self, statistics: Tensor, layer: int | None) -> None:
+        where = f"survival of {type(self).__name__}{'' if layer is None else f' for layer {layer}'}"
+        try:
+            pvals = self.survival(statistics, layer)
+        except Exception as error:
+            raise ValueError(f"{where} fails with {type(error).__name__}: {error}") from error
+        if not isinstance(pvals, Tensor):
+            raise ValueError(f"{where} gives a {type(pvals).__name__}; return a Tensor")
+        if pvals.shape != statistics.shape:
+            raise ValueError(
+                f"{where} gives p-values of shape {tuple(pvals.shape)} for statistics of shape "
+                f"{tuple(statistics.shape)}; return one for each"
+            )
+        outside = ~((pvals >= 0) & (pvals <= 1))
+        if outside.any():
+            raise ValueError(
+                f"{where} gives the p-value {pvals[outside][0]:g}, outside [0, 1], at the statistic "
+                f"{statistics[outside][0]:g}; clamp it, if rounding is the reason"
+            )
+        rises = pvals[1:] > 1.0001 * pvals[:-1]  # not a rounded last digit
+        if rises.any():
+            raise ValueError(
+                f"{where} is none: p-values rise from {pvals[:-1][rises][0]:g} to {pvals[1:][rises][0]:g} at the "
+                f"statistic {statistics[1:][rises][0]:g}; return P(statistic >= value), that is 1 - cdf and not the cdf"
+            )
 
     def critical_statistics(self, critical_p: Tensor, layer: int | None = None) -> Tensor:
         """The smallest float32 statistic with a p-value of at most ``critical_p``, elementwise.
@@ -296,6 +358,12 @@ class PValueMaker:
             low, high = torch.where(small, low, middle + 1), torch.where(small, middle, high)
             low = torch.minimum(low, high)
         return torch.where(reachable, _float_of_rank(high), torch.inf)
+
+
+def _probe() -> Tensor:
+    """Some thousand statistics in increasing order: close to each other from -64 to 64, and of every magnitude."""
+    ranks = torch.linspace(-1, 1, 2001, dtype=torch.float64, device="cpu").mul(_LARGEST_RANK).long()
+    return torch.cat([torch.linspace(-64, 64, 4097, device="cpu"), _float_of_rank(ranks)]).sort().values
 
 
 _LARGEST_RANK = int(np.array(np.finfo(np.float32).max).view(np.int32))
@@ -346,8 +414,7 @@ class SoftmaxPseudo(PValueMaker):
     statistic = "softmax"
 
     def __init__(self, temperature: float = 1.0):
-        if not temperature > 0 or math.isinf(temperature):
-            raise ValueError(f"temperature is {temperature}, but must be a positive number, such as 1.0")
+        check_temperature(temperature)
         self.temperature = float(temperature)
         warnings.warn(
             "1 - softmax is not a p-value: with N experts and alpha < 1 - 1/N, Benjamini-Hochberg on it rejects at "
@@ -366,7 +433,7 @@ class SoftmaxPseudo(PValueMaker):
         return -(rest - (tested - largest).expm1()) / (rest + 1)
 
     def survival(self, statistics: Tensor, layer: int | None = None) -> Tensor:
-        return -statistics
+        return (-statistics).clamp(0, 1)
 
     def __repr__(self) -> str:
         return f"SoftmaxPseudo(temperature={self.temperature})"
@@ -396,10 +463,12 @@ class DirichletNull(PValueMaker):
 
     Notes
     -----
-    Reads what the model's weights see, the probabilities, so that a shift common to all logits changes nothing. Expects
-    nothing of other tokens or layers. The p-values of a token are negatively dependent, since its probabilities sum
-    to one: more so than the proofs for BH allow, but an expert with a small p-value makes those of the others larger.
-    That real routers are Dirichlet where they have no preference is a convention, not a finding.
+    Reads what the model's weights see, the probabilities, so that a shift common to all logits changes nothing. Since p
+    depends on the expert's own probability alone, BH at a level is a constant for each rank of the probabilities: with
+    64 experts at alpha = 0.05, 0.0514 for the largest down to 0.0413 for the eighth (`probability` computes them).
+    Expects nothing of other tokens or layers. The p-values of a token are negatively dependent, since its probabilities
+    sum to one: more so than the proofs for BH allow, but an expert with a small p-value makes those of the others
+    larger. That real routers are Dirichlet where they have no preference is a convention, not a finding.
 
     References
     ----------
@@ -410,9 +479,9 @@ class DirichletNull(PValueMaker):
     statistic = "log_prob"
 
     def __init__(self, concentration: int = 4):
-        if not isinstance(concentration, int) or isinstance(concentration, bool) or not 1 <= concentration <= 8:
+        if not is_whole(concentration) or not 1 <= concentration <= 8:
             raise ValueError(f"concentration must be an int from 1 to 8, got {concentration!r}; the default is 4.")
-        self.concentration = concentration
+        self.concentration = int(concentration)
 
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:
         """-log p, float32. Increases with the logit; exponential under the null."""
@@ -490,7 +559,20 @@ class TokenGaussian(PValueMaker):
         self.exclude_top = exclude_top
         self.estimator = estimator
 
+    def check_model(self, num_layers: int, num_experts: int) -> None:
+        """Raise a ValueError if `exclude_top` leaves fewer than two of the experts."""
+        self._check_num_experts(num_experts)
+
+    def _check_num_experts(self, num_experts: int) -> None:
+        if self.exclude_top > num_experts - 2:
+            raise ValueError(
+                f"pvalues=TokenGaussian(exclude_top={self.exclude_top}) needs {self.exclude_top + 2} experts or more "
+                f"to estimate centre and scale, but {num_experts} experts are routed: leave out as many as the model "
+                f"selects, for instance pvalues=TokenGaussian(exclude_top={min(2, num_experts - 2)})"
+            )
+
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:
+        self._check_num_experts(router_logits.shape[-1])
         z = standardized(router_logits, self.exclude_top, top)
         if self.estimator == "trimmed":
             return z
@@ -522,15 +604,17 @@ class FittedNull(PValueMaker):
     ----------
     header : dict
         What the file's header holds: null, statistic, exclude_top, model_name, num_layers, num_experts, per_expert,
-        sample_sizes ([layers] or [layers][experts]), seed, and what the subclass adds.
+        sample_sizes ([layers] or [layers][experts]), seed, what the subclass adds, and the levels of ``alpha_for``.
     tensors : dict of Tensor
         What the file holds, on the CPU, named ``"what.layer"``.
     """
 
     parts: tuple[str, ...]  # names of a layer's tensors
+    header_types: dict[str, Callable[[object], bool]] = {}  # what the subclass adds to the header
 
     def __init__(self, tensors: dict[str, Tensor], header: dict):
-        self.tensors = tensors
+        with torch.inference_mode(False):  # a copy that a backward pass may save, whatever it was made in
+            self.tensors = {name: table.clone() if table.is_inference() else table for name, table in tensors.items()}
         self.header = header
         self.statistic = _check_statistic(header["statistic"])
         self.exclude_top: int = header["exclude_top"]
@@ -539,6 +623,10 @@ class FittedNull(PValueMaker):
         self.num_experts: int = header["num_experts"]
         self.shared = not header["per_expert"]
         self._on_device: dict = {}
+
+    def __getstate__(self) -> dict:
+        """Without the tables on devices, which are made anew."""
+        return vars(self) | {"_on_device": {}}
 
     @classmethod
     def fit(
@@ -577,31 +665,79 @@ class FittedNull(PValueMaker):
         ValueError
             If a sample is empty, not 1-D, not finite, or not there for every expert; the message says which.
         """
+        columns = _columns(samples, num_experts, per_expert)
+        sizes = [[len(values) for values in layer] for layer in columns]
+        header = cls._header(sizes, model_name, num_experts, statistic, exclude_top, per_expert, seed)
+        tensors, extra = cls._fit_layers(columns, **options)
+        return cls(tensors, header | extra)
+
+    @classmethod
+    def _header(
+        cls,
+        sizes: list[list[int]],
+        model_name: str,
+        num_experts: int,
+        statistic: str,
+        exclude_top: int,
+        per_expert: bool = False,
+        seed: int | None = None,
+    ) -> dict:
+        """What every file says, checked; `sizes` are the sample sizes [layers][1 or experts]."""
         _check_statistic(statistic)
         if not isinstance(model_name, str) or not model_name:
             raise ValueError(f"model_name is {model_name!r}; name the model whose logits these are")
         _check_exclude_top(exclude_top, num_experts)
-        columns = _columns(samples, num_experts, per_expert)
-        tensors, extra = cls._fit_layers(columns, **options)
-        sizes = [[len(values) for values in layer] for layer in columns]
-        header = dict(
+        return dict(
             format=FORMAT,
             null=cls.name,
             statistic=statistic,
             exclude_top=int(exclude_top),
             model_name=model_name,
-            num_layers=len(columns),
+            num_layers=len(sizes),
             num_experts=int(num_experts),
             per_expert=bool(per_expert),
             sample_sizes=sizes if per_expert else [layer[0] for layer in sizes],
-            seed=seed,
-            **extra,
+            seed=None if seed is None else int(seed),
         )
-        return cls(tensors, header)
 
     @classmethod
     def _fit_layers(cls, columns: list[list[np.ndarray]], **options) -> tuple[dict[str, Tensor], dict]:
         raise NotImplementedError
+
+    def alpha_for(self, mean_experts: float) -> float:
+        """The level at which BH with these p-values gives tokens so many experts on average, from 1 to 8 each.
+
+        One alpha means different numbers of experts with different nulls: ``alpha=null.alpha_for(4.0)`` asks for the
+        number. `bhlib.calibrate` and `bhlib.calibration.fit_null` measure it on a sample of the calibration tokens and
+        keep it in the header, at steps of half an expert; between these the log-odds are interpolated. On the demo, a
+        kernel null of the log-probability reaches 6.2 experts at alpha = 0.05 already, 4 at 8e-4, and 3 at 2e-5 (the
+        Dirichlet null: 4 at 0.01, 5 at 0.08). Levels below num_experts/n are read from the tail of the kernels, beyond what n
+        values can tell: as good as any to set a number of experts, but no error rate.
+
+        Parameters
+        ----------
+        mean_experts : float
+            Over tokens and layers, with the rule's own bounds ``min_k=1`` and ``max_k=8`` (or all experts, if fewer).
+
+        Raises
+        ------
+        ValueError
+            If the null brings no levels, since it was made of samples or a table alone, or none for so many experts.
+            `bhlib.calibration.alpha_for_mean_experts` finds the level for any p-values, bounds and procedure.
+        """
+        levels = self.header.get("levels")
+        if levels is None:
+            raise ValueError(
+                f"{self!r} brings no levels; find one with "
+                f"bhlib.calibration.alpha_for_mean_experts(null, router_logits, {mean_experts:g})"
+            )
+        means, alphas = np.array(levels["mean_experts"]), np.array(levels["alpha"])
+        if not means[0] <= mean_experts <= means[-1]:
+            raise ValueError(
+                f"mean_experts is {mean_experts:g}, but the levels of this null are for {means[0]:g} to {means[-1]:g} "
+                "experts; bhlib.calibration.alpha_for_mean_experts takes other bounds"
+            )
+        return float(expit(np.interp(mean_experts, means, logit_of(alphas))))
 
     @property
     def smallest_sample(self) -> int:
@@ -647,13 +783,33 @@ class FittedNull(PValueMaker):
         """What ``_survival`` needs, moved to the device once."""
         if (layer, device) not in self._on_device:
             parts = [self.tensors[f"{part}.{layer}"] for part in self.parts]
-            self._on_device[layer, device] = tuple(table.to(device) for table in self._make_tables(*parts))
+            # They outlive the pass that asks first; made in inference mode they would be of no use in training.
+            with torch.inference_mode(False):
+                self._on_device[layer, device] = tuple(table.to(device) for table in self._make_tables(*parts))
         return self._on_device[layer, device]
 
     def _make_tables(self, *parts: Tensor) -> tuple[Tensor, ...]:
         return parts
 
     def _survival(self, statistics: Tensor, *tables: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def _damage(cls, sizes: list[int], **parts: Tensor) -> str | None:
+        """What keeps the tables of a layer from being a survival function, None if nothing does.
+
+        Parameters
+        ----------
+        sizes : list of int
+            Sample sizes that the header announces, one per row of the tables.
+        **parts : Tensor [rows, ...]
+            The layer's tensors, by the names in `cls.parts`.
+
+        Returns
+        -------
+        str or None
+            Begins with the name of a part.
+        """
         raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
@@ -687,7 +843,7 @@ def _columns(samples, num_experts: int, per_expert: bool) -> list[list[np.ndarra
 
 
 def _check_sample(values, place: str) -> np.ndarray:
-    values = torch.as_tensor(values).detach().cpu().to(torch.float64).numpy()
+    values = torch.as_tensor(values, device="cpu").detach().to(torch.float64).numpy()
     if values.ndim != 1:
         raise ValueError(f"{place} has shape {values.shape}, but must be 1-D: the statistic values of null experts")
     if len(values) == 0:
@@ -706,6 +862,13 @@ class KDENull(FittedNull):
     ``fit(..., bw_method=None, weights=None)`` passes both to ``gaussian_kde``; ``weights`` (kernel weights) has the
     structure of ``samples``.
 
+    The bandwidth. scipy's default, Scott's factor n**(-1/5), is the right order for a density. What is used here is the
+    survival function, for which a narrower kernel is better, of the order n**(-1/3) (Azzalini, 1981):
+    ``bw_method="survival"`` takes the factor (4/n)**(1/3), the best for a Gaussian sample. It matters where a few
+    values lie in a clump far out. With 50,000 values, 50 of them in a clump, Scott's p is off by a factor of up to 1.3
+    down to p = 1e-3 and of 4 down to 1e-4; that of ``"survival"`` by 1.1 and 2.8; that of ``bw_method=0.02`` by 1.1 and
+    1.8, about what five values at 1e-4 can tell. `bhlib.calibration.tail_factors` measures it on your logits.
+
     The table. The logarithm of the survival function and its slope are exact at nodes at most 1/8 bandwidth apart, and
     refined 16-fold by cubic Hermite interpolation in float64; between the refined nodes p itself is interpolated
     linearly in float32. The table reaches from 6 bandwidths below the sample, where p = 1, to 15 above, where p
@@ -716,10 +879,20 @@ class KDENull(FittedNull):
     table is measured when fitting: ``header["table_error"]``). That the density estimate is right is not guaranteed: a
     kernel estimate is too wide by the bandwidth, hence conservative in the tail, and far beyond the sample it is a
     Gaussian of the bandwidth, whatever the truth.
+
+    References
+    ----------
+    A. Azzalini (1981), A note on the estimation of a distribution function and quantiles by a kernel method,
+    Biometrika 68, 326-328.
     """
 
     name = "kde"
     parts = ("grid", "log_survival", "slope")
+    header_types = {
+        "bw_method": lambda value: value is None or isinstance(value, (str, float)),
+        "weighted": lambda value: isinstance(value, bool),
+        "table_error": lambda value: isinstance(value, float),
+    }
 
     @classmethod
     def _fit_layers(cls, columns, bw_method=None, weights=None):
@@ -740,6 +913,23 @@ class KDENull(FittedNull):
 
     def _survival(self, statistics: Tensor, low: Tensor, cells: Tensor, pvals: Tensor) -> Tensor:
         return _interpolate(statistics, low, cells, pvals)
+
+    @classmethod
+    def _damage(cls, sizes, grid, log_survival, slope):
+        if grid.dtype != torch.float64 or grid.shape != (len(sizes), 2):
+            return f"grid is {_kind(grid)}, not torch.float64 [{len(sizes)}, 2]"
+        low, span = grid[:, 0], grid[:, 1] - grid[:, 0]
+        # Within these bounds, which are far from any logit, no float32 product in `_interpolate` overflows.
+        if not ((low.abs() < 1e18) & (span > 1e-18) & (span < 1e18)).all():
+            return "grid does not go from a lowest statistic to a highest one"
+        for name, table in (("log_survival", log_survival), ("slope", slope)):
+            if table.dtype != torch.float32 or table.ndim != 2 or len(table) != len(sizes) or table.shape[1] < 2:
+                return f"{name} is {_kind(table)}, not torch.float32 [{len(sizes)}, nodes]"
+            if not ((table <= 0) & table.isfinite()).all():
+                return f"{name} has values above 0, infinite or NaN"
+        if slope.shape != log_survival.shape:
+            return f"slope has shape {tuple(slope.shape)}, but log_survival has {tuple(log_survival.shape)}"
+        return "log_survival rises" if (log_survival.diff(dim=-1) > 0).any() else None
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, table error {self.header['table_error']:.1e})"
@@ -773,8 +963,16 @@ def _densities(samples: list[np.ndarray], bw_method, weights, layer: int) -> lis
                 f"the sample of {place} has no spread ({len(values)} values); a density needs two different ones. "
                 "Calibrate on more tokens, or use ConformalNull"
             )
-        densities.append(gaussian_kde(values, bw_method=bw_method, weights=kernel_weights))
+        method = _survival_factor if isinstance(bw_method, str) and bw_method == "survival" else bw_method
+        densities.append(gaussian_kde(values, bw_method=method, weights=kernel_weights))
     return densities
+
+
+def _survival_factor(kde: gaussian_kde) -> float:
+    """The bandwidth, over the standard deviation, with the least integrated squared error of the survival function of a
+    Gaussian: h**3 = r / (n R), with r = 1/sqrt(pi) for the kernel, and R = 1/(4 sqrt(pi)) for the squared slope of the
+    density, integrated."""
+    return (4 / kde.neff) ** (1 / 3)
 
 
 def _bandwidth(kde: gaussian_kde) -> float:
@@ -838,7 +1036,7 @@ def _refined(grid: Tensor, log_survival: Tensor, slope: Tensor) -> tuple[Tensor,
 
 def _table_error(densities: list[gaussian_kde], tables: tuple[Tensor, Tensor, Tensor]) -> float:
     """Largest relative error of the table at 200 points of each column, evenly spread over log p from 1 to 1e-8."""
-    levels = torch.logspace(0, -8, 200, dtype=torch.float32)
+    levels = torch.logspace(0, -8, 200, dtype=torch.float32, device="cpu")
     worst = 0.0
     for kde, low, cells, pvals in zip(densities, *tables, strict=True):
         # The middle of the cell in which p passes a level: that is where a straight line errs most.
@@ -865,9 +1063,14 @@ class ConformalNull(FittedNull):
     """p = (1 + the number of calibration values >= the statistic) / (n + 1): empirical p-values.
 
     Guarantee: if the statistic is exchangeable with the n calibration values, P(p <= a) <= a for every a, at any n and
-    for any distribution, ties included. It holds on average over calibration samples; given one sample, p is off by
-    some 1/sqrt(n), and by more where the values of a token depend on each other. P-values that share a calibration
-    sample are positively dependent in the sense that BH needs, if the tested values are independent.
+    for any distribution, ties included. It holds on average over calibration samples; given one sample of independent
+    values, p is off by some 1/sqrt(n). P-values that share a calibration sample are positively dependent in the sense
+    that BH needs (PRDS, Bates et al. 2023) if the calibration values and the tested ones are all independent.
+
+    Neither condition holds for a router. All the unselected experts of a token may be in the sample, 56 in OLMoE, and
+    the tokens of a document besides: values of one token resemble each other more than they do those of another token,
+    so that a tested token is not exchangeable with them, and the sample tells less than its size n says. The experts
+    of the tested token depend on each other, too. So neither P(p <= a) <= a nor BH's bound is proven here.
 
     The price is a floor: p >= 1/(n + 1), see ``check_resolution``.
 
@@ -887,11 +1090,11 @@ class ConformalNull(FittedNull):
         for layer, samples in enumerate(columns):
             sizes = [len(values) for values in samples]
             # Infinity pads where experts have unequal samples: it is above every statistic, so never counted below.
-            table = torch.full((len(samples), max(sizes)), torch.inf, dtype=torch.float32)
+            table = torch.full((len(samples), max(sizes)), torch.inf, dtype=torch.float32, device="cpu")
             for row, values in zip(table, samples, strict=True):
                 row[: len(values)] = torch.from_numpy(np.sort(values))
             tensors[f"sample.{layer}"] = table
-            tensors[f"size.{layer}"] = torch.tensor(sizes)
+            tensors[f"size.{layer}"] = torch.tensor(sizes, device="cpu")
         return tensors, {}
 
     def _survival(self, statistics: Tensor, sample: Tensor, size: Tensor) -> Tensor:
@@ -902,6 +1105,17 @@ class ConformalNull(FittedNull):
             below = torch.searchsorted(sample, per_expert).T.reshape(statistics.shape)
         pvals = (1 + size - below).float() / (1 + size)
         return torch.where(statistics.isnan(), torch.nan, pvals)
+
+    @classmethod
+    def _damage(cls, sizes, sample, size):
+        if sample.dtype != torch.float32 or sample.shape != (len(sizes), max(sizes)):
+            return f"sample is {_kind(sample)}, not torch.float32 [{len(sizes)}, {max(sizes)}]"
+        if size.dtype != torch.int64 or size.tolist() != sizes:
+            return f"size is {_kind(size)}, not the sample sizes of the header"
+        is_value = torch.arange(max(sizes)) < size[:, None]
+        if not (sample.isfinite() == is_value).all() or not (sample[~is_value] == torch.inf).all():
+            return "sample has values that are NaN or infinite"
+        return "sample is not in increasing order" if (sample.diff(dim=-1) < 0).any() else None
 
     def check_resolution(self, alpha: float, num_experts: int) -> bool:
         """Warn if BH at level ``alpha`` can never reject one expert alone, because 1/(n + 1) > alpha/num_experts.
@@ -936,7 +1150,171 @@ class ConformalNull(FittedNull):
         return False
 
 
+class TableNull(FittedNull):
+    """A survival function that you have as a table: of another study, a theory, a larger sample.
+
+    Make one with ``from_survival``; it saves, loads and routes as a fitted null does. Between two points p is
+    interpolated linearly, which is cautious where the survival function is convex, as in a tail. Below the first point
+    p is 1, and from the last point on it stays at the last value: what the table does not say is not made up.
+    """
+
+    name = "table"
+    parts = ("x", "sf")
+
+    @classmethod
+    def from_survival(
+        cls,
+        x,
+        sf,
+        *,
+        model_name: str,
+        num_experts: int,
+        statistic: str,
+        exclude_top: int = 0,
+        num_layers: int | None = None,
+    ) -> "TableNull":
+        """A null from points of its survival function.
+
+        Parameters
+        ----------
+        x : 1-D array, or sequence over layers of 1-D arrays
+            Values of the statistic, increasing. One array serves all layers.
+        sf : 1-D array, or sequence over layers of 1-D arrays
+            P(statistic of a null expert >= x), never increasing, in [0, 1]. One array is the null of every layer.
+            From a distribution function pass ``1 - cdf``, with its loss: the smallest p-value above 0 is then some
+            6e-8 for a cdf in float32, and one over the sample size for that of a sample, whatever the number of points.
+        model_name : str
+            Whose logits these are. Checked on loading.
+        num_experts : int
+        statistic : a name in ``STATISTICS``
+            What `x` are values of, for instance ``"logit"``.
+        exclude_top : int
+            For the statistics ``"centered"`` and ``"standardized"``: how many of the largest logits their background
+            leaves out.
+        num_layers : int, optional
+            How many MoE layers share the one array `sf`, 1 by default.
+
+        Raises
+        ------
+        ValueError
+            If the points are no survival function or do not belong together; the message says where.
+
+        Examples
+        --------
+        >>> grids = [{"x": np.linspace(-6, 6, 10_000), "cdf": np.linspace(0, 1, 10_000)}] * 16
+        >>> null = TableNull.from_survival(
+        ...     [grid["x"] for grid in grids], [1 - grid["cdf"] for grid in grids],
+        ...     model_name="allenai/OLMoE-1B-7B-0924", num_experts=64, statistic="logit")
+        >>> null
+        TableNull(logit, 16 layers, 10,000 points or more each, of 'allenai/OLMoE-1B-7B-0924')
+        """
+        xs, tails = _by_layer(x, "x"), _by_layer(sf, "sf")
+        if len(tails) == 1 and num_layers is not None:
+            tails *= num_layers
+        if num_layers not in (None, len(tails)):
+            raise ValueError(f"num_layers is {num_layers}, but sf holds {len(tails)} layers; leave num_layers out")
+        if len(xs) == 1:
+            xs *= len(tails)
+        if len(xs) != len(tails):
+            raise ValueError(f"x holds {len(xs)} layers, but sf {len(tails)}; pass one x for all, or one for each sf")
+        tensors = {}
+        for layer, (points, tail) in enumerate(zip(xs, tails, strict=True)):
+            _check_points(points, tail, layer)
+            tensors[f"x.{layer}"], tensors[f"sf.{layer}"] = points.float()[None], tail.float()[None]
+        sizes = [[len(tail)] for tail in tails]
+        return cls(tensors, cls._header(sizes, model_name, num_experts, statistic, exclude_top))
+
+    @classmethod
+    def _fit_layers(cls, columns, **options):
+        raise TypeError("a TableNull is not fitted to samples; make one with TableNull.from_survival(x, sf, ...)")
+
+    def _survival(self, statistics: Tensor, x: Tensor, sf: Tensor) -> Tensor:
+        x, sf = x[0], sf[0]
+        cell = (torch.searchsorted(x, statistics.contiguous(), right=True) - 1).clamp(0, len(x) - 2)
+        left, right = sf[cell], sf[cell + 1]
+        share = ((statistics - x[cell]) / (x[cell + 1] - x[cell])).clamp(0, 1)
+        # Rounding may carry the sum past the right end, and p must not rise to the next cell.
+        pvals = torch.maximum(left + share * (right - left), right)
+        return torch.where(statistics < x[0], 1.0, pvals)
+
+    @classmethod
+    def _damage(cls, sizes, x, sf):
+        if len(sizes) > 1:
+            return "x is a table per expert"
+        for name, table in (("x", x), ("sf", sf)):
+            if table.dtype != torch.float32 or table.shape != (1, sizes[0]) or sizes[0] < 2:
+                return f"{name} is {_kind(table)}, not torch.float32 [1, {sizes[0]}], of two points or more"
+        if not (x.abs() < 1e18).all() or not (x.diff() > 0).all():
+            return "x does not increase"
+        return None if ((sf >= 0) & (sf <= 1)).all() and (sf.diff() <= 0).all() else "sf is no survival function"
+
+    def check_resolution(self, alpha: float, num_experts: int) -> bool:
+        """Warn (ResolutionWarning) if a layer's table has no p-value above 0 as small as alpha/num_experts, the largest
+        with which one expert alone is rejected; return whether each has."""
+        tails = [self.tensors[f"sf.{layer}"] for layer in range(self.num_layers)]
+        floor, needed = max(float(tail[tail > 0].min()) for tail in tails if (tail > 0).any()), alpha / num_experts
+        if floor <= needed:
+            return True
+        warnings.warn(
+            f"the smallest p-value above 0 in a layer's table is {floor:.2g}, which exceeds alpha/num_experts = "
+            f"{needed:.2g}: whether one expert alone is rejected at alpha = {alpha:g} is beyond the table. Pass one "
+            "that resolves its tail, computed as a survival function",
+            ResolutionWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def __repr__(self) -> str:
+        return (
+            f"TableNull({self.statistic}, {self.num_layers} layers, {self.smallest_sample:,} points or more each, "
+            f"of {self.model_name!r})"
+        )
+
+
+def _by_layer(values, name: str) -> list[Tensor]:
+    """A float64 array per layer; one if there is but one."""
+    values = list(values)
+    if not values:
+        raise ValueError(f"{name} is empty; pass two points or more")
+    if np.ndim(values[0]) == 0:
+        values = [values]
+    tables = [torch.as_tensor(np.asarray(table, dtype=np.float64)) for table in values]
+    for layer, table in enumerate(tables):
+        if table.ndim != 1:
+            raise ValueError(f"{name}[{layer}] has shape {tuple(table.shape)}, but must be 1-D: a value for each point")
+    return tables
+
+
+def _check_points(x: Tensor, sf: Tensor, layer: int) -> None:
+    """Raise unless sf [points] is a survival function of x [points], also in float32."""
+    if len(x) != len(sf):
+        raise ValueError(f"layer {layer} has {len(x)} points in x, but {len(sf)} in sf; pass a value for each point")
+    if len(x) < 2:
+        raise ValueError(f"the table of layer {layer} has {len(x)} points, but must have two or more")
+    if not (x.abs() < 1e18).all():
+        raise ValueError(f"x of layer {layer} has values that are NaN or infinite, or above 1e18")
+    stays = x.float().diff() <= 0
+    if stays.any():
+        raise ValueError(
+            f"x of layer {layer} must increase, in float32 as well, but {x[1:][stays][0]:.9g} follows "
+            f"{x[:-1][stays][0]:.9g}; sort the points and leave out those too close"
+        )
+    outside = ~((sf >= 0) & (sf <= 1))
+    if outside.any():
+        value, place = sf[outside][0], x[outside][0]
+        raise ValueError(f"sf of layer {layer} has the value {value:g}, outside [0, 1], at x = {place:g}")
+    rises = sf.diff() > 0
+    if rises.any():
+        raise ValueError(
+            f"sf of layer {layer} rises from {sf[:-1][rises][0]:g} to {sf[1:][rises][0]:g} at x = {x[1:][rises][0]:g}; "
+            "if it is a distribution function, pass 1 - cdf"
+        )
+
+
 NULLS = {null.name: null for null in (KDENull, ConformalNull)}
+"""Nulls that are fitted to a sample, by name."""
+
+_SAVED = NULLS | {TableNull.name: TableNull}
 
 
 # ------------------------------------------------------------------------------------------------------ loading
@@ -959,14 +1337,17 @@ def load_null(
 
     Returns
     -------
-    KDENull or ConformalNull
+    KDENull, ConformalNull or TableNull
         With p-values equal to the bit to those of the null that was saved.
 
     Raises
     ------
+    OSError
+        If there is no such file, or it cannot be read.
     ValueError
         If the file is not a calibration, is damaged, is of another format version, or was made for another model,
-        number of layers or experts, or statistic; the message says what was found and what was expected.
+        number of layers or experts, or statistic; the message says what was found and what was expected. Damage is
+        noticed where it leaves no survival function; a digit that changed within one is not.
     """
     tensors, header = _read(path)
     expected = dict(model_name=model_name, num_layers=num_layers, num_experts=num_experts, statistic=statistic)
@@ -976,9 +1357,9 @@ def load_null(
                 f"{path} is a calibration with {key} {header[key]!r}, but {key} {value!r} is expected. P-values of "
                 "another calibration mean nothing here: calibrate again, or load the file made for this model"
             )
-    null = NULLS[header["null"]](tensors, header)
-    _check_contents(null, path)
-    return null
+    null = _SAVED[header["null"]]
+    _check_tables(null, tensors, header, path)
+    return null(tensors, header)
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -990,30 +1371,92 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); save the calibration again") from error
     if "bhlib" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but no calibration: write one with .save(path)")
-    header = json.loads(metadata["bhlib"])
-    if header["format"] != FORMAT:
-        raise ValueError(f"{path} has format version {header['format']}, but {FORMAT} is read here; calibrate again")
-    if header["null"] not in NULLS:
-        raise ValueError(f"{path} holds a null {header['null']!r}, but must be one of {', '.join(map(repr, NULLS))}")
+    try:
+        header = json.loads(metadata["bhlib"])
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    _check_header(header, path)
     return tensors, header
 
 
-def _check_contents(null: FittedNull, path: str | Path) -> None:
-    """The tensors must be those that the header announces."""
-    wanted = {f"{part}.{layer}" for layer in range(null.num_layers) for part in null.parts}
-    if wanted != set(null.tensors):
-        odd = ", ".join(sorted(wanted ^ set(null.tensors)))
-        raise ValueError(f"{path} is damaged: the header and the tables disagree on {odd}; calibrate again")
-    columns = 1 if null.shared else null.num_experts
-    for name, tensor in null.tensors.items():
-        if len(tensor) != columns:
-            raise ValueError(f"{path} is damaged: {name} has {len(tensor)} rows, but {columns} are announced")
-    for layer, sizes in enumerate(null.header["sample_sizes"]):
-        stored = null.tensors.get(f"size.{layer}")
-        if stored is not None and stored.tolist() != np.atleast_1d(sizes).tolist():
-            raise ValueError(
-                f"{path} is damaged: layer {layer} holds {stored.tolist()} values, but {sizes} are announced"
-            )
+def _damaged(path: str | Path, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {what}; save the calibration again, or calibrate again")
+
+
+#: What a header must hold, and what it may be.
+_HEADER_TYPES = {
+    "statistic": lambda value: isinstance(value, str) and value in STATISTICS,
+    "exclude_top": lambda value: is_whole(value) and value >= 0,
+    "model_name": lambda value: isinstance(value, str) and value != "",
+    "num_layers": lambda value: is_whole(value) and value >= 1,
+    "num_experts": lambda value: is_whole(value) and value >= 2,
+    "per_expert": lambda value: isinstance(value, bool),
+    "sample_sizes": lambda value: isinstance(value, list),
+    "seed": lambda value: value is None or is_whole(value),
+}
+
+
+def _are_levels(levels: object) -> bool:
+    """Whether `alpha_for` can read them: as many numbers of experts as levels, both increasing, levels in (0, 1)."""
+    if not isinstance(levels, dict) or levels.keys() != {"mean_experts", "alpha"}:
+        return False
+    means, alphas = levels["mean_experts"], levels["alpha"]
+    for values in (means, alphas):
+        if not isinstance(values, list) or not values or not all(isinstance(value, float) for value in values):
+            return False
+        if not np.isfinite(values).all() or not (np.diff(values) > 0).all():
+            return False
+    return len(means) == len(alphas) and 0 < alphas[0] and alphas[-1] < 1
+
+
+def _check_header(header: dict, path: str | Path) -> None:
+    """Every key is there, and of the right kind."""
+
+    def value_of(key: str) -> object:
+        if key not in header:
+            raise _damaged(path, f"its header lacks {key}")
+        return header[key]
+
+    if value_of("format") != FORMAT:
+        raise ValueError(f"{path} has format version {header['format']!r}, but {FORMAT} is read here; calibrate again")
+    if not isinstance(value_of("null"), str) or header["null"] not in _SAVED:
+        raise ValueError(f"{path} holds a null {header['null']!r}, but must be one of {', '.join(map(repr, _SAVED))}")
+    for key, fits in (_HEADER_TYPES | _SAVED[header["null"]].header_types).items():
+        if not fits(value_of(key)):
+            raise _damaged(path, f"its header has the {key} {reprlib.repr(header[key])}")
+    if "levels" in header and not _are_levels(header["levels"]):
+        raise _damaged(path, f"its header has the levels {reprlib.repr(header['levels'])}")
+    if header["exclude_top"] > header["num_experts"] - 2:
+        raise _damaged(path, f"its exclude_top is {header['exclude_top']} of {header['num_experts']} experts")
+
+
+def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: dict, path: str | Path) -> None:
+    """The tensors must be those that the header announces, and tables of a survival function."""
+    num_layers, columns = header["num_layers"], header["num_experts"] if header["per_expert"] else 1
+    if num_layers > len(tensors):  # before anything as long as it says is made
+        raise _damaged(path, f"its header announces {num_layers:,} layers, but it holds {len(tensors)} tables")
+    wanted = {f"{part}.{layer}" for layer in range(num_layers) for part in null.parts}
+    if wanted != tensors.keys():
+        odd = ", ".join(sorted(wanted ^ tensors.keys()))
+        raise _damaged(path, f"the header and the tables disagree on {odd}")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 0 or len(tensor) != columns:
+            raise _damaged(path, f"{name} is {_kind(tensor)}, but {columns} rows are announced")
+    if len(header["sample_sizes"]) != num_layers:
+        raise _damaged(path, f"its header has sample_sizes of {len(header['sample_sizes'])} layers, not {num_layers}")
+    for layer, announced in enumerate(header["sample_sizes"]):
+        sizes = announced if header["per_expert"] else [announced]
+        if not isinstance(sizes, list) or len(sizes) != columns or not all(is_whole(n) and n >= 1 for n in sizes):
+            raise _damaged(path, f"its header has the sample_sizes {reprlib.repr(announced)} for layer {layer}")
+        what = null._damage(sizes, **{part: tensors[f"{part}.{layer}"] for part in null.parts})
+        if what is not None:
+            raise _damaged(path, f"in layer {layer} {what}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 # ------------------------------------------------------------------------------------------------------ by name

@@ -9,15 +9,18 @@ for the rules that always keep the best-scored experts, `count`.
     weights, experts, counts = rule(router_logits)          # Routing, one row per token
 """
 
+import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from bhlib import kernels
-from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, reject
-from bhlib.pvalues import DirichletNull, PValueMaker, check_logits, make_pvalues
+from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, is_whole, reject
+from bhlib.pvalues import DirichletNull, PValueMaker, check_logits, check_temperature, make_pvalues
 
 #: How a model turns the scores of the experts that it keeps into weights.
 #: ``softmax``: the probabilities as they are (OLMoE); ``normalized``: divided by their sum (Mixtral, Qwen3-MoE);
@@ -100,11 +103,14 @@ class Rule:
     min_k: int = field(default=1, kw_only=True)
     max_k: int = field(default=8, kw_only=True)
 
+    _upper_bound = "max_k"  # what the user calls the largest number of experts
+
     def __post_init__(self) -> None:
         for name in ("min_k", "max_k"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not is_whole(value):
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
+            object.__setattr__(self, name, int(value))
         if self.min_k < 0:
             raise ValueError(f"min_k must be 0 or more, got {self.min_k}; 1 is the usual choice.")
         if self.max_k < 1:
@@ -160,6 +166,9 @@ class Rule:
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""
 
+    def end_pass(self) -> None:
+        """Called after each forward pass of the model that comes to its end. Most rules have no use for it."""
+
     def check_model(self, num_layers: int, num_experts: int) -> None:
         """Raise if the rule cannot route a model of so many MoE layers and experts."""
         self.check_num_experts(num_experts)
@@ -167,9 +176,11 @@ class Rule:
     def check_num_experts(self, num_experts: int) -> None:
         """Raise if the rule cannot work with so many experts."""
         if self.max_k > num_experts:
+            name, value = self._upper_bound, getattr(self, self._upper_bound)
+            mend = f"{num_experts} at most" if isinstance(value, tuple) else f"{name}={num_experts} to allow them all"
             raise ValueError(
-                f"max_k must not exceed the number of experts, got max_k={self.max_k} for {num_experts} experts: "
-                f"use max_k={num_experts} to allow them all."
+                f"{name} must not exceed the number of experts, got {name}={value} for {num_experts} experts: "
+                f"use {mend}."
             )
 
 
@@ -195,11 +206,13 @@ class TopK(PrefixRule):
 
     k: int = 8
 
+    _upper_bound = "k"
+
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 1:
+        if not is_whole(self.k) or self.k < 1:
             raise ValueError(f"k must be an int of 1 or more, got {self.k!r}.")
-        object.__setattr__(self, "min_k", self.k)
-        object.__setattr__(self, "max_k", self.k)
+        for name in ("k", "min_k", "max_k"):
+            object.__setattr__(self, name, int(self.k))
 
     def count(self, top: Tensor, scores: Tensor, layer: int | None) -> Tensor:
         return torch.full(top.shape[:1], self.k, device=top.device)
@@ -223,13 +236,15 @@ class StaticPerLayer(PrefixRule):
 
     ks: tuple[int, ...] = ()
 
+    _upper_bound = "ks"
+
     def __post_init__(self) -> None:
         ks = tuple(self.ks)
-        if not ks or not all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in ks):
+        if not ks or not all(is_whole(k) and k >= 1 for k in ks):
             raise ValueError(f"ks must hold one int of 1 or more per MoE layer, got {self.ks!r}.")
-        object.__setattr__(self, "ks", ks)
-        object.__setattr__(self, "min_k", min(ks))
-        object.__setattr__(self, "max_k", max(ks))
+        ks = tuple(map(int, ks))
+        for name, value in (("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
+            object.__setattr__(self, name, value)
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
         super().check_model(num_layers, num_experts)
@@ -352,6 +367,8 @@ class EntropyK(ProbabilityRule):
     thresholds: tuple[float, ...] = (2.0, 2.5)
     ks: tuple[int, ...] = (2, 4, 8)
 
+    _upper_bound = "ks"
+
     def __post_init__(self) -> None:
         thresholds, ks = tuple(self.thresholds), tuple(self.ks)
         if len(ks) != len(thresholds) + 1:
@@ -361,8 +378,9 @@ class EntropyK(ProbabilityRule):
             )
         if list(thresholds) != sorted(thresholds):
             raise ValueError(f"thresholds must be increasing, got {thresholds}.")
-        if not all(isinstance(k, int) and k >= 1 for k in ks):
+        if not all(is_whole(k) and k >= 1 for k in ks):
             raise ValueError(f"ks must hold ints of 1 or more, got {ks}.")
+        ks = tuple(map(int, ks))
         for name, value in (("thresholds", thresholds), ("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
             object.__setattr__(self, name, value)
 
@@ -373,7 +391,7 @@ class EntropyK(ProbabilityRule):
 
 
 def _check_fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
 
 
@@ -392,8 +410,9 @@ class BH(Rule):
     layer_weights : sequence of float, optional
         A factor per MoE layer on the odds of `alpha`: layer l is tested at ``w a / (1 - a + w a)``. A layer with a
         weight above 1 gets more experts. The weights are chosen beforehand, on calibration text
-        (`bhlib.tuning.choose_layer_weights`); for small `alpha` it is the weighted BH procedure of Genovese, Roeder &
-        Wasserman (2006, Biometrika 93, 509-524) with the layers as groups.
+        (`bhlib.tuning.choose_layer_weights`). Each token and layer is still a test by itself, at its layer's level;
+        nothing is promised over the layers together. This is not the weighted BH procedure of Genovese, Roeder and
+        Wasserman (2006), which is one step-up over pooled hypotheses with weights of arithmetic mean 1.
 
     Notes
     -----
@@ -415,8 +434,10 @@ class BH(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self.alpha)
+        object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "method", canonical_method(self.method))
         object.__setattr__(self, "pvalues", make_pvalues(self.pvalues))
+        self.pvalues.check()
         if self.layer_weights is not None:
             weights = tuple(float(weight) for weight in self.layer_weights)
             if not weights or not all(0 < weight < float("inf") for weight in weights):
@@ -427,7 +448,7 @@ class BH(Rule):
             object.__setattr__(self, "layer_weights", weights)
 
     def level(self, layer: int | None) -> float:
-        """The level at which a layer is tested: `alpha`, its odds times the layer's weight."""
+        """The level at which a layer is tested, by itself: `alpha`, its odds times the layer's weight."""
         if self.layer_weights is None:
             return self.alpha
         if layer is None or not 0 <= layer < len(self.layer_weights):
@@ -543,8 +564,9 @@ class Replay(Rule):
         with RoutingPatch(model, Replay(bh.records)):
             model(**inputs)  # the same logits, bit for bit
 
-    Whenever the rule is put into a model it begins with the first recorded pass (`rewind`). Passes are told apart by
-    their order alone: one thread at a time, and no gradient checkpointing, which repeats them.
+    Whenever the rule is put into a model it begins with the first recorded pass (`rewind`), and goes on to the next one
+    when a pass comes to its end; one that is aborted is repeated. Passes are told apart by their order alone: one
+    thread at a time, and no gradient checkpointing, which runs layers again after the end of their pass.
 
     Parameters
     ----------
@@ -564,7 +586,7 @@ class Replay(Rule):
 
     records: object = field(repr=False)
     weights: str = "model"
-    _next_pass: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    _number: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.weights not in ("model", "recorded"):
@@ -582,7 +604,11 @@ class Replay(Rule):
 
     def rewind(self) -> None:
         """Begin with the first recorded pass again."""
-        self._next_pass.clear()
+        object.__setattr__(self, "_number", 0)
+
+    def end_pass(self) -> None:
+        """Go on to the next recorded pass."""
+        object.__setattr__(self, "_number", self._number + 1)
 
     def check_num_experts(self, num_experts: int) -> None:
         if num_experts != self.records.num_experts:
@@ -617,8 +643,8 @@ class Replay(Rule):
         return experts.clamp(min=0), counts
 
     def _recorded(self, router_logits: Tensor, layer: int | None) -> Routing:
-        """Decisions of the next recorded pass of a layer, on the device of the logits."""
-        number, passes = self._next_pass.get(layer, 0), self.records.passes
+        """Decisions of a layer in the recorded pass that is being repeated, on the device of the logits."""
+        number, passes = self._number, self.records.passes
         if number == len(passes):
             raise RuntimeError(
                 f"The recording holds {len(passes)} forward passes, and MoE layer {layer} is run once more: record as "
@@ -632,7 +658,6 @@ class Replay(Rule):
                 f"The recorded forward pass {number} routed {len(routing.counts)} tokens, and now there are "
                 f"{len(router_logits)}: replay on the inputs that were recorded."
             )
-        self._next_pass[layer] = number + 1
         device = router_logits.device
         return Routing(
             routing.weights.to(device), routing.experts.to(device, torch.int64), routing.counts.to(device, torch.int64)
@@ -649,7 +674,8 @@ def benjamini_hochberg_routing(
     pvalues: PValueMaker | str = "dirichlet",
     method: str = "bh",
     layer: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    return_stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, dict]:
     """Route tokens by the Benjamini–Hochberg procedure, outside any model.
 
     Parameters
@@ -669,6 +695,8 @@ def benjamini_hochberg_routing(
         Multiple-testing procedure (`bhlib.procedures`).
     layer : int, optional
         MoE layer that the logits come from; needed by p-values calibrated per layer.
+    return_stats : bool
+        Whether to return `stats` too.
 
     Returns
     -------
@@ -678,6 +706,11 @@ def benjamini_hochberg_routing(
         Selected experts, largest weight first (smallest p-value first where p-values differ by expert); -1 pads.
     counts : Tensor [...], int64
         Number of experts selected.
+    stats : dict, only with `return_stats`
+        ``total_tokens``; ``mean_``, ``std_``, ``min_`` and ``max_experts_per_token``; ``sparsity_gain``, the fraction
+        of `max_k` experts per token that was saved; ``share_at_min_k`` and ``share_at_max_k``, the fractions of tokens
+        with exactly so many experts; and ``alpha``, ``temperature``, ``min_k``, ``max_k`` as given. Of no tokens, NaN,
+        and None for the least and the most.
 
     Examples
     --------
@@ -690,7 +723,46 @@ def benjamini_hochberg_routing(
     if pvalues == "softmax":
         pvalues = make_pvalues("softmax", temperature=temperature)
     rule = BH(alpha=alpha, pvalues=pvalues, method=method, min_k=min_k, max_k=max_k)
-    return _dense(rule, router_logits, temperature, layer)
+    weights, experts, counts = _dense(rule, router_logits, temperature, layer)
+    if not return_stats:
+        return weights, experts, counts
+    settings = {"alpha": rule.alpha, "temperature": float(temperature), "min_k": rule.min_k, "max_k": rule.max_k}
+    return weights, experts, counts, settings | _stats_of_counts(counts, rule)
+
+
+def compare_max_k(router_logits: Tensor, max_ks: Iterable[int] = (2, 4, 8, 16), **options) -> pd.DataFrame:
+    """What an upper bound on the number of experts does: `benjamini_hochberg_routing` at each of several `max_k`.
+
+    Parameters
+    ----------
+    router_logits : Tensor [tokens, experts] or [batch, sequence, experts]
+    max_ks : iterable of int
+    **options
+        Of `benjamini_hochberg_routing`: alpha, min_k, pvalues and so on.
+
+    Returns
+    -------
+    DataFrame
+        The statistics of the routing function, a row for each `max_k`. The procedure is the same in each row, so
+        ``share_at_max_k`` tells how often the bound binds (or is met exactly).
+    """
+    stats = [benjamini_hochberg_routing(router_logits, max_k=k, return_stats=True, **options)[3] for k in max_ks]
+    return pd.DataFrame(stats).set_index("max_k")
+
+
+def _stats_of_counts(counts: Tensor, rule: Rule) -> dict:
+    counts = counts.flatten().double()
+    mean = counts.mean().item()
+    return {
+        "total_tokens": len(counts),
+        "mean_experts_per_token": mean,
+        "std_experts_per_token": (counts - mean).square().mean().sqrt().item(),
+        "min_experts_per_token": int(counts.min()) if len(counts) else None,
+        "max_experts_per_token": int(counts.max()) if len(counts) else None,
+        "sparsity_gain": 1 - mean / rule.max_k,
+        "share_at_min_k": (counts == rule.min_k).double().mean().item(),
+        "share_at_max_k": (counts == rule.max_k).double().mean().item(),
+    }
 
 
 def topk_routing(
@@ -713,14 +785,5 @@ def _dense(
     dense = weights.new_zeros(len(weights), num_experts)
     # Empty slots add their weight 0 to expert 0.
     dense.scatter_add_(-1, experts.clamp(min=0), weights)
-    return dense.view(*lead, num_experts), experts.view(*lead, -1), counts.view(lead)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise a ValueError unless 0 < temperature < inf."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"temperature must be a finite number above 0, got {temperature!r}; 1.0 leaves the softmax as it is."
-        )
-
-
+    # Not view(*lead, -1): of no tokens the number of slots could be any.
+    return dense.view(router_logits.shape), experts.view(*lead, experts.shape[-1]), counts.view(lead)

@@ -214,10 +214,14 @@ def choose_layer_weights(
     Returns
     -------
     tuple of float
-        One weight per MoE layer; their geometric mean is 1.
+        One weight per MoE layer; their geometric mean is 1. (The arithmetic mean is then above 1, and `rule.alpha` is
+        the level of no layer in particular: find it anew for a wanted number of experts, `level_for_mean_experts`.)
 
     Notes
     -----
+    The weights set the level of a separate BH procedure in each layer. They divide experts, not an error rate: no false
+    discovery rate over the layers is controlled by them.
+
     At the best division of a budget, its marginal value is the same everywhere: this is gradient descent toward that,
     by finite differences. A division can be too fine for the text that it was chosen on, so check it on other text.
     """

@@ -22,6 +22,7 @@ from html import escape
 
 import ipywidgets as widgets
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from bhlib.calibration import collect_router_logits, fit_null, name_of
@@ -185,13 +186,18 @@ class Explorer:
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
         bundle = {"text/plain": repr(self), "application/vnd.jupyter.widget-view+json": view}
         if self.routed is not None:
-            picture = draw_passage(self.routed, self._shown_layer)
-            picture.suptitle(self._rule_in_words(), y=1.02, fontsize=9)
-            bundle["image/png"] = b64encode(picture._repr_png_()).decode("ascii")
+            bundle["image/png"] = b64encode(self.draw()._repr_png_()).decode("ascii")
         return bundle
 
+    def draw(self) -> Figure:
+        """What is shown now, as a picture for places where no kernel answers; says how to get the sliders."""
+        picture = draw_passage(self.routed, self._shown_layer)
+        note = "A picture, without sliders: run the cells above and this one, in Colab or JupyterLab, to get them."
+        picture.suptitle(f"{self._rule_in_words()}\n{note}", y=1.05, fontsize=9)
+        return picture
+
     def __repr__(self) -> str:
-        return f"Explorer of {name_of(self.model)}: run this cell to move its sliders"
+        return f"Explorer of {name_of(self.model)}: run the cells above and this one for its sliders"
 
     # -- what happens when a control moves -----------------------------------------------------------------------
 

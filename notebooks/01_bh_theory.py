@@ -3,7 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/01_bh_theory.ipynb)
 #
-# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+# To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
+#
+# Next: [From logits to p-values](02_router_pvalues.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/02_router_pvalues.ipynb))
 
 # %%
 import os
@@ -11,8 +13,17 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
-    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
-    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    assert os.path.exists("bh-routing"), (
+        "This notebook does not know its repository: the address still says OWNER. In a clone of yours run "
+        "`python -m bhlib colab ACCOUNT/REPOSITORY`, commit, push, and open the notebook from there. Or copy the clone "
+        "into Colab's files, as bh-routing, and run this cell again."
+    )
+    for command in (
+        "[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing",
+        "pip install --quiet --editable ./bh-routing",
+    ):
+        status, said = subprocess.getstatusoutput(command)
+        assert status == 0, f"{command}: {said}"
     sys.path.append(os.path.abspath("bh-routing"))
     os.chdir("bh-routing/notebooks")
 
@@ -221,3 +232,6 @@ print(f"divisor {harmonic:.2f}; decisions that agree: {100 * same.double().mean(
 # **References.** Y. Benjamini and Y. Hochberg (1995), *Controlling the false discovery rate*, J. R. Statist. Soc. B 57,
 # 289–300. Y. Benjamini and D. Yekutieli (2001), *The control of the false discovery rate in multiple testing under
 # dependency*, Ann. Statist. 29, 1165–1188.
+
+# %% [markdown]
+# Next: [From logits to p-values](02_router_pvalues.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/02_router_pvalues.ipynb))

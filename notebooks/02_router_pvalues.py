@@ -3,7 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/02_router_pvalues.ipynb)
 #
-# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+# To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
+#
+# Previous: [False discoveries, and how to bound them](01_bh_theory.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/01_bh_theory.ipynb)) · Next: [From p-values to experts, and why the statistic decides](03_bh_routing.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb))
 
 # %%
 import os
@@ -11,8 +13,17 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
-    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
-    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    assert os.path.exists("bh-routing"), (
+        "This notebook does not know its repository: the address still says OWNER. In a clone of yours run "
+        "`python -m bhlib colab ACCOUNT/REPOSITORY`, commit, push, and open the notebook from there. Or copy the clone "
+        "into Colab's files, as bh-routing, and run this cell again."
+    )
+    for command in (
+        "[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing",
+        "pip install --quiet --editable ./bh-routing",
+    ):
+        status, said = subprocess.getstatusoutput(command)
+        assert status == 0, f"{command}: {said}"
     sys.path.append(os.path.abspath("bh-routing"))
     os.chdir("bh-routing/notebooks")
 
@@ -53,7 +64,7 @@ for alpha in (0.05, 0.5, 0.9):
     print(f"alpha = {alpha}: experts per token {counts.double().mean():.2f}, at most {counts.max()}")
 
 # %% [markdown]
-# At *no* level does it select even two experts for any token. This is not a weakness of the model, but a theorem.
+# At *none* of these levels does it select even two experts for any token. This is not a weakness of the model, but a theorem.
 #
 # **Theorem.** Let $q_{(1)} \ge \dots \ge q_{(N)}$ be $N \ge 2$ probabilities that sum to one. BH at level $\alpha < 1 - 1/N$ on
 # $p_i = 1 - q_i$ rejects at most one hypothesis, and one only if $q_{(1)} \ge 1 - \alpha/N$.
@@ -158,10 +169,10 @@ figures.draw_null_calibration(table)
 # %%
 layers = table[table["kind"] == "ks"]
 worst = layers.loc[layers.groupby("null", sort=False)["ks"].idxmax()].set_index("null")
-means = layers.groupby("null", sort=False)[["tail_01", "inflation"]].mean()
-summary = worst[["layer", "ks"]].astype({"layer": int}).join(means)
-summary.columns = ["worst layer", "KS there", "P(p ≤ 0.01)/0.01", "inflation"]
-summary.round({"KS there": 2, "P(p ≤ 0.01)/0.01": 1, "inflation": 1})
+columns = ["tail_01", "tail_01_reference", "inflation", "inflation_reference"]
+summary = worst[["layer", "ks"]].astype({"layer": int}).join(layers.groupby("null", sort=False)[columns].mean())
+summary.columns = ["worst layer", "KS there", "P(p ≤ 0.01)/0.01", "of a true null", "inflation", "its inflation"]
+summary.round({"KS there": 2, "P(p ≤ 0.01)/0.01": 1, "of a true null": 1, "inflation": 1, "its inflation": 1})
 
 # %% [markdown]
 # What to notice:
@@ -174,12 +185,14 @@ summary.round({"KS there": 2, "P(p ≤ 0.01)/0.01": 1, "inflation": 1})
 #   since a background without its top has no upper tail. The truncated one, which corrects for that, has a tail that is
 #   too light for these routers, so its small p-values come too often.
 # - The **Dirichlet** p-values are far from uniform. A router with a preference for a few experts leaves less to most of the others
-#   than a random division would, and more to some. This null is a convention, with a meaning (*as if at random*), not a
-#   description.
-# - **Inflation** is the variance of a token's mean p-value over what independent p-values would have. For `logit` and
-#   `log_prob` it is far above 1: the p-values of a token rise and fall together. For `centered` and `standardized` it is
-#   near 0, since subtracting the token's mean makes them balance each other. No single-expert check, such as the KS
-#   distance, can see this.
+#   than a random division would, and more to some. Their lower tail is several times that of a true null (1.7 against 0.5 at
+#   p = 0.01). This null is a convention, with a meaning (*as if at random*), not a description.
+# - **Inflation** is the variance of a token's mean p-value over what independent p-values would have. It is not 1 even where
+#   the null is true, because the experts outside the top 8 were selected for being low; so the table shows what a true null
+#   gives, by simulation (1.3 and 1.2 for `logit` and `log_prob`, 0.04 and 0.02 for `centered` and `standardized`, 0.2 for
+#   Dirichlet). For `logit` and `log_prob` it is many times that: the p-values of a token rise and fall together. For
+#   `centered` and `standardized` it is near 0 in both, since subtracting the token's mean makes them balance each other. No
+#   single-expert check, such as the KS distance, can see this.
 #
 # ## What dependence does to the promise
 #
@@ -201,11 +214,14 @@ at.loc[["fixed", "storey", "bh", "by", "bonferroni"], list(realised["dependence"
 # ## What is guaranteed, and what is only heuristic
 #
 # For one token, BH at level $\alpha$ keeps the expected share of true nulls among the selected experts at or below
-# $\alpha m_0/m$ *if* the p-values of the true nulls are each uniform or larger than uniform, and independent or positively
-# dependent in the sense of PRDS; without the assumption on dependence the bound is larger by up to 4.74 for 64 experts,
-# and BY restores it. A conformal p-value satisfies the first assumption, at any sample size and on average over calibration
-# samples, *if* the statistic of the null expert is exchangeable with the calibration values; a kernel p-value as far as the
-# density is right; the Gaussian and the Dirichlet p-values *if* the token's logits are what these nulls say.
+# $\alpha m_0/m$ *if* the p-values of the true nulls are each uniform or larger than uniform, and independent of each other and
+# of the rest, or positively dependent in the sense of PRDS (*positive regression dependence on a subset*, that of the true
+# nulls: the larger the p-value of one of them, the larger all the other p-values tend to be).
+# Without the assumption on dependence the bound is larger by a factor of up to 4.74 for 64 experts, and BY restores it. A
+# conformal p-value satisfies the first assumption, at any sample size and on average over calibration samples, *if* the
+# statistic of the null expert is exchangeable with the calibration values. Calibration values that come many from one token
+# are not exchangeable with a new token's, so that this fails here too. A kernel p-value satisfies it as far as the density is
+# right; the Gaussian and the Dirichlet p-values *if* the token's logits are what these nulls say.
 # For a router, each of these is an approximation at best. "Null" is not a fact about an expert but our definition, by the
 # rank of the very logit that is tested, so that there is no truth against which a discovery could be false. The text to be
 # routed is exchangeable with the calibration text only if it is of the same kind, and tokens of one text are not
@@ -265,3 +281,6 @@ for bandwidth in (None, 0.05, 0.02):
 # **References.** B. Efron (2004), *Large-scale simultaneous hypothesis testing: the choice of a null hypothesis*, JASA 99,
 # 96–104. S. Bates, E. Candès, L. Lei, Y. Romano and M. Sesia (2023), *Testing for outliers with conformal p-values*, Ann.
 # Statist. 51, 149–178. Y. Benjamini and D. Yekutieli (2001), Ann. Statist. 29, 1165–1188.
+
+# %% [markdown]
+# Previous: [False discoveries, and how to bound them](01_bh_theory.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/01_bh_theory.ipynb)) · Next: [From p-values to experts, and why the statistic decides](03_bh_routing.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb))

@@ -3,7 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/04_patching_olmoe.ipynb)
 #
-# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+# To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
+#
+# Previous: [From p-values to experts, and why the statistic decides](03_bh_routing.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb)) · Next: [What alpha and temperature do](05_alpha_sweeps.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/05_alpha_sweeps.ipynb))
 
 # %%
 import os
@@ -11,8 +13,17 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
-    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
-    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    assert os.path.exists("bh-routing"), (
+        "This notebook does not know its repository: the address still says OWNER. In a clone of yours run "
+        "`python -m bhlib colab ACCOUNT/REPOSITORY`, commit, push, and open the notebook from there. Or copy the clone "
+        "into Colab's files, as bh-routing, and run this cell again."
+    )
+    for command in (
+        "[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing",
+        "pip install --quiet --editable ./bh-routing",
+    ):
+        status, said = subprocess.getstatusoutput(command)
+        assert status == 0, f"{command}: {said}"
     sys.path.append(os.path.abspath("bh-routing"))
     os.chdir("bh-routing/notebooks")
 
@@ -40,15 +51,16 @@ from bhlib.rules import BH, Replay, TopK
 # ## Which model
 #
 # Everything here runs on the small OLMoE that comes with this repository (64 experts, top 8, trained on the texts
-# described in `bhlib/demo/README.md`), on any machine and without a download. With a GPU you can take the real one, which
+# described in `bhlib/demo/README.md`), on any machine and without a download. It stays on the CPU, also where there is a GPU,
+# which it does not need; `model.to("cuda")` would move it. With a GPU you can take the real one, which
 # has 6.9 billion parameters: set the switch to `True`, and run all cells. The rest stays as it is, but for the numbers
-# that the text mentions. Its weights fill 12.9 GiB in their own precision, bfloat16, to which come a few GiB to compute in:
+# that the text mentions. Its weights fill 12.9 GiB in 16 bits, to which come a few GiB to compute in:
 #
 # | runtime in Colab | memory of the GPU | |
 # |---|---|---|
 # | A100 | 40 GiB or 80 GiB | fits |
 # | L4 | 22 GiB | fits |
-# | T4 | 15 GiB | too small for weights and computation together: what does not fit is moved to the computer's memory, and everything is slow. The T4 has no arithmetic in bfloat16 either. Stay with the small model. |
+# | T4 | 15 GiB | short prompts only, and in float16, since it has no arithmetic in bfloat16: `load_olmoe(dtype="float16")` |
 # | no GPU | | stay with the small model: the weights do not fit into the memory of the free runtime |
 
 # %%
@@ -70,7 +82,7 @@ for layer in find_moe_layers(model):
 # %% [markdown]
 # ## Patch, generate, read
 #
-# A patch is a context manager. Inside the block the model routes by BH at level `alpha`; behind it, the model is as before.
+# A patch is a context manager. Inside the block the model routes by BH at level `alpha`; after it, the model is as before.
 # `generate()` knows nothing of it: prompt and generated tokens are routed alike, each on its own.
 
 # %%
@@ -269,3 +281,6 @@ for mistake in ({"alpha": 5}, {"min_k": 9}, {"max_k": 100}, {"mode": "watch"}):
         BHRoutingIntegration(model, **mistake)
     except ValueError as error:
         print(f"{mistake}: {error}\n")
+
+# %% [markdown]
+# Previous: [From p-values to experts, and why the statistic decides](03_bh_routing.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/03_bh_routing.ipynb)) · Next: [What alpha and temperature do](05_alpha_sweeps.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/05_alpha_sweeps.ipynb))

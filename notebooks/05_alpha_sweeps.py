@@ -3,7 +3,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/05_alpha_sweeps.ipynb)
 #
-# The first cell fetches this workspace and what it requires into Colab. Anywhere else it does nothing.
+# To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
+#
+# Previous: [Patching OLMoE](04_patching_olmoe.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/04_patching_olmoe.ipynb)) · Next: [Quality against compute](06_quality_vs_compute.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/06_quality_vs_compute.ipynb))
 
 # %%
 import os
@@ -11,8 +13,17 @@ import subprocess
 import sys
 
 if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab, and once only
-    subprocess.run("[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing", shell=True, check=True)
-    subprocess.run("pip install --quiet --editable ./bh-routing", shell=True, check=True)
+    assert os.path.exists("bh-routing"), (
+        "This notebook does not know its repository: the address still says OWNER. In a clone of yours run "
+        "`python -m bhlib colab ACCOUNT/REPOSITORY`, commit, push, and open the notebook from there. Or copy the clone "
+        "into Colab's files, as bh-routing, and run this cell again."
+    )
+    for command in (
+        "[ -d bh-routing ] || git clone --quiet --depth 1 https://github.com/OWNER/bh-routing",
+        "pip install --quiet --editable ./bh-routing",
+    ):
+        status, said = subprocess.getstatusoutput(command)
+        assert status == 0, f"{command}: {said}"
     sys.path.append(os.path.abspath("bh-routing"))
     os.chdir("bh-routing/notebooks")
 
@@ -41,14 +52,18 @@ model, tokenizer = load_demo()
 # - the number by layer,
 # - the router weights of the experts that are kept, from each token's best to its last, with black marks for the model's own
 #   eight,
-# - the loss of the model when it is routed so, beside its own.
+# - the loss of the model when it is routed so, beside its own, in *nats* per token: the mean of −log of the probability
+#   that the model gave to the token that came next, by the natural logarithm. A loss higher by 0.01 nats means that this
+#   probability was 1 % lower, in the geometric mean.
 #
 # One thing to know: while a slider moves, the numbers say what the rule *would* select from the logits of the model's own
 # routing. When the slider has rested for half a second, the model is run with the rule in place, and the line with the loss
 # gives the number of experts that were really used. The two differ a little, since layers that get other inputs choose
 # otherwise.
 #
-# If you read this where no kernel runs, you see the picture that the explorer had when the notebook was executed.
+# **Do you see a picture and no sliders?** Then no kernel has run the cells yet, and the picture is what the explorer had when
+# this notebook was saved. In Colab choose Runtime, Run all; in JupyterLab Run, Run All Cells. GitHub and nbviewer only show
+# pictures: for the sliders open the notebook by the badge at the top, or in a clone of the repository with `make lab`.
 
 # %%
 explorer = Explorer(model, tokenizer)
@@ -58,7 +73,7 @@ explorer
 # %% [markdown]
 # ### Move α
 #
-# Drag $\alpha$ from left to right, slowly. The histogram wanders to the right and the text darkens, but not evenly: look for the
+# When the cells above have run, drag $\alpha$ from left to right, slowly. The histogram wanders to the right and the text darkens, but not evenly: look for the
 # tokens that are dark already at a small $\alpha$, and for those that stay pale at a large one. Then let go and compare the losses.
 # On the left the model loses something; how much depends on the passage. On the right it is next to its own loss, with fewer
 # than eight experts. On a single passage the difference may even be negative: a few hundred tokens are a small sample.
@@ -149,3 +164,6 @@ figures.draw_passage_weights(passage.route(BH(alpha=0.05), temperature=2.0))
 # dropped is therefore missing from the sum: the layer adds less to the residual stream. A temperature below 1 gives some of
 # it back to the best experts, which looks like a repair and is none, since it also changes the proportions among those that
 # are kept: try 0.84 in the explorer, one step below 1, and compare the losses.
+
+# %% [markdown]
+# Previous: [Patching OLMoE](04_patching_olmoe.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/04_patching_olmoe.ipynb)) · Next: [Quality against compute](06_quality_vs_compute.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/06_quality_vs_compute.ipynb))

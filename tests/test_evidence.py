@@ -16,10 +16,12 @@ from bhlib.evidence import (
     lower_order_cdf,
     normal_scores_correlation,
     strongest_dependence,
+    true_null_reference,
     uniformity,
 )
-from bhlib.pvalues import DirichletNull, TokenGaussian
-from bhlib.rules import BH, TopK
+from bhlib.pvalues import STATISTICS, DirichletNull, TokenGaussian
+from bhlib.rules import BH, Threshold, TopK
+from bhlib.tuning import level_for_mean_experts, mean_experts
 
 
 def noise(layers, num_tokens, num_experts=64, seed=0):
@@ -40,6 +42,7 @@ def test_true_nulls_are_uniform_and_independent(null):
     assert row["ks"] < 0.01 and row["ks_low"] <= row["ks"] <= row["ks_high"]
     assert row["tail_01"] == pytest.approx(1, abs=0.1) and row["tail_001"] == pytest.approx(1, abs=0.3)
     assert row["inflation"] == pytest.approx(1, abs=0.1)
+    assert row["inflation_reference"] == pytest.approx(1, abs=0.05)
     assert (row["values"], row["tokens"], row["sequences"]) == (8000 * 64, 8000, 80)
 
 
@@ -90,6 +93,34 @@ def test_nulls_about_whole_tokens_are_compared_with_what_the_lower_experts_shoul
         logits = torch.special.ndtr(-logits).log().neg().log()
     row = uniformity(maker, logits, sequence_length=100).iloc[0]
     assert row["ks"] < 0.015, "the tests of a token are not quite independent, so it is not 0"
+
+
+def tokens_of_the_null(kind, num_tokens=20_000):
+    """Logits [1, tokens, 64] for which a null is true, by other draws than those of the reference."""
+    logits = noise(1, num_tokens, seed=11)
+    if kind.startswith("Dirichlet"):
+        shares = torch.distributions.Dirichlet(torch.full((64,), float(kind[-1]), dtype=torch.float64))
+        return shares.sample((1, num_tokens)).log().float()
+    if kind == "trimmed":
+        logits[..., -8:] += 30
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["Dirichlet 1", "Dirichlet 4", "trimmed", "truncated", *STATISTICS])
+def test_where_the_null_is_true_tails_and_inflation_are_those_of_the_reference(kind):
+    """And not 1: not the inflation of any null here, nor the tails of those that need no calibration."""
+    if kind in STATISTICS:
+        maker = fit_null(noise(1, 20_000), model_name="n", null="conformal", statistic=kind, max_values=20_000 * 56)
+    else:
+        maker = DirichletNull(int(kind[-1])) if kind.startswith("Dirichlet") else TokenGaussian(estimator=kind)
+    row = uniformity(maker, tokens_of_the_null(kind), sequence_length=100).iloc[0]
+    reference = true_null_reference(maker, 64)
+    assert row["tail_01"] == pytest.approx(reference["tail_01"], abs=0.06)
+    assert row["tail_001"] == pytest.approx(reference["tail_001"], abs=0.15)
+    assert row["inflation"] == pytest.approx(reference["inflation"], rel=0.06)
+    assert {name: row[f"{name}_reference"] for name in reference} == reference
+    assert abs(reference["inflation"] - 1) > 0.15
+    assert (abs(reference["tail_01"] - 1) > 0.1) == (kind not in STATISTICS)
 
 
 def test_lower_order_cdf_is_that_of_a_simulation():
@@ -156,11 +187,29 @@ def test_equal_cost_comparison_by_hand():
 
 def test_kept_mass_by_hand():
     logits = noise(2, 50)
-    kept = []
+    logits[1] *= 3
+    kept, whole = [], []
     for row in logits.flatten(0, 1):
         probabilities = torch.softmax(row, dim=-1).sort(descending=True).values
-        kept.append((probabilities[:3].sum() / probabilities[:8].sum()).item())
+        kept.append(probabilities[:3].sum().item())
+        whole.append(probabilities[:8].sum().item())
     found = kept_mass(TopK(3), logits)
-    assert found["mean"] == pytest.approx(np.mean(kept), rel=1e-5)
-    assert found["worst_5_percent"] == pytest.approx(np.quantile(kept, 0.05), rel=1e-5)
-    assert kept_mass(TopK(8), logits) == {"mean": pytest.approx(1), "worst_5_percent": pytest.approx(1)}
+    assert found["share"] == pytest.approx(np.sum(kept) / np.sum(whole), rel=1e-5)
+    assert found["worst_5_percent"] == pytest.approx(np.quantile(np.divide(kept, whole), 0.05), rel=1e-5)
+    assert kept_mass(TopK(8), logits) == {"share": pytest.approx(1), "worst_5_percent": pytest.approx(1)}
+
+
+def test_one_threshold_for_all_keeps_the_most_mass():
+    """More than BH, and than a cut on a null fitted to each layer, which is a threshold of its own in each."""
+    logits = torch.stack([spread * layer for spread, layer in zip((1.0, 1.5, 2.0), noise(3, 2000), strict=True)])
+    null = fit_null(logits, model_name="noise", null="kde", max_values=5000)
+    threshold = Threshold(level_for_mean_experts(Threshold, logits, 4.0))
+    most = kept_mass(threshold, logits)["share"]
+    one = DirichletNull()
+    rivals = {"BH": (one, "bh"), "BH, null per layer": (null, "bh"), "fixed cut, null per layer": (null, "fixed")}
+    for name, (maker, method) in rivals.items():
+        rule = BH(alpha_for_mean_experts(maker, logits, 4.0, method=method), maker, method=method)
+        assert mean_experts(rule, logits) == pytest.approx(mean_experts(threshold, logits), abs=0.005)
+        assert kept_mass(rule, logits)["share"] < most - 2e-4, name
+    fixed = BH(alpha_for_mean_experts(one, logits, 4.0, method="fixed"), one, method="fixed")
+    assert kept_mass(fixed, logits)["share"] == pytest.approx(most, abs=1e-3), "the same rule"

@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 from models import tiny_olmoe
 from rows import count_rows
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from bhlib.experts import pairwise_forward, twin
+from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
+from bhlib.kernels import on_device
 from bhlib.kernels.loop import is_plain, loop_forward
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, TopK
@@ -97,11 +100,37 @@ def test_the_result_of_a_token_adds_up_in_float32(way):
     assert error < 5e-3
 
 
-def test_twin_names():
+def test_the_auxiliary_loss_balances_the_models_own_top_k():
+    """transformers computes it from the router's logits, which the patch leaves alone: as `RoutingPatch` says."""
+    model = tiny_olmoe()
+    ids = torch.randint(2, 100, (2, 9))
+    with RoutingPatch(model, TopK(1)):
+        out = model(input_ids=ids, output_router_logits=True)
+    own_k, selected = (load_balancing_loss_func(out.router_logits, 64, k) for k in (8, 1))
+    assert torch.equal(out.aux_loss, own_k) and own_k > 4 * selected
+
+
+def test_a_kernel_starts_where_its_tensors_are(monkeypatch):
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    assert on_device(torch.device("cuda", 1)).idx == 1
+    for device in ("cuda:0", "cpu"):
+        assert isinstance(on_device(torch.device(device)), nullcontext), device
+
+
+@pytest.mark.parametrize(("version", "kind"), [("2.11.0", str), ("2.12.1+cpu", str), ("2.13.0+cpu", TwinName)])
+def test_twin_names(version, kind, monkeypatch):
+    monkeypatch.setattr("torch.__version__", version)
     assert twin("grouped_mm") == "bh_grouped_mm" and twin(None) == "bh_eager"
-    assert copy.deepcopy(twin(None)) is None and pickle.loads(pickle.dumps(twin(None))) is None
+    assert type(twin("grouped_mm")) is type(twin(None)) is kind, "what torch.compile of this version can trace"
     with pytest.raises(ValueError, match="'bh_eager' is a twin already"):
         twin("bh_eager")
+
+
+@pytest.mark.parametrize("original", [None, "grouped_mm"])
+def test_who_copies_a_twins_name_gets_the_original(original):
+    name = TwinName(original)
+    copies = copy.copy(name), copy.deepcopy(name), pickle.loads(pickle.dumps(name))
+    assert copies == (original,) * 3 and not any(isinstance(one, TwinName) for one in copies)
 
 
 @pytest.mark.parametrize("by_kernels", [False, True])
@@ -143,6 +172,23 @@ def test_the_loop_computes_plain_experts_with_an_empty_slot(monkeypatch):
         assert not calls  # too few to be worth it
     model.config._experts_implementation = "one of the user's own"
     assert not RoutingPatch(model, BH(0.2)).kernels
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_means_the_same_for_few_tokens_and_for_many(implementation, monkeypatch):
+    """transformers' grouped_mm ignores autocast and its two others obey it; the loop would obey it always."""
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    hidden, (index, weights) = torch.randn(40, 64), routing(40, 8, 0.5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        few = kernel_forward(implementation, module, hidden, index, weights)
+        monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 0)
+        many = kernel_forward(implementation, module, hidden, index, weights)
+        own = module(hidden, index.clamp(max=63), weights)  # by the default implementation, for its dtype
+    assert few.dtype == many.dtype == own.dtype == torch.float32
+    torch.testing.assert_close(many, few, rtol=1e-5, atol=1e-7)
+    expected = dense_by_loop(module, hidden, index, weights).detach()
+    error = float((few.double() - expected).norm() / expected.norm())
+    assert (error < 1e-6) == (implementation == "grouped_mm"), error
 
 
 def test_what_is_not_plain_is_left_to_the_model():

@@ -1,5 +1,6 @@
 """Every family of mixtures of experts in transformers: patched with parity, real skipping and restoring, or refused."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,23 @@ def test_output_is_that_of_the_dense_mask(family):
         for handle in handles:
             handle.remove()
         torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_float64_model_is_routed_as_it_routes_itself(family):
+    """Most routers score in float32 whatever the model's precision; GPT-OSS scores in the model's."""
+    row, model = family
+    ids = tokens(2, 9) % 128
+    for name in implementations(model):
+        if name == "grouped_mm":
+            continue  # torch multiplies no groups in float64
+        with torch.no_grad():
+            wide = copy.deepcopy(model).double()
+        own = logits_of(wide, ids)
+        with RoutingPatch(wide, TopK(4)):
+            assert torch.equal(logits_of(wide, ids), own), name
+        with BHRoutingIntegration(wide, alpha=0.2) as bh:
+            assert not torch.equal(logits_of(wide, ids), own), name
+        assert {layer.weighting for layer in bh.layers} == {row.weighting}
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=str)

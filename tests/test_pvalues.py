@@ -2,33 +2,39 @@
 
 import json
 import math
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from models import tiny_olmoe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from bhlib.procedures import benjamini_hochberg, critical_values
+from bhlib import BHRoutingIntegration
+from bhlib.procedures import benjamini_hochberg, critical_values, reject
 from bhlib.pvalues import (
     STATISTICS,
     ConformalNull,
     DirichletNull,
     KDENull,
+    PValueMaker,
     ResolutionWarning,
     SoftmaxPseudo,
     SoftmaxPseudoWarning,
+    TableNull,
     TokenGaussian,
     check_logits,
     load_null,
     make_pvalues,
     null_values,
 )
+from bhlib.rules import BH
 
 NUM_EXPERTS = 64
 SHIFT_INVARIANT = ("log_prob", "centered", "standardized")
@@ -331,8 +337,10 @@ def test_softmax_theorem_is_sharp():
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_softmax_temperature_must_be_positive(temperature):
-    with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+    with pytest.raises(ValueError, match=f"temperature must be a finite number above 0, got {temperature}"):
         SoftmaxPseudo(temperature)
+    with pytest.raises(TypeError, match=f"temperature must be a number, got '{temperature}' of type str"):
+        SoftmaxPseudo(str(temperature))
 
 
 # ------------------------------------------------------------------------------------------------------ token Gaussian
@@ -395,7 +403,7 @@ def test_token_gaussian_refuses():
         TokenGaussian(estimator="mad")
     with pytest.raises(ValueError, match="exclude_top is -1"):
         TokenGaussian(exclude_top=-1)
-    with pytest.raises(ValueError, match=r"exclude_top is 8.*0\.\.6"):
+    with pytest.raises(ValueError, match=r"exclude_top=8\) needs 10 experts or more.*8 experts are routed"):
         TokenGaussian()(torch.randn(5, 8))
 
 
@@ -556,6 +564,22 @@ def test_conformal_pvalues_are_valid(kind):
             assert found >= a - 4 * error
 
 
+def test_conformal_validity_is_lost_where_calibration_values_come_in_tokens():
+    """Values of one token share a component, and the tested token has another: p below 1/20 comes too often."""
+    repetitions, tokens, experts = 5000, 2, 56
+    shared, own = torch.randn(repetitions, tokens + 1, 1), torch.randn(repetitions, tokens + 1, experts)
+    drawn = shared + own
+    found = {}
+    for name, sample in {
+        "tokens": drawn[:, :tokens].flatten(1),
+        "independent": 2**0.5 * torch.randn(repetitions, tokens * experts),
+    }.items():
+        null = ConformalNull.fit([sample], model_name="noise", num_experts=repetitions, per_expert=True)
+        found[name] = (null.survival(drawn[:, tokens, 0]) <= 0.05).float().mean().item()
+    assert found["independent"] <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / repetitions)
+    assert found["tokens"] > 0.08
+
+
 @pytest.mark.parametrize(("alpha", "enough"), [(0.05, 1280), (0.1, 640), (0.3, 214)])
 def test_resolution(alpha, enough):
     """One clear expert among 64 is rejected exactly if the check is content."""
@@ -582,7 +606,170 @@ def test_continuous_nulls_have_no_floor():
     assert fit(KDENull, [torch.randn(50)]).check_resolution(1e-9, NUM_EXPERTS)
 
 
+# -------------------------------------------------------------------------------------------------- tables of one's own
+
+
+def own_table(points=10_000):
+    """Marginal distributions of three layers' logits, as another study might have kept them: keys x and cdf."""
+    x = np.linspace(-6, 9, points)
+    return [{"x": x, "cdf": stats.norm(loc, 1.5).cdf(x)} for loc in (-1, 0, 1)]
+
+
+def table_null(tables, **options):
+    options = dict(model_name="tiny", num_experts=NUM_EXPERTS, statistic="logit") | options
+    return TableNull.from_survival([t["x"] for t in tables], [1 - t["cdf"] for t in tables], **options)
+
+
+def test_a_survival_table_is_looked_up_on_straight_lines():
+    null = TableNull.from_survival(
+        [0.0, 1.0, 3.0], [1.0, 0.5, 0.1], model_name="tiny", num_experts=4, statistic="logit"
+    )
+    statistics = torch.tensor([-9.0, -0.001, 0.0, 0.5, 1.0, 2.0, 3.0, 3.001, 1e30, torch.nan])
+    expected = torch.tensor([1.0, 1.0, 1.0, 0.75, 0.5, 0.3, 0.1, 0.1, 0.1, torch.nan])
+    torch.testing.assert_close(null.survival(statistics), expected, equal_nan=True)
+
+
+def test_a_table_that_starts_below_one_is_taken_to_start_at_one():
+    null = TableNull.from_survival([0.0, 1.0], [0.4, 0.0], model_name="tiny", num_experts=4, statistic="logit")
+    torch.testing.assert_close(null.survival(torch.tensor([-0.1, 0.0, 0.5, 2.0])), torch.tensor([1.0, 0.4, 0.2, 0.0]))
+
+
+def test_a_survival_table_of_each_layer():
+    null = table_null(own_table())
+    assert null.num_layers == 3
+    statistics = torch.linspace(-5, 8, 1001)
+    for layer, loc in enumerate((-1, 0, 1)):
+        expected = stats.norm(loc, 1.5).sf(statistics.double().numpy())
+        np.testing.assert_allclose(null.survival(statistics, layer).numpy(), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_one_table_for_all_layers_and_one_grid_for_all_tables():
+    table = own_table()[1]
+    options = dict(model_name="tiny", num_experts=NUM_EXPERTS, statistic="logit")
+    shared = TableNull.from_survival(table["x"], 1 - table["cdf"], num_layers=3, **options)
+    grid = TableNull.from_survival(table["x"], [1 - t["cdf"] for t in own_table()], **options)
+    logits = random_logits(20, NUM_EXPERTS)
+    assert torch.equal(shared(logits, 2), shared(logits, 0)) and shared.num_layers == 3
+    assert torch.equal(grid(logits, 2), table_null(own_table())(logits, 2))
+
+
+def test_a_survival_table_routes_as_its_pvalues_do():
+    null = table_null(own_table())
+    logits = random_logits(500, NUM_EXPERTS)
+    for method in ("bh", "holm"):
+        counts = BH(0.2, null, method, min_k=0, max_k=64)(logits, layer=1).counts
+        assert torch.equal(counts, reject(null(logits, 1), 0.2, method).sum(-1)) and counts.float().std() > 0.5
+    assert null.critical_statistics(torch.tensor([0.05]), 1).item() == pytest.approx(1.645 * 1.5, abs=0.01)
+
+
+def test_a_coarse_survival_table_warns_of_its_resolution():
+    null = TableNull.from_survival([0.0, 1.0, 2.0], [1.0, 0.01, 0.0], model_name="m", num_experts=64, statistic="logit")
+    with pytest.warns(ResolutionWarning, match=r"smallest p-value above 0 .* is 0\.01.*alpha/num_experts = 0\.00078"):
+        assert not null.check_resolution(0.05, 64)
+    assert table_null(own_table()).check_resolution(0.05, 64)
+
+
+@pytest.mark.parametrize(
+    ("x", "sf", "options", "message"),
+    [
+        ([0, 1, 2], [1, 0.5, 0.6], {}, r"sf of layer 0 rises from 0.5 to 0.6 at x = 2"),
+        ([0, 1], [0.0, 1.0], {}, r"sf of layer 0 rises.*pass 1 - cdf"),
+        ([0, 1], [1.5, 0.5], {}, r"sf of layer 0 .* 1.5, outside \[0, 1\]"),
+        ([0, 1], [0.5, -1e-9], {}, r"sf of layer 0 .* -1e-09, outside \[0, 1\]"),
+        ([0, 1], [np.nan, 0.5], {}, r"sf of layer 0 .* nan, outside \[0, 1\]"),
+        ([0, 0, 1], [1, 0.5, 0.1], {}, r"x of layer 0 must increase.*0 follows 0"),
+        ([0, np.inf], [1, 0.5], {}, r"x of layer 0 .* NaN or infinite"),
+        ([0, 1, 2], [1, 0.5], {}, r"layer 0 has 3 points in x, but 2 in sf"),
+        ([0], [1], {}, "layer 0 has 1 points.*two or more"),
+        ([[0, 1], [0, 1]], [[1, 0.5]], {}, "x holds 2 layers, but sf 1"),
+        ([0, 1], [[1, 0.5]] * 3, {"num_layers": 2}, "num_layers is 2, but sf holds 3 layers"),
+        ([0, 1], [1, 0.5], {"statistic": "rank"}, "statistic is 'rank'"),
+        ([0, 1], [1, 0.5], {"model_name": ""}, "model_name is ''"),
+        ([0, 1], [1, 0.5], {"exclude_top": 63}, "exclude_top is 63"),
+        ([0, 1 + 1e-12, 1 + 2e-12], [1, 0.5, 0.1], {}, "x of layer 0 must increase, in float32"),
+        ([[0, 1], [[0]]], [[1, 0], [1, 0]], {}, r"x\[1\] has shape \(1, 1\)"),
+    ],
+)
+def test_tables_of_ones_own_that_are_no_survival_function(x, sf, options, message):
+    with pytest.raises(ValueError, match=message):
+        TableNull.from_survival(x, sf, **dict(model_name="tiny", num_experts=64, statistic="logit") | options)
+
+
+def test_a_survival_table_is_not_fitted():
+    with pytest.raises(TypeError, match="TableNull is not fitted to samples.*TableNull.from_survival"):
+        fit(TableNull, [torch.randn(50)])
+
+
+# -------------------------------------------------------------------------------------------- makers of one's own
+
+
+class OwnMaker(PValueMaker):
+    """As a user might write one: a function of the logit for each layer."""
+
+    name, statistic = "own", "logit"
+
+    def __init__(self, *functions, num_layers=None, shared=True):
+        self.functions, self.num_layers, self.shared = functions, num_layers, shared
+
+    def statistic_of(self, router_logits, top=None):
+        return (router_logits if top is None else top).float()
+
+    def survival(self, statistics, layer=None):
+        return self.functions[0 if layer is None else layer](statistics)
+
+
+def falling(statistics):
+    return torch.sigmoid(-statistics)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.sigmoid, r"p-values rise from .* to .* at the statistic"),
+        (lambda s: 2 * torch.sigmoid(-s), r"gives the p-value 2, outside \[0, 1\]"),
+        (lambda s: falling(s) - 0.1, r"gives the p-value -.*, outside \[0, 1\]"),
+        (lambda s: falling(s) * torch.nan, r"gives the p-value nan, outside \[0, 1\]"),
+        (lambda s: falling(s)[..., :3], r"gives p-values of shape \(3,\) for statistics of shape \(\d+,\)"),
+        (lambda s: falling(s).numpy(), "gives a ndarray"),
+        (lambda s: [falling][1](s), "fails with IndexError: list index out of range"),
+    ],
+)
+def test_a_maker_that_gives_no_pvalues_is_refused_by_the_rule(wrong, message):
+    with pytest.raises(ValueError, match=f"survival of OwnMaker.* {message}"):
+        BH(0.05, OwnMaker(wrong))
+    with pytest.raises(ValueError, match=f"survival of OwnMaker.*layer 1.* {message}"):
+        BH(0.05, OwnMaker(falling, wrong, num_layers=2))
+
+
+def test_a_maker_is_held_against_the_model():
+    model = tiny_olmoe(num_hidden_layers=4)
+    three = OwnMaker(falling, falling, falling, num_layers=3)
+    with pytest.raises(ValueError, match="OwnMaker.* is for 3 MoE layers, but the model has 4"):
+        BHRoutingIntegration(model, pvalues=three)
+    with pytest.raises(ValueError, match="survival of OwnMaker.*layer 3.* fails with IndexError"):
+        BHRoutingIntegration(model, pvalues=OwnMaker(falling, falling, falling))
+    per_expert = OwnMaker(lambda s: falling(s - torch.zeros(16)), shared=False)
+    with pytest.raises(ValueError, match="survival of OwnMaker.* fails with RuntimeError.*16"):
+        BHRoutingIntegration(tiny_olmoe(num_hidden_layers=1), pvalues=per_expert)
+    BHRoutingIntegration(tiny_olmoe(num_hidden_layers=1, num_experts=16), pvalues=per_expert)
+    BHRoutingIntegration(model, pvalues=OwnMaker(*[falling] * 4, num_layers=4))
+    with pytest.raises(ValueError, match="calibration of 'tiny' is for 3 layers of 64 experts"):
+        BHRoutingIntegration(model, pvalues=table_null(own_table()))
+
+
 # --------------------------------------------------------------------------------------------- layers, experts, files
+
+SAVED = [(KDENull, False), (KDENull, True), (ConformalNull, False), (ConformalNull, True)]
+
+
+def test_a_file_of_a_survival_table_gives_back_the_same_bits(tmp_path):
+    saved, path = table_null(own_table()), tmp_path / "null.safetensors"
+    saved.save(path)
+    loaded = load_null(path, model_name="tiny", num_layers=3, num_experts=64, statistic="logit")
+    logits = random_logits(100, NUM_EXPERTS)
+    assert all(torch.equal(loaded(logits, layer), saved(logits, layer)) for layer in range(3))
+    assert type(loaded) is TableNull and loaded.header == saved.header
+    assert repr(loaded) == "TableNull(logit, 3 layers, 10,000 points or more each, of 'tiny')" == repr(saved)
 
 
 @pytest.mark.parametrize("layer", [None, -1, 3])
@@ -620,6 +807,26 @@ def test_tables_are_moved_to_a_device_once():
     assert null._tables(1, torch.device("cpu")) is first
 
 
+@pytest.mark.parametrize("made_in", [False, True])
+@pytest.mark.parametrize("method", ["bh", "storey"])
+@pytest.mark.parametrize(("null", "per_expert"), SAVED)
+def test_a_null_first_used_in_inference_mode_can_be_trained_through(null, per_expert, method, made_in, tmp_path):
+    logits = random_logits(6, NUM_EXPERTS)
+    made = fit_per_expert(null) if per_expert else fit(null, [torch.randn(800), torch.randn(700)])
+    made.save(tmp_path / "null.safetensors")
+    with torch.inference_mode(made_in):
+        maker = load_null(tmp_path / "null.safetensors")
+    rule = BH(0.1, maker, method)
+    with torch.inference_mode():
+        expected = rule(logits, layer=1)
+        pvals = maker(logits, layer=1)
+    trained = logits.clone().requires_grad_()
+    found = rule(trained, layer=1)
+    found.weights.sum().backward()
+    assert torch.equal(found.experts, expected.experts) and trained.grad.abs().sum() > 0
+    assert torch.equal(maker(trained, layer=1), pvals)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a CUDA device with the CPU")
 @pytest.mark.parametrize("maker", ["kde", "conformal"])
@@ -627,9 +834,6 @@ def test_fitted_nulls_have_the_same_bits_on_a_gpu(maker):
     maker = all_makers()[maker]
     statistics = 3 * torch.randn(1000, NUM_EXPERTS)
     assert torch.equal(maker.survival(statistics.cuda()).cpu(), maker.survival(statistics))
-
-
-SAVED = [(KDENull, False), (KDENull, True), (ConformalNull, False), (ConformalNull, True)]
 
 
 @pytest.mark.parametrize(("null", "per_expert"), SAVED)
@@ -716,8 +920,8 @@ def test_files_that_are_no_calibration(tmp_path):
         ({"format": 99}, "format version 99, but 1 is read"),
         ({"null": "cauchy"}, "null 'cauchy'.*'kde', 'conformal'"),
         ({"num_layers": 3}, r"damaged.*sample\.2, size\.2"),
-        ({"per_expert": True}, "damaged.*1 rows, but 64"),
-        ({"sample_sizes": [30, 31]}, r"layer 1 holds \[30\] values, but 31"),
+        ({"per_expert": True}, r"damaged.*\[1, 30\], but 64 rows"),
+        ({"sample_sizes": [30, 31]}, r"layer 1 sample is torch.float32 \[1, 30\], not torch.float32 \[1, 31\]"),
     ],
 )
 def test_a_header_that_does_not_fit_its_tables(change, message, tmp_path):
@@ -727,6 +931,205 @@ def test_a_header_that_does_not_fit_its_tables(change, message, tmp_path):
     save_file(load_file(path), path, metadata={"bhlib": json.dumps(null.header | change)})
     with pytest.raises(ValueError, match=message):
         load_null(path)
+
+
+def saved_bytes(null, path):
+    null.save(path)
+    return path.read_bytes()
+
+
+def with_header(null, path, header):
+    """The file of a null with another header: an object, or a text that is none."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    save_file(null.tensors, path, metadata={"bhlib": text})
+    return path
+
+
+@pytest.mark.parametrize("null", [KDENull, ConformalNull])
+def test_each_key_of_the_header_is_needed(null, tmp_path):
+    null = fit(null, [torch.randn(30), torch.randn(30)])
+    for key in null.header:
+        rest = {name: value for name, value in null.header.items() if name != key}
+        with pytest.raises(ValueError, match=f"damaged: its header lacks {key}"):
+            load_null(with_header(null, tmp_path / "null.safetensors", rest))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '"kde"', "null", "3", "{", "", "[" * 100_000, '{"format": 1'])
+def test_a_header_that_is_no_object(text, tmp_path):
+    null = fit(ConformalNull, [torch.randn(30)])
+    with pytest.raises(ValueError, match="damaged: its header is no JSON object"):
+        load_null(with_header(null, tmp_path / "null.safetensors", text))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("null", ["kde"]),
+        ("statistic", {}),
+        ("statistic", "rank"),
+        ("exclude_top", 63),
+        ("exclude_top", 1.5),
+        ("model_name", None),
+        ("model_name", ""),
+        ("num_layers", 0),
+        ("num_layers", "1"),
+        ("num_layers", True),
+        ("num_experts", 1),
+        ("num_experts", 64.0),
+        ("per_expert", 0),
+        ("sample_sizes", 30),
+        ("sample_sizes", [-30]),
+        ("sample_sizes", [[30]]),
+        ("sample_sizes", [30, 30]),
+        ("sample_sizes", ["30"]),
+        ("table_error", "small"),
+        ("weighted", None),
+        ("levels", None),
+        ("levels", {"mean_experts": [2.0, 3.0]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.01]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.01, "0.1"]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.1, 0.01]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.1, 1.0]}),
+        ("levels", {"mean_experts": [2.0, math.nan], "alpha": [0.1, 0.2]}),
+        ("levels", {"mean_experts": [], "alpha": []}),
+    ],
+)
+def test_a_header_with_a_wrong_value(key, value, tmp_path):
+    null = fit(KDENull, [torch.randn(30)])
+    with pytest.raises(ValueError, match=f"{key}|null"):
+        load_null(with_header(null, tmp_path / "null.safetensors", null.header | {key: value}))
+
+
+def test_a_small_file_that_announces_much_is_refused_at_once(tmp_path):
+    null = fit(ConformalNull, [torch.randn(2)])
+    for change in ({"num_layers": 10**9}, {"num_layers": 10**9, "sample_sizes": []}, {"num_experts": 10**9}):
+        path = with_header(null, tmp_path / "null.safetensors", null.header | change)
+        started = time.perf_counter()
+        if "num_experts" in change:
+            load_null(path)  # a null that all experts share is the same for any number of them
+        else:
+            with pytest.raises(ValueError, match="damaged.*1,000,000,000 layers"):
+                load_null(path)
+        assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("null", "tensor", "change"),
+    [
+        (KDENull, "grid.0", lambda grid: grid.flip(-1)),
+        (KDENull, "grid.0", lambda grid: grid * torch.inf),
+        (KDENull, "grid.0", lambda grid: grid[:, :1]),
+        (KDENull, "log_survival.0", lambda table: table.flip(-1)),
+        (KDENull, "log_survival.0", lambda table: table + 1),
+        (KDENull, "slope.0", lambda slope: slope[:, :-1]),
+        (KDENull, "log_survival.0", lambda table: table.double()),
+        (KDENull, "log_survival.0", lambda table: table[:, 0]),
+        (KDENull, "slope.0", lambda slope: -slope),
+        (KDENull, "slope.0", lambda slope: slope * torch.nan),
+        (ConformalNull, "sample.0", lambda sample: sample.flip(-1)),
+        (ConformalNull, "sample.0", lambda sample: sample * torch.nan),
+        (ConformalNull, "sample.0", lambda sample: sample.half()),
+        (ConformalNull, "sample.0", lambda sample: sample[:, :-1]),
+        (ConformalNull, "size.0", lambda size: size.int()),
+        (ConformalNull, "size.0", lambda size: size - 1),
+        (ConformalNull, "size.0", lambda size: size[0]),
+        (TableNull, "x.0", lambda x: x.flip(-1)),
+        (TableNull, "x.0", lambda x: x * torch.nan),
+        (TableNull, "x.0", lambda x: x[:, :-1]),
+        (TableNull, "sf.0", lambda sf: sf.flip(-1)),
+        (TableNull, "sf.0", lambda sf: 2 * sf),
+        (TableNull, "sf.0", lambda sf: sf.double()),
+    ],
+)
+def test_tables_that_are_no_survival_function(null, tensor, change, tmp_path):
+    null = table_null(own_table(9)[:1]) if null is TableNull else fit(null, [torch.randn(30)])
+    null.tensors[tensor] = change(null.tensors[tensor]).contiguous()
+    null.save(tmp_path / "null.safetensors")
+    with pytest.raises(ValueError, match=rf"damaged: (in layer 0 {tensor[:-2]}|{tensor})\b"):
+        load_null(tmp_path / "null.safetensors")
+
+
+WHOLE_FILES = {}
+
+
+def whole_file(kind, folder):
+    """Bytes of a small null of each kind that is saved, made once."""
+    if kind not in WHOLE_FILES:
+        null, per_expert = (SAVED + [(TableNull, False)])[kind]
+        rng = np.random.default_rng(kind)
+        if null is TableNull:
+            made = table_null(own_table(points=20), num_experts=4)
+            WHOLE_FILES[kind] = saved_bytes(made, folder / "whole.safetensors")
+            return WHOLE_FILES[kind]
+        if per_expert:
+            samples = [[rng.normal(size=5 + expert) for expert in range(4)] for _ in range(2)]
+        else:
+            samples = [rng.normal(size=20), rng.normal(size=25)]
+        made = null.fit(samples, model_name="tiny", num_experts=4, exclude_top=1, per_expert=per_expert)
+        made.header["levels"] = {"mean_experts": [1.5, 2.0], "alpha": [0.01, 0.1]}
+        WHOLE_FILES[kind] = saved_bytes(made, folder / "whole.safetensors")
+    return WHOLE_FILES[kind]
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["kde", 10**9]),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=2),
+    max_leaves=5,
+)
+
+
+@st.composite
+def damaged_files(draw, folder):
+    """A saved null with a few bytes changed, a piece cut out, or something else in its header or for a tensor."""
+    kind = draw(st.integers(0, len(SAVED)))
+    content = bytearray(whole_file(kind, folder))
+    damage = draw(st.sampled_from(["bytes", "start", "cut", "header", "tensor"]))
+    if damage in ("bytes", "start"):
+        end = len(content) if damage == "bytes" else 1200  # the header lies at the start
+        for place in draw(st.lists(st.integers(0, min(end, len(content)) - 1), min_size=1, max_size=4)):
+            content[place] = draw(st.integers(0, 255))
+    elif damage == "cut":
+        first, last = sorted(draw(st.lists(st.integers(0, len(content)), min_size=2, max_size=2)))
+        del content[first:last]
+    else:
+        path = folder / "whole.safetensors"
+        path.write_bytes(content)
+        null = load_null(path)
+        if damage == "header":
+            key = draw(st.sampled_from(sorted(null.header)))
+            null.header[key] = draw(JSON_VALUES)
+        else:
+            name = draw(st.sampled_from(sorted(null.tensors)))
+            dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]))
+            shape = draw(st.lists(st.integers(0, 5), max_size=3))
+            value = draw(st.sampled_from([-1e30, -1.0, 0.0, 1.0] + [torch.nan] * dtype.is_floating_point))
+            null.tensors[name] = torch.full(shape, value).to(dtype)
+        content = saved_bytes(null, path)
+    return bytes(content)
+
+
+@settings(max_examples=2500)
+@given(data=st.data())
+def test_damaged_files_are_refused_or_still_a_null(data, tmp_path_factory):
+    """Whatever the damage: a ValueError that says so, or p-values that fall from 1 to 0, and a file as good again."""
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / "damaged.safetensors"
+    path.write_bytes(data.draw(damaged_files(folder)))
+    try:
+        null = load_null(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    statistics = torch.linspace(-60, 60, 121)
+    for layer in range(null.num_layers):
+        shown = statistics if null.shared else statistics[:, None].expand(-1, null.num_experts)
+        pvals = null.survival(shown, layer)
+        assert ((pvals >= 0) & (pvals <= 1)).all() and (pvals.diff(dim=0) <= 0).all()
+    repr(null)
+    if "levels" in null.header:
+        assert 0 < null.alpha_for(null.header["levels"]["mean_experts"][0]) < 1
+    null.save(path)
+    assert load_null(path).header == null.header
 
 
 # ------------------------------------------------------------------------------------------------------------- by name

@@ -2,7 +2,7 @@
 
 Python blocks run in one fresh interpreter, top to bottom, so that a later block may use what an earlier
 one made. A shell block is read line by line: a make target has to exist, and so has a command of
-`python -m bhlib`.
+`python -m bhlib`. What it says about quality is held against the table that it shows.
 """
 
 import re
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,3 +69,20 @@ def test_files_that_the_readme_links_to_exist():
     targets = re.findall(r"\]\(([^)#\s]+)", TEXT) + re.findall(r'(?:src|href)="([^"#]+)"', TEXT)
     local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
     assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_what_is_said_under_the_main_figure_is_what_its_table_says():
+    """Of BH, the threshold and the weights per layer; in thousandths of a nat."""
+    table = 1000 * pd.read_csv(ROOT / "figures/whole_test_split.csv", index_col=["family", "wanted_k"])
+    assert (table.loc["BH", "high"] < 0).all(), "BH loses less than static top-k from three to seven"
+    for rival in ("top-p", "min-p", "entropy"):
+        assert (table.loc["BH", "difference"] < table.loc[rival, "difference"]).all()
+    behind = table.loc["BH", "threshold_difference"]
+    assert behind.loc[3:6].between(0.7, 1.5).all() and 0 < behind[7] < 0.7, "the threshold is about a thousandth better"
+    fitted = table.loc["BH, fitted null"]
+    assert (fitted.loc[[3, 4], "threshold_high"] < 0).all() and (fitted.loc[[6, 7], "threshold_difference"] < 0.4).all()
+    weighted = {"BH, layer weights": "BH", "threshold, layer weights": "threshold"}
+    best = table["difference"].groupby("wanted_k").idxmin()
+    assert all(best[k][0] in weighted for k in (3, 4, 5, 6)), "weights per layer gain most from three to six"
+    loss = table["difference"].xs(7, level="wanted_k")
+    assert all(loss[plain] - loss[name] < 0.2 for name, plain in weighted.items()), "and nothing at seven"

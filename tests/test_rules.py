@@ -1,12 +1,26 @@
 """Rules: from logits to experts and weights."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from models import tiny_olmoe, tokens
 
-from bhlib import benjamini_hochberg_routing, topk_routing
-from bhlib.procedures import PROCEDURES, reject
+from bhlib import BHRoutingIntegration, benjamini_hochberg_routing, topk_routing
+from bhlib.procedures import PROCEDURES, critical_values, reject
 from bhlib.pvalues import DirichletNull, TokenGaussian
-from bhlib.rules import BH, WEIGHTINGS, TopK, gather_weights, router_scores
+from bhlib.rules import (
+    BH,
+    WEIGHTINGS,
+    EntropyK,
+    StaticPerLayer,
+    Threshold,
+    TopK,
+    compare_max_k,
+    gather_weights,
+    router_scores,
+)
 
 
 def random_logits(*shape, seed=0, spread=2.0):
@@ -129,6 +143,9 @@ def test_weightings(weighting):
         ({"max_k": 0}, ValueError, "max_k must be 1 or more, got 0"),
         ({"max_k": 65}, ValueError, "max_k=65 for 64 experts: use max_k=64"),
         ({"max_k": 2.5}, TypeError, "max_k must be an int, got 2.5"),
+        ({"max_k": True}, TypeError, "max_k must be an int, got True"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number, got '1' of type str"),
+        ({"temperature": True}, TypeError, "temperature must be a number, got True of type bool"),
         ({"method": "magic"}, ValueError, "magic"),
         ({"pvalues": "magic"}, ValueError, "magic"),
     ],
@@ -147,3 +164,117 @@ def test_bad_logits_are_named():
         benjamini_hochberg_routing(logits)
     with pytest.raises(ValueError, match="k must be an int of 1 or more, got 0"):
         TopK(0)
+
+
+def test_the_default_is_constants_on_the_ordered_probabilities():
+    """At 0.05: the best expert needs 0.0514, the second 0.0481, the eighth 0.0413, and the last that passes counts."""
+    null = DirichletNull()
+    constants = null.probability(null.critical_statistics(critical_values(64, 0.05)), 64)
+    shown = [0.0514, 0.0481, 0.0461, 0.0447, 0.0436, 0.0427, 0.0419, 0.0413]
+    assert constants[:8].tolist() == pytest.approx(shown, abs=6e-5)
+    logits = 1.5 * torch.randn(20_000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ordered = torch.softmax(logits, -1).sort(dim=-1, descending=True).values
+    passes = (ordered >= constants) * torch.arange(1, 65)
+    counts = BH(0.05)(logits).counts
+    assert torch.equal(passes.amax(-1).clamp(1, 8), counts)
+    assert (passes[:, :8].amax(-1).clamp(1, 8) == counts).double().mean() > 0.99, "eight of them nearly always decide"
+
+
+# -- no tokens, numbers of numpy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (0, 7, 64), (3, 0, 64)])
+def test_no_tokens_are_routed_to_nothing(shape):
+    logits = torch.zeros(shape)
+    for weights, experts, counts in (benjamini_hochberg_routing(logits, max_k=6), topk_routing(logits, k=6)):
+        assert weights.shape == shape and experts.shape == (*shape[:-1], 6) and counts.shape == shape[:-1]
+
+
+def test_numbers_of_numpy_are_numbers():
+    logits = random_logits(50, 64)
+    expected = benjamini_hochberg_routing(logits, 0.1, 0.5, min_k=2, max_k=4)
+    numbers = {"min_k": np.int64(2), "max_k": np.int32(4), "pvalues": DirichletNull(np.int8(4))}
+    found = benjamini_hochberg_routing(logits, np.float64(0.1), np.float32(0.5), **numbers)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert TopK(np.int64(4)) == TopK(4) and type(TopK(np.int64(4)).max_k) is int
+    assert StaticPerLayer(np.array([2, 4])) == StaticPerLayer((2, 4))
+    assert EntropyK((1.0,), np.array([2, 4])) == EntropyK((1.0,), (2, 4))
+    assert Threshold(np.float32(0.25)) == Threshold(0.25)
+    assert json.dumps([TopK(np.int64(4)).k, BH(np.float32(0.25), max_k=np.int64(4)).alpha]) == "[4, 0.25]"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (TopK(65), "k must not exceed the number of experts, got k=65 for 64 experts: use k=64 to allow them all"),
+        (StaticPerLayer((2, 65)), r"ks must not .* experts, got ks=\(2, 65\) for 64 experts: use 64 at most"),
+        (EntropyK((1.0,), (2, 65)), r"ks must not .* experts, got ks=\(2, 65\) for 64 experts: use 64 at most"),
+    ],
+)
+def test_too_many_experts_are_named_as_the_user_named_them(rule, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        rule(random_logits(4, 64), layer=0)
+
+
+@pytest.mark.parametrize("wrong", [2.0, True, "2", None])
+def test_a_number_of_experts_is_whole(wrong):
+    for make in (TopK, lambda k: StaticPerLayer((1, k)), lambda k: EntropyK((1.0,), (1, k))):
+        with pytest.raises(ValueError, match=rf"int.* of 1 or more.*, got .*{wrong!r}"):
+            make(wrong)
+
+
+# -- p-values that a model cannot have -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_experts", [4, 8, 9])
+def test_a_gaussian_that_leaves_no_expert_is_refused_when_it_is_made(num_experts):
+    model = tiny_olmoe(num_experts=num_experts, num_experts_per_tok=2)
+    mend = rf"^pvalues=TokenGaussian\(exclude_top=8\) .* {num_experts} experts.*TokenGaussian\(exclude_top=2\)"
+    with pytest.raises(ValueError, match=mend):
+        BHRoutingIntegration(model, pvalues="gaussian", max_k=4)
+    with pytest.raises(ValueError, match=mend):
+        benjamini_hochberg_routing(random_logits(3, num_experts), pvalues="gaussian", max_k=4)
+    with BHRoutingIntegration(model, pvalues=TokenGaussian(exclude_top=2), max_k=4), torch.no_grad():
+        model(input_ids=tokens(1, 5))
+
+
+# -- statistics of the routing function ----------------------------------------------------------------------------
+
+
+def test_statistics_of_the_routing_function_are_those_of_its_counts():
+    logits = random_logits(3, 100, 64)
+    options = dict(alpha=0.1, temperature=0.7, min_k=2, max_k=6)
+    *routing, stats = benjamini_hochberg_routing(logits, **options, return_stats=True)
+    plain = benjamini_hochberg_routing(logits, **options)
+    assert all(torch.equal(one, other) for one, other in zip(routing, plain, strict=True))
+    counts = plain[2].double().numpy()
+    assert stats == options | {
+        "total_tokens": 300,
+        "mean_experts_per_token": pytest.approx(counts.mean()),
+        "std_experts_per_token": pytest.approx(counts.std()),
+        "min_experts_per_token": 2,
+        "max_experts_per_token": 6,
+        "sparsity_gain": pytest.approx(1 - counts.mean() / 6),
+        "share_at_min_k": pytest.approx((counts == 2).mean()),
+        "share_at_max_k": pytest.approx((counts == 6).mean()),
+    }
+    assert 0 < stats["share_at_min_k"] < 1 and 0 < stats["share_at_max_k"] < 1
+    assert json.loads(json.dumps(stats)) == stats
+
+
+def test_statistics_of_no_tokens():
+    stats = benjamini_hochberg_routing(torch.zeros(0, 64), return_stats=True)[3]
+    assert stats["total_tokens"] == 0 and np.isnan(stats["mean_experts_per_token"])
+    assert stats["min_experts_per_token"] is None and np.isnan(stats["share_at_max_k"])
+
+
+def test_comparison_of_bounds():
+    logits = random_logits(300, 64)
+    table = compare_max_k(logits, (2, 4, 64), alpha=0.1, min_k=0)
+    counts = benjamini_hochberg_routing(logits, 0.1, min_k=0, max_k=64)[2]
+    assert table.index.tolist() == [2, 4, 64] and table.index.name == "max_k"
+    for max_k, row in table.iterrows():
+        assert row["mean_experts_per_token"] == pytest.approx(counts.clamp(max=max_k).double().mean().item())
+        assert row["share_at_max_k"] == pytest.approx((counts >= max_k).double().mean().item())
+    with pytest.raises(ValueError, match="max_k=65 for 64 experts"):
+        compare_max_k(logits, (2, 65))

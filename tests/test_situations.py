@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
 from bhlib.experts import TWIN_NAMES_COMPILE
-from bhlib.rules import TopK
+from bhlib.rules import Replay, TopK
 
 #: The limit that `bhlib.experts` documents: there, a copied configuration keeps the twin's name.
 COPIES_KEEP_THE_NAME = Version(torch.__version__) < Version(TWIN_NAMES_COMPILE)
@@ -535,3 +535,100 @@ def test_other_peoples_hooks_stay():
     logits_of(model, tokens(1, 5))
     before.remove()
     assert seen == ["before", "during"] * 2 and len(gate._forward_hooks) == 1
+
+
+def test_an_aborted_pass_is_replayed_again():
+    model = tiny_olmoe()
+    ids = tokens(2, 9)
+    with BHRoutingIntegration(model, alpha=0.2) as bh:
+        first, second = logits_of(model, ids), logits_of(model, ids.flip(1))
+
+    def stop(module, args, output=None):
+        raise RuntimeError("out of memory")
+
+    last = model.model.layers[-1]
+    places = [model.model.layers[1].register_forward_pre_hook, last.mlp.experts.register_forward_pre_hook]
+    for collect_stats in (True, False):
+        with RoutingPatch(model, Replay(bh.records), collect_stats=collect_stats):
+            for register in places:
+                handle = register(stop)
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    logits_of(model, ids)
+                handle.remove()
+            assert torch.equal(logits_of(model, ids), first)
+            assert torch.equal(logits_of(model, ids.flip(1)), second)
+            with pytest.raises(RuntimeError, match="holds 2 forward passes"):
+                logits_of(model, ids)
+
+
+@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
+def test_a_layer_called_alone_is_routed_and_said_not_to_be_recorded(exception):
+    model = tiny_olmoe()
+    hidden = torch.randn(1, 5, 64)
+
+    def stop(module, args):
+        raise exception("stop")
+
+    with BHRoutingIntegration(model, alpha=0.2) as bh, torch.no_grad():
+        with pytest.warns(UserWarning, match="'model.layers.1.mlp.gate' was run outside a forward pass of OlmoeModel"):
+            model.model.layers[1].mlp(hidden)
+        assert bh.get_routing_stats()["total_tokens"] == 0
+        handle = model.model.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(exception):
+            logits_of(model, tokens(1, 5))
+        handle.remove()
+        with pytest.warns(UserWarning, match="not recorded. Call the model, or patch the part"):
+            model.model.layers[1].mlp(hidden)
+        logits_of(model, tokens(1, 4))
+    assert bh.get_routing_stats()["total_tokens"] == 4
+
+
+def test_a_part_of_a_model_can_be_patched_alone():
+    model = tiny_olmoe()
+    layer, hidden = model.model.layers[1], torch.randn(2, 5, 64)
+    places = model.model.rotary_emb(hidden, torch.arange(5)[None])
+    with torch.no_grad():
+        for part, arguments in ((layer, {"position_embeddings": places}), (layer.mlp, {})):
+            with BHRoutingIntegration(part, alpha=0.2) as bh:
+                part(hidden, **arguments)
+            frame = bh.records.to_frame()
+            assert frame.groupby("sequence")["position"].apply(list).tolist() == [[0, 1, 2, 3, 4]] * 2
+            assert set(frame["token_id"]) == {-1}
+            with BHRoutingIntegration(part), pytest.raises(TypeError, match=r"no tokens among the arguments \['x'\]"):
+                part(x=hidden)
+
+
+@pytest.mark.parametrize("collect_stats", [True, False])
+def test_leaving_the_block_while_another_thread_generates(collect_stats):
+    """There one error that says so, or text that was made wholly with the patch; the model is whole again."""
+    model = tiny_olmoe()
+    state, ids, failures = state_of(model), tokens(2, 8), []
+    plain = logits_of(model, ids)
+    with BHRoutingIntegration(model, alpha=0.2):
+        routed = logits_of(model, ids)
+    running = threading.Event()
+
+    def work():
+        try:
+            for _ in range(100):
+                running.set()
+                output = logits_of(model, ids)
+                if torch.equal(output, plain):
+                    return
+                assert torch.equal(output, routed), "half-patched"
+        except BaseException as error:
+            failures.append(error)
+
+    for attempt in range(40):
+        running.clear()
+        with BHRoutingIntegration(model, alpha=0.2, collect_stats=collect_stats) as bh:
+            thread = threading.Thread(target=work)
+            thread.start()
+            running.wait()
+            time.sleep(0.0007 * (attempt % 10))
+        assert state_of(model) == state
+        assert torch.equal(logits_of(model, ids), plain)
+        thread.join()
+        bh.get_routing_stats()
+    assert all("was taken back while another thread ran the model" in str(error) for error in failures), failures
+    assert failures and {type(error) for error in failures} == {RuntimeError}

@@ -9,6 +9,8 @@ from models import tiny_olmoe, tokens
 
 from bhlib import BHRoutingIntegration, load_demo, load_heldout
 from bhlib.evaluation import evaluate
+from bhlib.loading import load_settings
+from bhlib.procedures import benjamini_hochberg
 from bhlib.rules import BH, EntropyK, ExpertDropRatio, MinP, StaticPerLayer, Threshold, TopP
 from bhlib.tuning import (
     choose_layer_weights,
@@ -52,6 +54,26 @@ def test_layer_weights_multiply_the_odds_of_alpha():
         assert torch.equal(rule(weighted, layer).counts, BH(rule.level(layer))(weighted).counts)
     by_expert = BH(0.2, layer_weights=[1, 4, 0.25], method="storey")
     assert torch.equal(by_expert(logits[1], 1).counts, BH(0.5, method="storey")(logits[1]).counts)
+
+
+def test_layer_weights_are_a_step_up_per_layer_and_not_one_over_all():
+    """Not weighted BH (Genovese, Roeder and Wasserman 2006): one step-up on p / w, the weights' arithmetic mean 1."""
+    logits, weights = random_logits(2, 50, 64), torch.tensor([1.5, 0.5])
+    rule = BH(0.05, layer_weights=weights.tolist(), min_k=0, max_k=64)
+    pvals = torch.stack([rule.pvalues(layer) for layer in logits], dim=1)  # [tokens, layers, experts]
+    for layer, tested in enumerate(logits):
+        alone = benjamini_hochberg(pvals[:, layer], rule.level(layer))
+        assert torch.equal(rule(tested, layer).counts, alone.sum(-1))
+    pooled = benjamini_hochberg((pvals / weights[:, None]).clamp(max=1).flatten(1), 0.05).view(pvals.shape)
+    counts = torch.stack([rule(tested, layer).counts for layer, tested in enumerate(logits)], dim=1)
+    assert not torch.equal(pooled.sum(-1), counts)
+
+
+@pytest.mark.parametrize("method", ["bh", "fixed"])
+def test_the_shipped_layer_weights_have_geometric_mean_1(method):
+    weights = load_settings()["layer_weights"][method]
+    assert np.exp(np.log(weights).mean()) == pytest.approx(1, abs=1e-3)
+    assert np.mean(weights) > 3
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,14 @@ def test_what_a_notebook_saves_is_a_view_a_picture_and_a_line(explorer):
     bundle = explorer._repr_mimebundle_()
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
     assert bundle["image/png"].startswith("iVBOR") and len(bundle["image/png"]) > 20_000
-    assert bundle["text/plain"] == "Explorer of demo: run this cell to move its sliders"
+    assert bundle["text/plain"] == "Explorer of demo: run the cells above and this one for its sliders"
+
+
+def test_the_picture_says_that_it_is_one(explorer):
+    """It stands where a reader looks for sliders: in Colab before the first run, and on GitHub for good."""
+    dials, note = explorer.draw().get_suptitle().splitlines()
+    assert dials.startswith("benjamini hochberg; Dirichlet (no calibration); α = 0.05")
+    assert note == "A picture, without sliders: run the cells above and this one, in Colab or JupyterLab, to get them."
 
 
 def test_every_part_can_be_found_by_its_class(explorer):

@@ -3,9 +3,11 @@
     python tools/colab.py                          # every notebook
     python tools/colab.py 01_bh_theory 04_patching_olmoe
 
-An environment is made in ``.venv-colab`` with the versions of ``tests/colab-versions.txt``. The kernel finds a stand-in
-for ``google.colab`` already imported, and git finds this working tree under the repository's address, so the set-up
-cell runs as it stands in the notebook. It must leave every version as it was.
+An environment is made in ``.venv-colab`` with the versions of ``tests/colab-versions.txt``: under Colab's Python where
+there is one, on the PATH or of pyenv, and PyTorch can be had for it without CUDA; else under the Python that runs this.
+The kernel finds a stand-in for ``google.colab`` already imported, and git finds this working tree, stamped as a fork,
+under the fork's address, so the set-up cell runs as it stands in the notebook. It must leave every version as it was.
+No cell may fail, or write to stderr, where warnings go.
 """
 
 import argparse
@@ -16,17 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from importlib import metadata
 from pathlib import Path
 
-from bhlib.colab import read_address
+import nbformat
+
+from bhlib.colab import stamp
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".venv-colab"
 VERSIONS = ROOT / "tests" / "colab-versions.txt"
 KEPT = ("torch", "transformers", "numpy", "ipython", "ipywidgets")
-PIP = [FOLDER / "bin" / "pip", "--quiet", "--disable-pip-version-check"]
+PIP = [FOLDER / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
+CPU = "+cpu" if sys.platform == "linux" else ""  # marks PyTorch's build without CUDA, the only one elsewhere
+FORK = "ada/routing-fork"
 
 
 def read_pins() -> dict[str, str]:
@@ -35,29 +40,72 @@ def read_pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
-def choices(name: str, pin: str) -> list[str]:
-    """What to ask pip for, the best first: Colab's version, else another."""
-    if name == "torch":  # the build for CUDA takes gigabytes, and this environment's own is in pip's cache
-        return [f"torch=={pin}{'+cpu' if sys.platform == 'linux' else ''}", f"torch=={metadata.version('torch')}"]
-    return [f"{name}=={pin}", name]
+def colab_python() -> str:
+    """Colab's version of Python, such as 3.13.15."""
+    return re.search(r"Python ([\d.]+\d)", VERSIONS.read_text())[1]
 
 
-def build() -> None:
-    """Make the environment anew; say which of Colab's versions are not to be had here."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    venv.create(FOLDER, with_pip=True)
-    wanted = {name: choices(name, pin) for name, pin in read_pins().items()}
+def find_pythons() -> list[str]:
+    """Colab's Python, but for the last digits, where there is one; then the one that runs this."""
+    minor = colab_python().rpartition(".")[0]
+    if sys.version.startswith(f"{minor}."):
+        return [sys.executable]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    places = filter(None, [shutil.which(f"python{minor}"), *map(str, pyenv.glob(f"{minor}.*/bin/python"))])
+    for place in places:
+        # pyenv puts a python3.13 on the PATH that starts only where that version was chosen.
+        if subprocess.run([place, "-c", ""], capture_output=True).returncode == 0:
+            return [place, sys.executable]
+    print(f"no Python {minor} here, neither on the PATH nor of pyenv", flush=True)
+    return [sys.executable]
+
+
+def torch_choices(python: str) -> list[str]:
+    """What to ask pip for, the best first: Colab's version, without CUDA since that takes gigabytes; else this one's.
+
+    This environment's PyTorch may have CUDA, and be in pip's cache. The build for another Python would not be.
+    """
+    builds = [read_pins()["torch"] + CPU, metadata.version("torch")]
+    return [f"torch=={build}" for build in builds if python == sys.executable or build.endswith(CPU)]
+
+
+def is_available(requirement: str) -> bool:
+    """Whether pip would install a package, by itself, into the environment."""
+    command = [*PIP, "install", "--dry-run", "--no-deps", requirement]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def build(pythons: list[str], any_torch: bool) -> None:
+    """Make the environment anew, under the first Python that PyTorch is to be had for.
+
+    With `any_torch`, PyTorch may come with CUDA. Says which of Colab's versions are not to be had here.
+    """
+    for python in pythons:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        subprocess.run([python, "-m", "venv", FOLDER], check=True)
+        choices = [f"torch=={read_pins()['torch']}"] if any_torch else torch_choices(python)
+        torch = next(filter(is_available, choices), None)
+        if torch is not None:
+            break
+        print(f"{python}: {' or '.join(choices)} is not to be had here for it", flush=True)
+    else:
+        sys.exit("no PyTorch to run the notebooks with")
+    if torch != choices[0]:
+        print(f"{choices[0]} is not to be had here; taking {torch}", flush=True)
+
+    wanted = {name: f"{name}=={pin}" for name, pin in read_pins().items()} | {"torch": torch}
     del wanted["triton"]  # comes with PyTorch's builds for CUDA
     while True:
-        command = [*PIP, "install", "--no-compile", "--prefer-binary", *(choice[0] for choice in wanted.values())]
+        command = [*PIP, "install", "--no-compile", "--prefer-binary", *wanted.values()]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if done.returncode == 0:
             return
         refused = re.search(r"No matching distribution found for ([\w-]+)==", done.stderr)
-        if refused is None or len(wanted.get(refused[1], [])) < 2:
+        if refused is None:
             sys.exit(done.stderr)
         name = refused[1]
-        print(f"{wanted[name].pop(0)} is not to be had here; taking {wanted[name][0]}", flush=True)
+        print(f"{wanted[name]} is not to be had here; taking another", flush=True)
+        wanted[name] = name
 
 
 def installed() -> dict[str, str]:
@@ -81,6 +129,7 @@ def prepare(folder: Path) -> dict[str, str]:
         if (ROOT / file).is_file():  # not deleted
             (origin / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, origin / file)
+    stamp(FORK, origin)
     for command in ("init --quiet", "add --all", "-c user.name=colab -c user.email=colab@localhost commit -qm tree"):
         subprocess.run(["git", "-c", "core.safecrlf=false", *command.split()], cwd=origin, check=True)
     return {
@@ -91,36 +140,51 @@ def prepare(folder: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",  # more threads wait for each other where other work runs beside
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{origin}.insteadOf",
-        "GIT_CONFIG_VALUE_0": f"https://github.com/{read_address(ROOT)}",
+        "GIT_CONFIG_VALUE_0": f"https://github.com/{FORK}",
     }
 
 
 def run(notebook: Path, environment: dict[str, str], timeout: int) -> bool:
-    """Whether a notebook runs to its end, as a file in the current folder of a fresh kernel."""
+    """Whether a notebook runs to its end without a warning, as a file in the current folder of a fresh kernel."""
     start = time.perf_counter()
-    command = [FOLDER / "bin" / "jupyter-execute", f"--timeout={timeout}", notebook.name]
+    command = [FOLDER / "bin" / "jupyter-execute", "--inplace", f"--timeout={timeout}", notebook.name]
     done = subprocess.run(command, cwd=notebook.parent, env=os.environ | environment, capture_output=True, text=True)
-    print(f"{notebook.stem:24} {time.perf_counter() - start:6.1f} s  {'failed' if done.returncode else ''}", flush=True)
     if done.returncode:
-        print(done.stderr.partition("CellExecutionError: ")[2] or done.stderr, file=sys.stderr)
-    return done.returncode == 0
+        wrong = ["failed", done.stderr.partition("CellExecutionError: ")[2] or done.stderr]
+    else:
+        wrong = read_stderr(notebook)
+    print(f"{notebook.stem:24} {time.perf_counter() - start:6.1f} s", *wrong, sep="\n    ", flush=True)
+    return not wrong
+
+
+def read_stderr(notebook: Path) -> list[str]:
+    """What the cells of an executed notebook wrote to stderr: warnings and logs, each with the number of its cell."""
+    return [
+        f"cell {number} writes to stderr: {output.text.strip()}"
+        for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells)
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stderr"
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="notebooks to run (default: all)")
     parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take (default 600)")
+    parser.add_argument("--python", help="run under this Python; PyTorch may then come with CUDA, in gigabytes")
     arguments = parser.parse_args()
     os.environ.pop("MPLBACKEND", None)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is not compiled at installation, is at the first import
 
     start = time.perf_counter()
-    python = re.search(r"Python [\d.]+\d", VERSIONS.read_text())[0]
-    print(f"{python} on Colab, {sys.version.split()[0]} here", flush=True)
-    untouched = FOLDER / ".untouched"  # the versions that it was made with, if no set-up has run since
-    if not untouched.exists() or untouched.read_text() != VERSIONS.read_text():
-        build()
+    pythons = [arguments.python] if arguments.python else find_pythons()
+    made_for = f"{pythons}\n{VERSIONS.read_text()}"
+    untouched = FOLDER / ".untouched"  # what it was made for, if no set-up has run since
+    if not untouched.exists() or untouched.read_text() != made_for:
+        build(pythons, any_torch=arguments.python is not None)
         print(f"environment made in {time.perf_counter() - start:.0f} s", flush=True)
+    here = subprocess.run([PIP[0], "--version"], capture_output=True, check=True, text=True).stdout.strip()
+    print(f"Python {colab_python()} on Colab, {here} here", flush=True)
     before = installed()
     untouched.unlink(missing_ok=True)
 
@@ -128,7 +192,7 @@ def main() -> None:
         environment = prepare(Path(folder))
         content = Path(folder) / "content"
         content.mkdir()
-        sources = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+        sources = sorted((Path(folder) / "origin" / "notebooks").glob("[0-9]*.ipynb"))
         sources = [path for path in sources if not arguments.names or path.stem in arguments.names]
         copies = [Path(shutil.copy(path, content)) for path in sources]
         failed = [copy.stem for copy in copies if not run(copy, environment, arguments.timeout)]
@@ -145,7 +209,7 @@ def main() -> None:
     if failed or changed or not fetched:
         sys.exit(f"failed: {failed}; versions changed by the set-up: {changed}; fetched: {fetched}")
     subprocess.run([*PIP, "uninstall", "--yes", *added], check=True)
-    untouched.write_text(VERSIONS.read_text())
+    untouched.write_text(made_for)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
 from bhlib.loading import load_settings
@@ -44,6 +45,14 @@ RIVALS: dict[str, Family] = {
 }
 
 
+def fitted_families(fitted: PValueMaker) -> dict[str, Family]:
+    """With a null fitted to each layer: BH, and a fixed cut on the same p-values, which BH has to be better than.
+
+    What both gain over the threshold on the probability is the null's doing; the step-up's is what lies between them.
+    """
+    return {"BH, fitted null": bh(fitted), "fixed cut, fitted null": bh(fitted, method="fixed")}
+
+
 def weighted_families() -> dict[str, Family]:
     """With a weight per layer, chosen on calibration text: BH, and for fairness the threshold too."""
     return {"BH, layer weights": bh(weighted=True), "threshold, layer weights": bh(method="fixed", weighted=True)}
@@ -63,3 +72,17 @@ def tried_families(fitted: dict[str, PValueMaker]) -> dict[str, Family]:
     tried |= {f"{method}, Dirichlet 4": bh(method=method) for method in ("by", "storey", "tsbky", "hochberg", "hc")}
     tried |= weighted_families() | RIVALS
     return tried | {f"entropy, slope {slope:g}": partial(_entropy, slope=slope) for slope in (0.5, 2.0, 4.0)}
+
+
+#: The number by which a family is given more experts or fewer, by the class of its rules.
+_LEVELS = {BH: "alpha", Threshold: "threshold", TopP: "p", MinP: "ratio", ExpertDropRatio: "beta"}
+
+
+def level_of(rule: Rule) -> float:
+    """The level of a rule: alpha, threshold, p, ratio or beta; of `EntropyK` the first threshold, in nats.
+
+    NaN for rules that have none: `TopK`, and `StaticPerLayer`, whose numbers stand in `bhlib/demo/settings.json`.
+    """
+    if isinstance(rule, EntropyK):
+        return rule.thresholds[0]
+    return getattr(rule, _LEVELS[type(rule)]) if type(rule) in _LEVELS else np.nan

@@ -79,14 +79,17 @@ NULL_LOOKS = {
 }
 
 
-@figure("null_calibration", compute_null_calibration, tolerance={"tail_01": 0.01, "tail_001": 0.02})
+_TAILS = {"tail_01": 0.01, "tail_001": 0.02, "tail_01_reference": 0.01, "tail_001_reference": 0.02}
+
+
+@figure("null_calibration", compute_null_calibration, tolerance=_TAILS)
 def draw_null_calibration(table: pd.DataFrame) -> Figure:
     """Distance from uniform per null and layer; QQ plot and histogram of some."""
     fig = Picture(figsize=(10.4, 5.6), layout="constrained")
     grid = fig.add_gridspec(2, 2, width_ratios=(1.3, 1))
     _draw_ks(fig, fig.add_subplot(grid[:, 0]), table[table["kind"] == "ks"])
     curves = table[table["kind"] == "curve"]
-    _draw_qq(fig.add_subplot(grid[0, 1]), curves)
+    _draw_qq(fig.add_subplot(grid[0, 1]), curves, table[table["kind"] == "ks"])
     _draw_histogram(fig.add_subplot(grid[1, 1]), curves)
     fig.legend(*fig.axes[-2].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(NULL_LOOKS))
     return fig
@@ -121,19 +124,22 @@ def _draw_ks(fig: Figure, axes, layers: pd.DataFrame) -> None:
     fig.colorbar(image, ax=axes, fraction=0.03, ticks=[0.002, 0.01, 0.05, 0.2], format="%g", label="KS distance")
 
 
-def _draw_qq(axes, curves: pd.DataFrame) -> None:
-    """Fraction of null p-values up to a level, over the level: 1 if uniform."""
+def _draw_qq(axes, curves: pd.DataFrame, layers: pd.DataFrame) -> None:
+    """Fraction of null p-values up to a level, over the level; rings at what a true null gives, by simulation."""
     for name, (color, style) in NULL_LOOKS.items():
         part = curves[curves["null"] == name]
         level = part["level"]
         axes.plot(level, part["fraction"], color=color, linestyle=style, label=name)
         axes.fill_between(level, part["low"], part["high"], color=color, alpha=0.25, linewidth=0)
+        reference = layers[layers["null"] == name].iloc[0]
+        for at, tail in ((0.01, "tail_01_reference"), (0.001, "tail_001_reference")):
+            axes.plot(at, at * reference[tail], "o", color=color, markerfacecolor="none", markersize=5)
     axes.plot([1e-4, 1], [1e-4, 1], color=BLACK, linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-5, 1))
     axes.set(xlabel="level", ylabel="null p-values up to it")
     axes.annotate("too many small p-values", (1.3e-4, 2.5e-2), fontsize=7, color="#555555")
     axes.annotate("too few: cautious", (2e-2, 2e-5), fontsize=7, color="#555555")
-    axes.set_title("QQ plot, all layers, 95 % bands", fontsize=8)
+    axes.set_title("QQ plot, all layers, 95 % bands\nrings: where the null is true", fontsize=8)
 
 
 def _draw_histogram(axes, curves: pd.DataFrame) -> None:
