@@ -13,7 +13,6 @@ bounded however long the text is. The draw depends on the seed and on the order 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.experts import PREFIX
-from bhlib.patching import MoELayer, find_moe_layers
+from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, watch
+from bhlib.experts import is_twin
 from bhlib.procedures import adjusted_pvalues
 from bhlib.pvalues import NULLS, FittedNull, PValueMaker, check_logits, load_null, null_values
 
@@ -339,7 +338,7 @@ def _run(
             f"{type(model).__name__} is in training mode, where dropout and router noise change the logits: "
             "call model.eval() first"
         )
-    if any((layer.experts.config._experts_implementation or "").startswith(PREFIX) for layer in layers):
+    if any(is_twin(implementation_of(layer.experts)) for layer in layers):
         raise RuntimeError(
             f"{type(model).__name__} is patched, so its layers do not see what the model's own routing makes of the "
             "text: calibrate outside the `with` block, or call unpatch_model() first"
@@ -348,20 +347,17 @@ def _run(
     device = next(model.parameters()).device
     valid = None
 
-    def hook_of(layer: MoELayer) -> Callable:
-        def hook(router: nn.Module, args: tuple, output: tuple) -> None:
-            logits = output[0].reshape(-1, layer.num_experts)
-            logits = logits if valid is None else logits[valid.flatten().to(logits.device)]
-            check_logits(logits)
-            take(layer.index, logits)
+    def take_real(layer: MoELayer, output: tuple) -> None:
+        logits = output[0].reshape(-1, layer.num_experts)
+        logits = logits if valid is None else logits[valid.flatten().to(logits.device)]
+        check_logits(logits)
+        take(layer.index, logits)
 
-        return hook
-
-    with ExitStack() as stack:
-        total = sum(len(ids) for ids, _ in pieces)
-        bar = stack.enter_context(tqdm(total=total, unit="seq", desc="router logits", disable=not progress))
-        for layer in layers:
-            stack.callback(layer.router.register_forward_hook(hook_of(layer)).remove)
+    total = sum(len(ids) for ids, _ in pieces)
+    with (
+        tqdm(total=total, unit="seq", desc="router logits", disable=not progress) as bar,
+        watch(layers, take_real),
+    ):
         for ids, mask in _batches(pieces, batch_size):
             valid = None if mask is None else mask.bool()
             inputs = {} if mask is None else {"attention_mask": mask.to(device)}

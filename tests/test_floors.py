@@ -12,12 +12,15 @@ FLOORS = [
     "procedures",  # multiple testing on tensors of p-values
     "simulations",  # false discovery rate and power by simulation
     "pvalues",  # router logits -> p-values
-    "kernels",  # both by Triton, on a CUDA device; the experts by a loop, on a CPU
+    "expert_loop",  # the experts one after the other, on a CPU
+    "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
     "experts",  # the experts' forward pass over selected pairs only
+    "discovery",  # the MoE layers of a model: find, watch, choose implementations
+    "hooks",  # hooks that copies of a module leave behind
     "passes",  # which tokens of a forward pass are real, and where they stand
     "records",  # what was routed where
-    "patching",  # find the routers; patch, analyze, restore
+    "patching",  # patch, analyze, restore
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
     "comparisons",  # the table of a sweep -> means, differences, intervals
