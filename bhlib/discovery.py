@@ -10,6 +10,7 @@ This is the only module that reads or writes the attribute ``_experts_implementa
 has a public way to set it, for a whole model and for names that it knows, and none to ask for it.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -164,6 +165,28 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bo
     The last two as in `MoELayer`.
     """
     refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
+    logits, weights, index = _run_alone(router, refusal)
+    if logits.shape[-1] != num_experts or weights.shape != index.shape or index.is_floating_point():
+        raise ValueError(
+            f"{refusal}it returns shapes {tuple(logits.shape)}, {tuple(weights.shape)}, {tuple(index.shape)}, "
+            f"not [tokens, {num_experts}] logits with weights and indices [tokens, top_k]."
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"{refusal}its logits are not finite on finite inputs; look at its weights.")
+    top_k = index.shape[-1]
+    for narrows, weighting in itertools.product((True, False), WEIGHTINGS):
+        routing = TopK(top_k)(as_scored(logits, narrows), weighting=weighting)
+        if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
+            _refuse_corrections(router, refusal, num_experts)
+            return top_k, weighting, narrows
+    raise ValueError(
+        f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
+        f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
+    )
+
+
+def _run_alone(router: nn.Module, refusal: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What a router makes of random hidden states: three tensors, or an error that begins with `refusal`."""
     if hasattr(router.weight, "device_mesh"):
         raise ValueError(
             f"{refusal}its weight is sharded over processes (a DTensor, as fully_shard or a tensor-parallel plan makes "
@@ -185,24 +208,7 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bo
         router.training = training
     if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(x, Tensor) for x in output)):
         raise ValueError(f"{refusal}it does not return (router_logits, top_k_weights, top_k_index).")
-    logits, weights, index = output
-    if logits.shape[-1] != num_experts or weights.shape != index.shape or index.is_floating_point():
-        raise ValueError(
-            f"{refusal}it returns shapes {tuple(logits.shape)}, {tuple(weights.shape)}, {tuple(index.shape)}, "
-            f"not [tokens, {num_experts}] logits with weights and indices [tokens, top_k]."
-        )
-    if not torch.isfinite(logits).all():
-        raise ValueError(f"{refusal}its logits are not finite on finite inputs; look at its weights.")
-    top_k = index.shape[-1]
-    for narrows, weighting in itertools.product((True, False), WEIGHTINGS):
-        routing = TopK(top_k)(as_scored(logits, narrows), weighting=weighting)
-        if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
-            _refuse_corrections(router, refusal, num_experts)
-            return top_k, weighting, narrows
-    raise ValueError(
-        f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
-        f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
-    )
+    return output
 
 
 def as_scored(router_logits: Tensor, narrows: bool) -> Tensor:
@@ -215,6 +221,17 @@ def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> No
     for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
         if name not in ("weight", "bias") and tensor.numel() == num_experts and tensor.any():
             raise ValueError(f"{refusal}it corrects the scores of its experts ({name}).")
+
+
+def find_body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
+    """The innermost module that holds all routers and takes token ids: it sees the attention mask of every pass."""
+    routers = {id(layer.router) for layer in layers}
+    body = model
+    for module in model.modules():  # parents come before their children
+        takes_ids = "input_ids" in inspect.signature(module.forward).parameters
+        if takes_ids and routers <= {id(child) for child in module.modules()}:
+            body = module
+    return body
 
 
 # -- watching --------------------------------------------------------------------------------------------------

@@ -25,13 +25,21 @@ from torch import Tensor, nn
 
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
-from bhlib.discovery import MoELayer, as_scored, find_moe_layers, implementation_of, implementations_changed
+from bhlib.discovery import (
+    MoELayer,
+    as_scored,
+    find_body,
+    find_moe_layers,
+    implementation_of,
+    implementations_changed,
+)
 from bhlib.hooks import PrivateHooks
-from bhlib.passes import PassReader, find_cache
+from bhlib.passes import PassReader, find_cache, special_tokens
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
-from bhlib.records import MAX_RECORDED_TOKENS, Records, RoutingStats
+from bhlib.records import MAX_RECORDED_TOKENS, Records
 from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, check_temperature
+from bhlib.stats import RoutingStats
 
 MODES = ("patch", "analyze")
 
@@ -110,11 +118,11 @@ class RoutingPatch:
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
-        self._reader = PassReader(*_special_tokens(model))
+        self._reader = PassReader(*special_tokens(model))
         self._hooks = PrivateHooks()
         self._implementations = ExitStack()  # how to set them back
         self._local = threading.local()
-        self._body = _body(model, self.layers)
+        self._body = find_body(model, self.layers)
         self._is_open = False  # to forward passes
         self._running: set[threading.Thread] = set()
 
@@ -249,7 +257,7 @@ class RoutingPatch:
             values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
             cache = find_cache(values)
             if cache is not None:
-                self._reader.follow(finished.step, cache)
+                self._reader.follow(finished.tokens, cache)
 
     @torch.compiler.disable
     def _record(self, layer: MoELayer, routing: Routing) -> None:
@@ -386,33 +394,12 @@ class _RouterHook:
         return router_logits, routing.weights.to(top_k_weights.dtype), index
 
 
-def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
-    """The innermost module that holds all routers and takes token ids: it sees the attention mask of every pass."""
-    routers = {id(layer.router) for layer in layers}
-    body = model
-    for module in model.modules():  # parents come before their children
-        takes_ids = "input_ids" in inspect.signature(module.forward).parameters
-        if takes_ids and routers <= {id(child) for child in module.modules()}:
-            body = module
-    return body
-
-
 def _is_running(module: nn.Module) -> bool:
     """Whether a method of a module is being run by this thread."""
     frame = sys._getframe()
     while frame is not None and frame.f_locals.get("self") is not module:
         frame = frame.f_back
     return frame is not None
-
-
-def _special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
-    """The padding token and the end-of-text tokens that `generate()` reads from the configuration; empty if unset."""
-    found = []
-    for name in ("pad_token_id", "eos_token_id"):
-        configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
-        tokens = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
-        found.append(tokens if isinstance(tokens, list) else [tokens])
-    return tuple(found)
 
 
 def _forget_compiled_code() -> None:

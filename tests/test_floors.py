@@ -19,8 +19,11 @@ FLOORS = [
     "discovery",  # the MoE layers of a model: find, watch, choose implementations
     "hooks",  # hooks that copies of a module leave behind
     "passes",  # which tokens of a forward pass are real, and where they stand
+    "recorded_passes",  # decisions about tokens, pass by pass
+    "stats",  # counts -> the statistics of a run
     "records",  # what was routed where
     "patching",  # patch, analyze, restore
+    "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
     "comparisons",  # the table of a sweep -> means, differences, intervals

@@ -8,13 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bhlib import comparisons, evaluation, evidence
-from bhlib.calibration import VALUES_PER_LAYER, fit_null, name_of
+from bhlib.calibration import fit_null, name_of
 from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Picture
 from bhlib.figures.families import RIVALS, Family, bh, fitted_families, level_of, tried_families, weighted_families
 from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
 from bhlib.loading import heldout_sequence_documents, load_heldout
 from bhlib.pvalues import STATISTICS, DirichletNull
 from bhlib.rules import BH, Rule, TopK
+from bhlib.sampling import VALUES_PER_LAYER
 
 #: Where families are compared.
 MEAN_K = (3, 4, 5, 6, 7)
