@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 
 from bhlib import evidence
 from bhlib.calibration import name_of
-from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Picture
+from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import Demo, figure
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 
 
 def compute_softmax_theorem(demo: Demo) -> pd.DataFrame:
