@@ -579,11 +579,9 @@ class BHRoutingIntegration(RoutingPatch):
     ) -> None:
         check_alpha(alpha)
         check_temperature(temperature)
-        if pvalues == "softmax":
-            pvalues = make_pvalues("softmax", temperature=temperature)
         super().__init__(
             model,
-            BH(alpha, pvalues, method, layer_weights, min_k=min_k, max_k=max_k),
+            BH(alpha, make_pvalues(pvalues, temperature), method, layer_weights, min_k=min_k, max_k=max_k),
             temperature=temperature,
             mode=mode,
             collect_stats=collect_stats,

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from bhlib.loading import load_settings
-from bhlib.pvalues import DirichletNull, PValueMaker, TokenGaussian
+from bhlib.pvalues import NULLS, PValueMaker
 from bhlib.rules import BH, FAMILIES, EntropyK, Rule, StaticPerLayer
 from bhlib.tuning import entropy_thresholds, level_for_mean_experts
 
@@ -67,9 +67,9 @@ def tried_families(fitted: dict[str, PValueMaker]) -> dict[str, Family]:
     fitted : dict of PValueMaker
         Nulls fitted on calibration text, by name.
     """
-    tried = {f"BH, Dirichlet {a}": bh(DirichletNull(a)) for a in (1, 2, 4, 8)}
-    tried |= {f"BH, token Gaussian, {kind}": bh(TokenGaussian(estimator=kind)) for kind in ("trimmed", "truncated")}
-    tried |= {f"BH, {name}": bh(maker) for name, maker in fitted.items()}
+    uncalibrated = [entry for entry in NULLS.values() if not entry.needs_calibration]
+    nulls = {label: entry.make(**options) for entry in uncalibrated for label, options in entry.tried.items()}
+    tried = {f"BH, {label}": bh(maker) for label, maker in (nulls | fitted).items()}
     tried |= {f"{method}, Dirichlet 4": bh(method=method) for method in ("by", "storey", "tsbky", "hochberg", "hc")}
     tried |= weighted_families() | rivals()
     return tried | {f"entropy, slope {slope:g}": partial(_entropy, slope=slope) for slope in (0.5, 2.0, 4.0)}

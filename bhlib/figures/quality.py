@@ -14,7 +14,7 @@ from bhlib.figures.families import Family, bh, fitted_families, rivals, tried_fa
 from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
 from bhlib.loading import heldout_sequence_documents, load_heldout
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
-from bhlib.pvalues import STATISTICS, DirichletNull
+from bhlib.pvalues import NULLS, STATISTICS, DirichletNull
 from bhlib.rules import BH, FAMILIES, Rule, RuleFamily, TopK, families_of
 
 #: Where families are compared.
@@ -314,10 +314,12 @@ def compute_families_tried(
     """Every family that was tried, on the validation split: loss minus static top-k. Takes half an hour."""
     logits = demo.calibration_logits
     fit = _fit_options(demo)
-    fitted = {f"KDE, {name}": fit_null(logits, statistic=name, **fit) for name in STATISTICS}
-    for label, per_expert in {"conformal": False, "conformal per expert": True}.items():
-        null = fit_null(logits, null="conformal", statistic="log_prob", per_expert=per_expert, **fit)
-        fitted[f"{label}, log_prob"] = null
+    fitted = {
+        label: fit_null(logits, null=name, **options, **fit)
+        for name, entry in NULLS.items()
+        if entry.needs_calibration
+        for label, options in entry.tried.items()
+    }
     rules, wanted = dict(STATIC), {}
     for name, family in tried_families(fitted).items():
         for k in mean_k:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bhlib.kernels import on_device
-from bhlib.pvalues import DirichletNull, FittedNull, PValueMaker, TokenGaussian
+from bhlib.pvalues import KernelForm, PValueMaker
 from bhlib.weighting import KERNEL_NORMALIZED, KERNEL_PLAIN
 
 MOST_EXPERTS = 256
@@ -20,7 +20,7 @@ MOST_EXPERTS = 256
 _STATISTICS = {"rest": 0, "log_prob": 1, "logit": 2, "centered": 3, "standardized": 4}
 
 
-def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> tuple[str, int, Tensor] | None:
+def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> KernelForm | None:
     """What the kernel compares with what, so that it decides as the critical statistics of a p-value maker do.
 
     Parameters
@@ -33,23 +33,13 @@ def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> tup
 
     Returns
     -------
-    statistic : str
-    exclude_top : int
-    cuts : Tensor [experts], float32
-        Rank k passes if its statistic is at least ``cuts[k - 1]``. For ``DirichletNull`` the statistic is minus the
-        probability of all other experts, which the kernel has without a logarithm.
-
-    None if the kernel does not know the statistic.
+    KernelForm or None
+        None if the maker has no such form, or the kernel does not know its statistic.
     """
     if not pvalues.shared or num_experts > MOST_EXPERTS:
         return None
-    if isinstance(pvalues, DirichletNull):
-        return "rest", 0, (pvalues.probability(thresholds, num_experts) - 1).float()
-    if isinstance(pvalues, TokenGaussian) and pvalues.estimator == "trimmed":
-        return "standardized", pvalues.exclude_top, thresholds
-    if isinstance(pvalues, FittedNull) and pvalues.statistic in _STATISTICS:
-        return pvalues.statistic, pvalues.exclude_top, thresholds
-    return None
+    form = pvalues.kernel_form(num_experts, thresholds)
+    return form if form is not None and form.statistic in _STATISTICS else None
 
 
 def bh_route(
