@@ -25,6 +25,7 @@ from bhlib.kernels.vector import vector_forward  # noqa: E402
 from bhlib.procedures import critical_values  # noqa: E402
 from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
 from bhlib.rules import BH  # noqa: E402
+from bhlib.weighting import WEIGHTINGS  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if CUDA else (torch.float32, 1e-5)
@@ -36,7 +37,8 @@ TOKENS = 64 if CUDA else 5
 
 def kernel_route(rule, logits, layer=None, **options):
     """The kernel's routing with the decisions that a rule asks for."""
-    thresholds, _ = rule._critical_statistics(logits.shape[-1], layer, logits.device)
+    options["weighting"] = WEIGHTINGS[options.get("weighting", "softmax")].kernel
+    thresholds = rule.thresholds(logits.shape[-1], layer, logits.device)
     statistic, exclude_top, cuts = cut_table(rule.pvalues, thresholds, logits.shape[-1])
     return bh_route(
         logits, cuts, statistic=statistic, exclude_top=exclude_top, min_k=rule.min_k, max_k=rule.max_k, **options

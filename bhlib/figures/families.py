@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from bhlib.loading import load_settings
 from bhlib.pvalues import NULLS, PValueMaker
-from bhlib.rules import BH, EntropyK, ExpertDropRatio, MinP, Rule, StaticPerLayer, Threshold, TopP
+from bhlib.rules import BH, FAMILIES, EntropyK, Rule, StaticPerLayer
 from bhlib.tuning import entropy_thresholds, level_for_mean_experts
 
 #: Makes a rule from calibration logits [layers, tokens, experts] and the mean number of experts that it is to give.
@@ -34,15 +33,17 @@ def _static_per_layer(logits: Tensor, mean_k: float) -> Rule:
     return StaticPerLayer(tuple(load_settings()["static_per_layer"][f"{mean_k:g}"]))
 
 
-#: What people use, each under the name that figures give it.
-RIVALS: dict[str, Family] = {
-    "threshold": by_level(Threshold),
-    "top-p": by_level(TopP),
-    "min-p": by_level(MinP),
-    "entropy": _entropy,
-    "weight ratio": by_level(ExpertDropRatio),
-    "static per layer": _static_per_layer,
-}
+#: How a family gives a wanted mean, where no level in (0, 1) does it.
+FITTED: dict[str, Family] = {"entropy": _entropy, "static per layer": _static_per_layer}
+
+
+def rivals() -> dict[str, Family]:
+    """What people use, each under the name that figures give it: all rivals in `bhlib.rules.FAMILIES`."""
+    return {
+        name: FITTED[name] if name in FITTED else by_level(family.make)
+        for name, family in FAMILIES.items()
+        if family.is_rival
+    }
 
 
 def fitted_families(fitted: PValueMaker) -> dict[str, Family]:
@@ -70,19 +71,5 @@ def tried_families(fitted: dict[str, PValueMaker]) -> dict[str, Family]:
     nulls = {label: entry.make(**options) for entry in uncalibrated for label, options in entry.tried.items()}
     tried = {f"BH, {label}": bh(maker) for label, maker in (nulls | fitted).items()}
     tried |= {f"{method}, Dirichlet 4": bh(method=method) for method in ("by", "storey", "tsbky", "hochberg", "hc")}
-    tried |= weighted_families() | RIVALS
+    tried |= weighted_families() | rivals()
     return tried | {f"entropy, slope {slope:g}": partial(_entropy, slope=slope) for slope in (0.5, 2.0, 4.0)}
-
-
-#: The number by which a family is given more experts or fewer, by the class of its rules.
-_LEVELS = {BH: "alpha", Threshold: "threshold", TopP: "p", MinP: "ratio", ExpertDropRatio: "beta"}
-
-
-def level_of(rule: Rule) -> float:
-    """The level of a rule: alpha, threshold, p, ratio or beta; of `EntropyK` the first threshold, in nats.
-
-    NaN for rules that have none: `TopK`, and `StaticPerLayer`, whose numbers stand in `bhlib/demo/settings.json`.
-    """
-    if isinstance(rule, EntropyK):
-        return rule.thresholds[0]
-    return getattr(rule, _LEVELS[type(rule)]) if type(rule) in _LEVELS else np.nan

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 
 from bhlib import evidence
 from bhlib.calibration import name_of
-from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, RED, Picture
+from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import Demo, figure
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED
 from bhlib.pvalues import null_looks
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bhlib.kernels import on_device
 from bhlib.pvalues import KernelForm, PValueMaker
+from bhlib.weighting import KERNEL_NORMALIZED, KERNEL_PLAIN
 
 MOST_EXPERTS = 256
 
@@ -49,7 +50,7 @@ def bh_route(
     exclude_top: int = 0,
     min_k: int = 1,
     max_k: int = 8,
-    weighting: str = "softmax",
+    weighting: int = KERNEL_PLAIN,
     temperature: float = 1.0,
     weights_dtype: torch.dtype = torch.float32,
     empty: int = -1,
@@ -65,8 +66,8 @@ def bh_route(
         See `cut_table`, which gives all three.
     min_k, max_k : int
         Bounds on the number of experts per token; `max_k` cuts after the procedure has looked at all experts.
-    weighting : str
-        One of `bhlib.rules.WEIGHTINGS`.
+    weighting : int
+        `bhlib.weighting.KERNEL_PLAIN` or `KERNEL_NORMALIZED`, as ``Weighting.kernel`` says it.
     temperature : float
         Divides the logits in the softmax of the weights.
     weights_dtype : torch.dtype
@@ -80,12 +81,22 @@ def bh_route(
     experts : Tensor [tokens, max_k], int64
         Largest logit first; of equal logits the lower index, where ``torch.topk`` leaves the order open.
     counts : Tensor [tokens], int64
+
+    Raises
+    ------
+    ValueError
+        If `weighting` is no code that the kernel knows.
     """
+    if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED):
+        raise ValueError(
+            f"weighting must be {KERNEL_PLAIN} (plain) or {KERNEL_NORMALIZED} (normalized), got {weighting!r}: the "
+            f"kernel computes no other weights. Call the rule itself, which routes in plain torch."
+        )
     # See `bhlib.kernels.forward.experts_forward`.
     route = _route_operator if torch.compiler.is_compiling() else _launch
     return route(
-        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting != "softmax", temperature,
-        weights_dtype, empty,
+        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED,
+        temperature, weights_dtype, empty,
     )  # fmt: skip
 
 
