@@ -35,6 +35,12 @@ TOKENS = 64 if CUDA else 5
 # ------------------------------------------------------------------------------------------------------- routing
 
 
+@pytest.mark.parametrize("code", [2, None, "softmax"])
+def test_the_kernel_refuses_weights_that_it_does_not_know(code):
+    with pytest.raises(ValueError, match=r"weighting must be 0 \(plain\) or 1 \(normalized\), got "):
+        bh_route(spread_logits(3, 64), torch.zeros(64), weighting=code)
+
+
 def kernel_route(rule, logits, layer=None, **options):
     """The kernel's routing with the decisions that a rule asks for."""
     options["weighting"] = WEIGHTINGS[options.get("weighting", "softmax")].kernel

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bhlib.loading import load_settings
 from bhlib.pvalues import NULLS, PValueMaker
-from bhlib.rules import BH, FAMILIES, EntropyK, Rule, StaticPerLayer
+from bhlib.rules import BH, FAMILIES, EntropyK, Rule, RuleFamily, StaticPerLayer
 from bhlib.tuning import entropy_thresholds, level_for_mean_experts
 
 #: Makes a rule from calibration logits [layers, tokens, experts] and the mean number of experts that it is to give.
@@ -39,11 +39,18 @@ FITTED: dict[str, Family] = {"entropy": _entropy, "static per layer": _static_pe
 
 def rivals() -> dict[str, Family]:
     """What people use, each under the name that figures give it: all rivals in `bhlib.rules.FAMILIES`."""
-    return {
-        name: FITTED[name] if name in FITTED else by_level(family.make)
-        for name, family in FAMILIES.items()
-        if family.is_rival
-    }
+    return {name: _way_of(family) for name, family in FAMILIES.items() if family.is_rival}
+
+
+def _way_of(family: RuleFamily) -> Family:
+    if family.name in FITTED:
+        return FITTED[family.name]
+    if family.make is None:
+        raise ValueError(
+            f"nothing says how {family.name!r} gives a wanted number of experts: register it with make=, enter it in "
+            f"bhlib.figures.families.FITTED, or leave it out of comparisons with is_rival=False."
+        )
+    return by_level(family.make)
 
 
 def fitted_families(fitted: PValueMaker) -> dict[str, Family]:
