@@ -2,7 +2,8 @@
 
 Python blocks run in one fresh interpreter, top to bottom, so that a later block may use what an earlier
 one made. A shell block is read line by line: a make target has to exist, and so has a command of
-`python -m bhlib`. What it says about quality is held against the table that it shows.
+`python -m bhlib`; pytest has to collect what it is asked to run. What the README says about quality is held against
+the table that it shows.
 """
 
 import re
@@ -61,6 +62,9 @@ def test_shell_line_is_a_command_that_exists(line):
         command = [sys.executable, *shlex.split(line)[1:], "--help"]
         shown = finish(command)
         assert shown.returncode == 0, shown.stderr
+    elif line.startswith("pytest"):
+        collected = finish([sys.executable, "-m", *shlex.split(line), "--collect-only", "-q"])
+        assert collected.returncode == 0, collected.stdout
     else:
         assert line.startswith(FETCHING), f"no test knows how to run {line!r}"
 
