@@ -75,7 +75,7 @@ def bench_routing(
         logits to weights and experts (`loop_route`), the others from p-values to decisions (`loop_reject`).
     """
     generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(num_tokens, num_experts, generator=generator)
+    logits = 2 * torch.randn(num_tokens, num_experts, generator=generator, device="cpu")
     makers = _makers(num_experts, max_k, generator)
     if devices is None:
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -121,7 +121,7 @@ def format_routing(frame: pd.DataFrame) -> str:
 
 def _makers(num_experts: int, exclude_top: int, generator: torch.Generator) -> dict[str, PValueMaker]:
     """One of each kind; those that need calibration are fitted on noise, which costs the same as real logits."""
-    noise = 2 * torch.randn(1, 4096, num_experts, generator=generator)
+    noise = 2 * torch.randn(1, 4096, num_experts, generator=generator, device="cpu")
     exclude_top = min(exclude_top, num_experts - 2)
     fit = {"model_name": "noise", "exclude_top": exclude_top}
     return {

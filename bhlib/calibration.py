@@ -12,11 +12,12 @@ sample of fixed size, drawn without replacement and uniformly from all values th
 bounded however long the text is. The draw depends on the seed and on the order of the tokens, not on the batch size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -29,6 +30,9 @@ from bhlib.pvalues import NULLS, FittedNull, PValueMaker, check_logits, load_nul
 #: Values that are kept of a layer, and of one expert of a layer where each has a null of its own.
 VALUES_PER_LAYER = 50_000
 VALUES_PER_EXPERT = 4_000
+
+#: Tokens that are kept of a layer, to find the levels that a null brings.
+TOKENS_FOR_LEVELS = 2_000
 
 
 def calibrate(
@@ -81,7 +85,8 @@ def calibrate(
     Returns
     -------
     FittedNull
-        Also a `PValueMaker`: pass it to `BHRoutingIntegration` as ``pvalues``, or call ``save(path)``.
+        Also a `PValueMaker`: pass it to `BHRoutingIntegration` as ``pvalues``, or call ``save(path)``. It brings the
+        level for a wanted number of experts, ``alpha=null.alpha_for(4.0)``.
 
     Raises
     ------
@@ -106,7 +111,9 @@ def calibrate(
     sampler = _Sampler(len(layers), num_experts, statistic, exclude_top, per_expert, max_values, seed)
     make = _null_class(null)
     _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add)
-    return make.fit(sampler.samples(), model_name=name_of(model), **sampler.settings, **options)
+    return _with_levels(
+        make.fit(sampler.samples(), model_name=name_of(model), **sampler.settings, **options), sampler.logits()
+    )
 
 
 def fit_null(
@@ -136,7 +143,8 @@ def fit_null(
     sampler = _Sampler(num_layers, num_experts, statistic, exclude_top, per_expert, max_values, seed)
     for layer, logits in enumerate(router_logits):
         sampler.add(layer, logits)
-    return _null_class(null).fit(sampler.samples(), model_name=model_name, **sampler.settings, **options)
+    fitted = _null_class(null).fit(sampler.samples(), model_name=model_name, **sampler.settings, **options)
+    return _with_levels(fitted, sampler.logits())
 
 
 def collect_router_logits(
@@ -237,21 +245,76 @@ def alpha_for_mean_experts(
         raise ValueError(
             f"mean_experts is {mean_experts}, but must lie strictly between min_k={min_k} and max_k={max_k}"
         )
-    undecided = [
-        adjusted_pvalues(pvalues(logits, layer), method, check=False)
-        .topk(max_k, largest=False)
-        .values[:, min_k:]
-        .flatten()
-        for layer, logits in enumerate(router_logits)
-    ]
     share = (mean_experts - min_k) / (max_k - min_k)
-    alpha = float(np.quantile(torch.cat(undecided).double().cpu().numpy(), share))
+    alpha = float(np.quantile(_undecided(pvalues, router_logits, method, min_k, max_k), share))
     if not 0 < alpha < 1:
         raise ValueError(
             f"no alpha strictly between 0 and 1 gives {mean_experts} experts on average with {pvalues!r} (it would be "
             f"{alpha:g}); choose a number further from the bounds, or another null"
         )
     return alpha
+
+
+def _undecided(
+    pvalues: PValueMaker, router_logits: Iterable[Tensor], method: str, min_k: int, max_k: int
+) -> np.ndarray:
+    """The (min_k + 1)-th to max_k-th smallest adjusted p-values of every token."""
+    adjusted = [
+        adjusted_pvalues(pvalues(logits, layer), method, check=False).topk(max_k, largest=False).values[:, min_k:]
+        for layer, logits in enumerate(router_logits)
+    ]
+    return torch.cat(adjusted).flatten().double().cpu().numpy()
+
+
+def _with_levels(null: FittedNull, router_logits: list[Tensor]) -> FittedNull:
+    """The null, its header holding the levels that `FittedNull.alpha_for` reads."""
+    min_k, max_k = 1, min(8, null.num_experts)
+    means = np.arange(min_k + 0.5, max_k, 0.5)
+    alphas = np.quantile(_undecided(null, router_logits, "bh", min_k, max_k), (means - min_k) / (max_k - min_k))
+    alphas = np.array([float(f"{alpha:.4g}") for alpha in alphas])  # the sample knows no more digits
+    # P-values of few values have steps: of numbers of experts with the same level the first is kept.
+    usable = (alphas > np.append(0, alphas[:-1])) & (alphas < 1)
+    if usable.any():
+        null.header["levels"] = {"mean_experts": means[usable].tolist(), "alpha": alphas[usable].tolist()}
+    return null
+
+
+def tail_factors(
+    null: PValueMaker,
+    router_logits: Tensor,
+    levels: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4),
+    *,
+    statistic: str = "log_prob",
+    exclude_top: int = 8,
+) -> pd.DataFrame:
+    """How far p-values are from the frequencies that they stand for: is the tail of a null right?
+
+    Parameters
+    ----------
+    null : PValueMaker
+    router_logits : Tensor [layers, tokens, experts]
+        As `collect_router_logits` returns them; of other text than the null was fitted on, for an honest answer.
+    levels : sequence of float
+        How far down to look; below some ten over the number of values it is the sample that is off.
+    statistic, exclude_top
+        Which values count as null (`bhlib.pvalues.null_values`): those of the experts outside each token's top.
+
+    Returns
+    -------
+    DataFrame, index layer, a column for each level
+        The largest factor, either way, between a p-value and the fraction of null values with one as small, over
+        fractions from 1 down to the level. 1 is right.
+    """
+    rows = []
+    for layer, logits in enumerate(router_logits):
+        _, experts = null_values(logits, statistic, exclude_top)
+        pvals = null(logits, layer).gather(-1, experts).flatten().double().cpu().numpy()
+        values, counts = np.unique(pvals, return_counts=True)
+        fractions = counts.cumsum() / len(pvals)
+        with np.errstate(divide="ignore"):
+            off = np.exp(np.abs(np.log(values / fractions)))
+        rows.append([off[fractions >= level].max() for level in levels])
+    return pd.DataFrame(rows, columns=list(levels)).rename_axis("layer")
 
 
 # -- the pass over the model ---------------------------------------------------------------------------------
@@ -380,14 +443,18 @@ class _Sampler:
         self.settings = dict(
             statistic=statistic, exclude_top=exclude_top, num_experts=num_experts, per_expert=per_expert, seed=seed
         )
-        null_values(torch.zeros(0, num_experts), statistic, exclude_top)  # refuses what cannot be, before the pass
+        # Refuses what cannot be, before the pass.
+        null_values(torch.zeros(0, num_experts, device="cpu"), statistic, exclude_top)
         # One stream of random numbers per layer: the draw does not depend on the order in which layers run.
         self._rngs = [np.random.default_rng([seed, layer]) for layer in range(num_layers)]
         columns = num_experts if per_expert else 1
         self._reservoirs = [[Reservoir(max_values) for _ in range(columns)] for _ in range(num_layers)]
+        self._token_rngs = [np.random.default_rng([seed, layer, 1]) for layer in range(num_layers)]
+        self._tokens = [Reservoir(TOKENS_FOR_LEVELS, (num_experts,)) for _ in range(num_layers)]
 
     def add(self, layer: int, router_logits: Tensor) -> None:
         """Take in logits [tokens, experts] of a layer."""
+        self._tokens[layer].add(router_logits.float().cpu().numpy(), self._token_rngs[layer].random(len(router_logits)))
         values, experts = null_values(router_logits, self.settings["statistic"], self.settings["exclude_top"])
         values = values.flatten().cpu().numpy()
         keys = self._rngs[layer].random(len(values))
@@ -407,6 +474,10 @@ class _Sampler:
         samples = [[reservoir.sample() for reservoir in layer] for layer in self._reservoirs]
         return samples if self.settings["per_expert"] else [columns[0] for columns in samples]
 
+    def logits(self) -> list[Tensor]:
+        """Logits [tokens, experts] of a sample of the tokens, for each layer."""
+        return [torch.from_numpy(tokens.sample()) for tokens in self._tokens]
+
 
 class Reservoir:
     """A uniform sample of fixed size, without replacement, of a stream of values.
@@ -417,16 +488,18 @@ class Reservoir:
     Parameters
     ----------
     size : int
+    shape : tuple of int
+        Of one value; a number by default.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, shape: tuple[int, ...] = ()) -> None:
         self.size = size
-        self._values = np.empty(0, np.float32)
+        self._values = np.empty((0, *shape), np.float32)
         self._keys = np.empty(0)
         self._limit = np.inf  # no key above it can be among the smallest any more
 
     def add(self, values: np.ndarray, keys: np.ndarray) -> None:
-        """Take in values [n], float32, with their keys [n], independent and uniform."""
+        """Take in values [n, ...], float32, with their keys [n], independent and uniform."""
         candidates = keys < self._limit
         self._values = np.concatenate([self._values, values[candidates]])
         self._keys = np.concatenate([self._keys, keys[candidates]])

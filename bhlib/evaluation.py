@@ -8,13 +8,8 @@ Everything comes as one tidy table with a row per rule and sequence, so that int
     matched_compute(frame)
 """
 
-import hashlib
-import json
-import os
-import re
 import time
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +20,17 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bhlib.cells import cell_path, open_folder, read_cell, write_cell
+
 # What is made of the tables below is reached from here too.
-from bhlib.comparisons import bootstrap_mean, matched_compute, paired_difference, summarize  # noqa: F401
+from bhlib.comparisons import matched_compute, paired_difference, summarize  # noqa: F401
+from bhlib.fingerprints import Fingerprint, add_model
 from bhlib.patching import RoutingPatch, find_moe_layers
 from bhlib.records import Records
 from bhlib.rules import Rule, TopK
 
-#: Version of the stored cells: part of their names, to be raised when what a cell means changes.
-CELL_FORMAT = 2
+#: What `evaluate` and `sweep` hand on to `RoutingPatch`.
+PATCH_OPTIONS = ("temperature", "weights", "kernels")
 
 # -- one rule --------------------------------------------------------------------------------------------------
 
@@ -104,7 +102,7 @@ def evaluate(
     progress : tqdm, optional
         Bar to advance by the number of sequences done.
     **patch_options
-        For `RoutingPatch`: temperature, weights.
+        For `RoutingPatch`: temperature, weights, kernels.
 
     Returns
     -------
@@ -116,8 +114,15 @@ def evaluate(
         the patched model's next-token distribution from the unpatched one's, KL(unpatched || patched), nats per token)
         and ``top1_agreement`` (share of tokens for which both have the same best guess).
 
+    Raises
+    ------
+    TypeError
+        If an option is none of these three.
+
     Notes
     -----
+    The rule is put into the model once: one that goes from pass to pass, as `Replay` does, sees the batches in order.
+
     ``rows`` is read from the records: the pairs that were selected. They are the rows that the experts' matrices
     multiply, since no others are handed to the experts (`bhlib.experts`); the tests count them in the products.
 
@@ -129,40 +134,79 @@ def evaluate(
     own routing too. It is the one column that differs from run to run, and says nothing while the machine does
     something else; the first batch may be slow.
     """
-    device = next(model.parameters()).device
+    _check_options(patch_options)
+    device = _device(model)
     watched, options = rule, patch_options
     if rule is None:  # the model routes itself, and a rule that would do the same records it
         watched, options = TopK(find_moe_layers(model)[0].top_k), {"mode": "analyze"}
     rows = []
-    for domain, sequences in data.items():
-        for start in range(0, len(sequences), batch_size):
-            batch = sequences[start : start + batch_size].to(device)
-            with RoutingPatch(model, watched, **options) as patch:
+    with RoutingPatch(model, watched, max_recorded_tokens=None, **options) as patch:
+        for domain, sequences in data.items():
+            for start in range(0, len(sequences), batch_size):
+                batch = sequences[start : start + batch_size].to(device)
+                patch.reset_stats()
                 started = _now(device)
                 logits = _next_token_logits(model, batch)
                 seconds = _now(device) - started
-            load = _expert_load(patch.records, len(batch))
-            pairs, entropy = load.sum(dim=(1, 2)), _load_entropy(load)
-            reference = logits if rule is None or not agreement else _next_token_logits(model, batch)
-            loss, correct = _score(logits, batch)
-            rows += [
-                {
-                    "domain": domain,
-                    "sequence": start + i,
-                    "tokens": loss.shape[1],
-                    "loss": loss[i].mean().item(),
-                    "accuracy": correct[i].float().mean().item(),
-                    "mean_k": pairs[i].item() / (batch.shape[1] * load.shape[1]),
-                    "rows": pairs[i].item(),
-                    "load_entropy": entropy[i].item(),
-                    "seconds": seconds / len(batch),
-                }
-                | (_agreement(logits[i], reference[i]) if agreement else {})
-                for i in range(len(batch))
-            ]
-            if progress is not None:
-                progress.update(len(batch))
+                load = _expert_load(patch.records, len(batch))
+                reference = _unpatched_logits(patch, batch) if agreement and rule is not None else logits
+                rows += [
+                    {"domain": domain, "sequence": start + i}
+                    | row
+                    | {"seconds": seconds / len(batch)}
+                    | (_agreement(logits[i], reference[i]) if agreement else {})
+                    for i, row in enumerate(_measure(logits, batch, load))
+                ]
+                if progress is not None:
+                    progress.update(len(batch))
     return pd.DataFrame(rows)
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    """Raise a TypeError for an option that is not for whoever calls `evaluate`."""
+    for name in options:
+        if name not in PATCH_OPTIONS:
+            raise TypeError(
+                f"evaluate() and sweep() take no {name!r}: they record every token of one batch after the other, and "
+                f"hand on to RoutingPatch only {', '.join(PATCH_OPTIONS)}. Leave {name!r} out."
+            )
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: weights that accelerate has offloaded lie on the meta device until they are used.
+
+    The first of its hooks that names a device is that of the first module which computes.
+    """
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device
+
+
+def _unpatched_logits(patch: RoutingPatch, batch: Tensor) -> Tensor:
+    """What the model gives by itself; the rule goes on afterwards where it was."""
+    patch.unpatch_model()
+    logits = _next_token_logits(patch.model, batch)
+    patch.patch_model(rewind=False)
+    return logits
+
+
+def _measure(logits: Tensor, batch: Tensor, load: Tensor) -> list[dict[str, float]]:
+    """What there is to say of each sequence of a batch, from its logits and its load [sequences, layers, experts]."""
+    loss, correct = _score(logits, batch)
+    pairs, entropy = load.sum(dim=(1, 2)), _load_entropy(load)
+    return [
+        {
+            "tokens": loss.shape[1],
+            "loss": loss[i].mean().item(),
+            "accuracy": correct[i].float().mean().item(),
+            "mean_k": pairs[i].item() / (batch.shape[1] * load.shape[1]),
+            "rows": pairs[i].item(),
+            "load_entropy": entropy[i].item(),
+        }
+        for i in range(len(batch))
+    ]
 
 
 def _now(device: torch.device) -> float:
@@ -175,7 +219,8 @@ def _now(device: torch.device) -> float:
 def _expert_load(records: Records, num_sequences: int) -> Tensor:
     """How many tokens used an expert: int64 [sequences, layers, experts], of one recorded pass without padding."""
     (only,) = records.passes
-    load = torch.zeros(num_sequences, records.num_layers, records.num_experts + 1, dtype=torch.int64)
+    shape = num_sequences, records.num_layers, records.num_experts + 1
+    load = torch.zeros(shape, dtype=torch.int64, device="cpu")
     for layer, routing in only.routings.items():
         slots = routing.experts.cpu().long().view(num_sequences, -1)
         slots = slots.masked_fill(slots < 0, records.num_experts)  # one column more for the empty ones
@@ -213,14 +258,24 @@ def sweep(
     cache : path, optional
         Folder of finished cells, one CSV per rule. A cell that is there is read instead of computed, so that a sweep
         that was stopped goes on where it was. A cell's file is named after its rule, with a hash of everything that
-        its numbers depend on (`cell_path`).
+        its numbers depend on (`bhlib.cells.cell_path`), code included; one that was damaged is computed again, with a
+        warning that names it.
 
     Returns
     -------
     pandas.DataFrame
-        The columns of `evaluate` behind ``rule``, and ``error`` at the end. A rule that raised an exception has one
+        The columns of `evaluate` after ``rule``, and ``error`` at the end. A rule that raised an exception has one
         row, with the exception in ``error`` and no numbers; it is not stored, and is tried again next time. For all
         other rows ``error`` is empty.
+
+    Raises
+    ------
+    TypeError
+        As `evaluate`.
+    ValueError
+        If there is a `cache`, and a rule or the model depends on something that a cell's name cannot tell.
+    OSError
+        If the folder `cache` cannot be made or written to, or a cell not be read.
 
     Notes
     -----
@@ -229,16 +284,20 @@ def sweep(
     rule is never split.
     Machines without a common `cache` folder work too, but after a stop only the first one's cells are found.
     """
+    _check_options(patch_options)
     state = PartialState(cpu=not torch.cuda.is_available())
     paths = {}
     if cache is not None:
-        options = {"agreement": agreement} | patch_options
-        key = _data_fingerprint(data) + _model_fingerprint(model) + repr(sorted(options.items()))
-        paths = {name: cell_path(cache, name, rule, key) for name, rule in rules.items()}
+        open_folder(cache)
+        key = _fingerprint(model, data, {"agreement": agreement} | patch_options)
+        for name, rule in rules.items():
+            counts_passes = rule is not None and type(rule).rewind is not Rule.rewind
+            paths[name] = cell_path(cache, name, rule, f"{key} {batch_size}" if counts_passes else key)
     # One process looks what is finished, so that all divide the same rest.
     parts = {}
     if state.is_main_process:
-        parts = {name: _read_cell(path) for name, path in paths.items() if path.exists()}
+        found = {name: read_cell(path) for name, path in paths.items() if path.exists()}
+        parts = {name: part.assign(error="") for name, part in found.items() if part is not None}
     rest = broadcast_object_list([[name for name in rules if name not in parts]])[0]
     mine = rest[state.process_index :: state.num_processes]
 
@@ -255,88 +314,23 @@ def sweep(
                 bar.update(done * per_cell - bar.n)
             else:
                 if paths:
-                    _write_cell(part, paths[name])
+                    write_cell(part, paths[name])
                 parts[name] = part.assign(error="")
     parts = dict(gather_object(list(parts.items())))
     frame = pd.concat([parts[name].assign(rule=name) for name in rules], ignore_index=True)
     return frame[["rule", *frame.columns.drop(["rule", "error"]), "error"]]
 
 
-def cell_path(folder: str | Path, name: str, rule: Rule | None, key: str) -> Path:
-    """The file of one cell of a sweep: the rule's name, and a hash of what its numbers depend on.
-
-    Parameters
-    ----------
-    folder : path
-    name : str
-        What the rule is called; only for people who look into the folder.
-    rule : Rule or None
-        Told apart by its ``repr``, and by the tables of a fitted null.
-    key : str
-        The rest: data, model and options.
-
-    Raises
-    ------
-    ValueError
-        If the rule holds something that its ``repr`` leaves out, as `Replay` does.
-    """
-    hidden = [part.name for part in fields(rule) if part.init and not part.repr] if is_dataclass(rule) else []
-    if hidden:
+def _fingerprint(model: nn.Module, data: Mapping[str, Tensor], options: Mapping[str, object]) -> str:
+    """Hash of what the numbers of a sweep depend on, but for the rule."""
+    digest = Fingerprint()
+    digest.add({domain: data[domain] for domain in data})
+    digest.add(sorted(options.items()))
+    try:
+        add_model(digest, model)
+    except TypeError as reason:
         raise ValueError(
-            f"the rule {name!r} cannot be stored, since its repr does not tell {', '.join(hidden)}: "
-            f"evaluate it without a cache, sweep(..., cache=None)."
-        )
-    digest = hashlib.sha256(f"{CELL_FORMAT} {rule!r} {key}".encode())
-    for part, tensor in sorted(getattr(getattr(rule, "pvalues", None), "tensors", {}).items()):
-        digest.update(part.encode() + _bytes(tensor))
-    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}-{digest.hexdigest()[:16]}.csv"
-
-
-#: Columns of whole numbers.
-_COUNTS = ("sequence", "tokens", "rows")
-
-
-def _write_cell(part: pd.DataFrame, path: Path) -> None:
-    """All of the file or none of it, whenever the process is stopped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    part.to_csv(unfinished, index=False, na_rep="nan", lineterminator="\n")
-    unfinished.replace(path)
-
-
-def _read_cell(path: Path) -> pd.DataFrame:
-    """What was written, to the bit: numpy reads back exactly what pandas prints, `read_csv` not in all versions."""
-    part = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for column in part.columns.drop("domain"):
-        part[column] = np.array(part[column], dtype="int64" if column in _COUNTS else "float64")
-    return part.assign(error="")
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """Type, shape and contents."""
-    tensor = tensor.detach().cpu().contiguous()
-    return f"{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _data_fingerprint(data: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for domain, sequences in data.items():
-        digest.update(domain.encode() + _bytes(sequences))
+            f"this sweep cannot be stored, since it depends on what a file's name cannot tell ({reason}): sweep "
+            f"without a cache, sweep(..., cache=None)."
+        ) from reason
     return digest.hexdigest()
-
-
-def _model_fingerprint(model: nn.Module, sample: int = 4096) -> str:
-    """Hash of the configuration, and of up to `sample` evenly spaced numbers of each parameter.
-
-    A sample, since all of a 7-billion-parameter model would take minutes; any training changes it.
-    """
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + _bytes(flat[:: max(1, len(flat) // sample)]))
-    return digest.hexdigest()
-
-
-#: Entries of a configuration that say where a model comes from, not what it is.
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version")

@@ -15,7 +15,7 @@ from scipy.stats import binom, rankdata
 from torch import Tensor, nn
 
 from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, alpha_for_mean_experts, fit_null
-from bhlib.comparisons import matched_compute
+from bhlib.comparisons import matched_compute, with_documents
 from bhlib.evaluation import sweep
 from bhlib.pvalues import STATISTICS, DirichletNull, PValueMaker, TokenGaussian
 from bhlib.rules import BH, Rule, TopK
@@ -282,6 +282,7 @@ def compare_at_equal_cost(
     *,
     mean_experts: tuple[float, ...] = (4.0, 5.0, 6.0),
     static_k: tuple[int, ...] = (3, 4, 5, 6, 7, 8),
+    documents: Mapping[str, np.ndarray] | None = None,
     **sweep_options,
 ) -> pd.DataFrame:
     """Loss of BH with different p-values, each at the levels that give so many experts, against static top-k.
@@ -298,6 +299,8 @@ def compare_at_equal_cost(
     mean_experts : tuple of float
     static_k : tuple of int
         Static rules, consecutive; their loss is interpolated linearly between these, NaN outside of them.
+    documents : mapping of str to ndarray [sequences], optional
+        The document of each sequence of `data` (`bhlib.comparisons.with_documents`), to be what intervals are over.
     **sweep_options
         For `bhlib.evaluation.sweep`.
 
@@ -305,8 +308,9 @@ def compare_at_equal_cost(
     -------
     pandas.DataFrame
         One row per maker and number: ``pvalues``, ``wanted_k``, ``alpha``, ``mean_k``, ``loss`` (nats per token),
-        ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with a 95 % bootstrap interval
-        ``low``, ``high`` over the sequences (`bhlib.comparisons.matched_compute`); ``sequences``, ``tokens``.
+        ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with 95 % bootstrap
+        intervals ``low``, ``high`` and ``joint_low``, ``joint_high`` (`bhlib.comparisons.matched_compute`);
+        ``sequences``, ``units``, ``tokens``.
     """
     settings = {
         (name, k): alpha_for_mean_experts(maker, calibration_logits, k)
@@ -317,13 +321,15 @@ def compare_at_equal_cost(
     rules |= {f"{name}, {k:g}": BH(alpha, makers[name]) for (name, k), alpha in settings.items()}
     frame = sweep(model, rules, data, **sweep_options)
     tokens = int(frame.groupby("rule")["tokens"].sum().iloc[0])
+    frame = frame if documents is None else with_documents(frame, documents)
     matched = matched_compute(frame).set_index("rule").rename(columns={"static": "static_loss"})
-    columns = ["mean_k", "loss", "static_loss", "difference", "low", "high", "sequences"]
+    columns = ["mean_k", "loss", "static_loss", "difference", "low", "high", "joint_low", "joint_high"]
+    columns += ["sequences", "units"]
     rows = [
         {"pvalues": name, "wanted_k": k, "alpha": alpha} | matched.loc[f"{name}, {k:g}", columns].to_dict()
         for (name, k), alpha in settings.items()
     ]
-    return pd.DataFrame(rows).astype({"sequences": int}).assign(tokens=tokens)
+    return pd.DataFrame(rows).astype({"sequences": int, "units": int}).assign(tokens=tokens)
 
 
 def kept_mass(rule: Rule, router_logits: Tensor, top_k: int = 8) -> dict[str, float]:

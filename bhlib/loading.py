@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -123,17 +124,50 @@ def load_heldout(
     dict of str to Tensor [sequences, length], int64
         Token ids by domain. Documents are separated by the end-of-text token.
     """
-    if length < 2:
-        raise ValueError(f"length must be 2 or more, since the first token has no loss; got {length}.")
     data = _heldout_tokens(split)
     if tokenizer is not None:
         data = {domain: _encode(texts, tokenizer) for domain, texts in heldout_documents(split).items()}
-    for domain, tokens in data.items():
-        sequences = tokens[: len(tokens) // length * length].view(-1, length)
-        if max_sequences is not None and max_sequences < len(sequences):
-            sequences = sequences[torch.linspace(0, len(sequences) - 1, max_sequences).round().long()]
-        data[domain] = sequences
-    return data
+    return {domain: _cut(tokens, length, max_sequences) for domain, tokens in data.items()}
+
+
+def heldout_sequence_documents(
+    split: str = "test", length: int = 512, max_sequences: int | None = None
+) -> dict[str, np.ndarray]:
+    """The document that each sequence of `load_heldout` is of: the unit that intervals are made over.
+
+    A sequence goes on across the end of a document, so it may hold pieces of several. It counts as part of the one
+    that most of its tokens are of, the earlier one of two that are alike. (Joining all that share a sequence would
+    make one unit of nearly a whole domain, since most documents end within a sequence.) So neighbouring documents are
+    not quite independent, and a document that has most of no sequence is in no unit: 154 of the 165 of the test split
+    have one, 6.5 sequences of 512 tokens each on average.
+
+    Parameters
+    ----------
+    split, length, max_sequences
+        As for `load_heldout`, with the demo's own tokens.
+
+    Returns
+    -------
+    dict of str to ndarray [sequences], int64
+        Number of the document in its domain, from 0.
+    """
+    end, documents = heldout_domains()["end_token"], {}
+    for domain, tokens in _heldout_tokens(split).items():
+        ends = (tokens == end).long()
+        rows = _cut(ends.cumsum(0) - ends, length, max_sequences)  # a document's end is its last token
+        documents[domain] = np.array([row.bincount().argmax().item() for row in rows])
+    return documents
+
+
+def _cut(tokens: Tensor, length: int, max_sequences: int | None) -> Tensor:
+    """Rows of equal length, all or some that are spread evenly."""
+    if length < 2:
+        raise ValueError(f"length must be 2 or more, since the first token has no loss; got {length}.")
+    sequences = tokens[: len(tokens) // length * length].view(-1, length)
+    if max_sequences is not None and max_sequences < len(sequences):
+        picked = torch.linspace(0, len(sequences) - 1, max_sequences, device=sequences.device)
+        sequences = sequences[picked.round().long()]
+    return sequences
 
 
 def _heldout_tokens(split: str) -> dict[str, Tensor]:
@@ -149,4 +183,4 @@ def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Documents as one row of tokens, int64 [tokens], each with the end-of-text token behind it."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a model may read
-    return torch.tensor([token for document in ids for token in [*document, *separator]])
+    return torch.tensor([token for document in ids for token in [*document, *separator]], device="cpu")

@@ -37,8 +37,7 @@ class Step:
         Number of the sequence in row 0; rows are numbered on from there. -1 for a packed pass: several sequences in
         one row, as in continuous batching, and no word on which earlier ones they continue.
     generated : bool
-        True for a decoding step: one token for each sequence, and a cache that held tokens before. A packed pass is
-        one if each of its sequences has one token.
+        True for a decoding step: one token for each sequence, and a cache that held tokens before.
     """
 
     valid: Tensor
@@ -49,27 +48,21 @@ class Step:
 
 
 class _Sequences:
-    """The sequences in one cache: the number of the first, and which of the tokens in the cache are real.
-
-    Parameters
-    ----------
-    first : int
-    real : Tensor [batch, tokens], bool
-        Copied.
-    """
+    """The sequences in one cache: the number of the first, and which of their tokens [batch, end] are real."""
 
     def __init__(self, first: int, real: Tensor) -> None:
         self.first = first
-        self._real, self._end = real.clone(), real.shape[1]  # columns from `_end` on are room to grow
-        self._ended = real.new_zeros(len(real))  # rows that were fed an end-of-text token
-        self._filler = torch.full_like(self._ended, -1, dtype=torch.long)  # what they have been fed since, -1 if nothing
+        self._real, self.end = real.clone(), real.shape[1]  # columns from `end` on are room to grow
+        # Which rows were fed an end-of-text token, and with what they have been fed since (-1: nothing yet).
+        self._ended = real.new_zeros(len(real))
+        self._filler = torch.full_like(self._ended, -1, dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self._real)
 
     def lengths(self, past: int) -> Tensor:
         """Real tokens [batch] among the first `past` in the cache. Tokens that came unseen are taken for real."""
-        return self._real[:, : min(past, self._end)].sum(dim=-1) + max(past - self._end, 0)
+        return self._real[:, : min(past, self.end)].sum(dim=-1) + max(past - self.end, 0)
 
     def put(self, past: int, real: Tensor) -> None:
         """Add tokens [batch, length] after the first `past`; what stood there was cropped from the cache."""
@@ -77,10 +70,10 @@ class _Sequences:
         if end > self._real.shape[1]:
             with torch.inference_mode(False):  # so that it can be written to in any mode
                 larger = torch.ones(len(real), 2 * end, dtype=torch.bool, device=real.device)
-            larger[:, : self._end] = self._real[:, : self._end]
+            larger[:, : self.end] = self._real[:, : self.end]
             self._real = larger
         self._real[:, past:end] = real
-        self._end = end
+        self.end = end
 
     def idle(self, token_ids: Tensor, ends: Tensor) -> Tensor:
         """Rows [batch] that a decoding step feeds with the same token over and over since their end of text."""
@@ -135,13 +128,13 @@ class PassReader:
         valid = _valid_tokens(mask, batch, length, past, tokens.device)
         sequences = self._sequences(cache, past, valid)
         generated = past > 0 and length == 1
+        if not generated or past < sequences.end:
+            sequences.resume()
         if token_ids is not None and batch > 1:  # one sequence alone is neither padded nor fed after its end
             if generated:
                 valid = valid & self._is_fed(token_ids, sequences)
             elif inputs.get("attention_mask") is None and past == 0:
                 valid = valid & ~self._trailing_padding(token_ids)
-        if not generated:
-            sequences.resume()
         if mask is not None and mask.dim() == 2 and mask.shape[1] >= past + length:
             position = _last(mask.long().cumsum(dim=-1), past, length) - 1
         else:
@@ -199,7 +192,7 @@ class PassReader:
 
 
 def find_cache(values: Iterable[object]) -> object | None:
-    """The key-value cache among arguments or outputs: transformers calls it `past_key_values`, and `cache` since 5.24."""
+    """The key-value cache among arguments or outputs: `past_key_values`, or `cache` since transformers 5.24."""
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
@@ -217,17 +210,18 @@ def _tokens(inputs: Mapping[str, object]) -> Tensor:
 def _packed_step(
     inputs: Mapping[str, object], token_ids: Tensor | None, ends: Tensor, batch: int, length: int
 ) -> Step:
-    """A pass of several sequences one after another in a row; the i-th ends at `ends[i + 1]`, and padding may follow."""
+    """A pass of several sequences in a row; the i-th ends at `ends[i + 1]`, and padding may follow the last."""
     column = torch.arange(length, device=ends.device)
     position = inputs.get("position_ids")
     if position is None:
         position = column - ends[torch.searchsorted(ends, column, right=True).clamp(max=len(ends) - 1) - 1]
+    valid = column < ends[-1]
     return Step(
-        (column < ends[-1]).expand(batch, length).clone(),
+        valid.expand(batch, length).clone(),
         position.expand(batch, length).to(torch.int32, copy=True),
         None if token_ids is None else token_ids.to(torch.int32, copy=True),
         -1,
-        inputs.get("max_length_q") == 1,
+        bool((ends.diff() <= 1).all() and (position[..., valid] > 0).all()),
     )
 
 

@@ -323,8 +323,11 @@ class RoutingPatch:
         """Whether hooks are in place now."""
         return bool(self._hooks)
 
-    def patch_model(self) -> "RoutingPatch":
-        """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already."""
+    def patch_model(self, *, rewind: bool = True) -> "RoutingPatch":
+        """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already.
+
+        The rule forgets earlier passes, unless `rewind` is False.
+        """
         for layer in self.layers:
             if layer.router in _patched_routers:
                 raise RuntimeError(
@@ -332,7 +335,8 @@ class RoutingPatch:
                     f"call unpatch_model() on that patch, or leave its `with` block, first."
                 )
         try:
-            self.rule.rewind()
+            if rewind:
+                self.rule.rewind()
             self._is_open = True
             for layer in self.layers:
                 _patched_routers[layer.router] = weakref.ref(self)

@@ -565,8 +565,8 @@ class Replay(Rule):
             model(**inputs)  # the same logits, bit for bit
 
     Whenever the rule is put into a model it begins with the first recorded pass (`rewind`), and goes on to the next one
-    when a pass comes to its end; one that is aborted is repeated. Passes are told apart by their order alone: one thread
-    at a time, and no gradient checkpointing, which runs layers again after the end of their pass.
+    when a pass comes to its end; one that is aborted is repeated. Passes are told apart by their order alone: one
+    thread at a time, and no gradient checkpointing, which runs layers again after the end of their pass.
 
     Parameters
     ----------

@@ -157,7 +157,7 @@ def simulate_power_1995(
         for null_fraction in null_fractions:
             num_null = _whole_number_of_nulls(m, null_fraction)
             _check_counts(m, num_null, repetitions)
-            is_null = torch.arange(m) < num_null
+            is_null = torch.arange(m, device="cpu") < num_null
             for configuration in configurations:
                 scores = noise[:, :m].copy()
                 scores[:, num_null:] += effects_1995(m - num_null, configuration, largest_effect, start)

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 -m bhlib sweep --cache cells --out sweep.csv        
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -22,12 +23,12 @@ from bhlib.rules import BH, ExpertDropRatio, MinP, Rule, Threshold, TopK, TopP
 
 #: Rules with one number: by the name in a specification, what they are called in the table and how they are made.
 RULES: dict[str, tuple[str, Callable[[float], Rule]]] = {
-    "top-k": ("top-{:g}", lambda k: TopK(int(k) if k == int(k) else k)),  # TopK says what is wrong with half an expert
-    "bh": ("BH {:g}", BH),
-    "threshold": ("threshold {:g}", Threshold),
-    "top-p": ("top-p {:g}", TopP),
-    "min-p": ("min-p {:g}", MinP),
-    "drop-ratio": ("drop-ratio {:g}", ExpertDropRatio),
+    "top-k": ("top-{}", lambda k: TopK(int(k) if k == int(k) else k)),  # TopK says what is wrong with half an expert
+    "bh": ("BH {}", BH),
+    "threshold": ("threshold {}", Threshold),
+    "top-p": ("top-p {}", TopP),
+    "min-p": ("min-p {}", MinP),
+    "drop-ratio": ("drop-ratio {}", ExpertDropRatio),
 }
 
 
@@ -64,7 +65,8 @@ def parse_rules(specification: str) -> dict[str, Rule | None]:
             )
         label, make = RULES[name]
         try:
-            rules |= {label.format(value): make(value) for part in values.split(",") for value in _numbers(part)}
+            numbers = [number for part in values.split(",") for number in _numbers(part)]
+            rules |= {label.format(_written(number)): make(number) for number in numbers}
         except (TypeError, ValueError) as error:
             raise argparse.ArgumentTypeError(f"{entry!r}: {error}") from error
     if not rules:
@@ -74,14 +76,32 @@ def parse_rules(specification: str) -> dict[str, Rule | None]:
 
 def _numbers(part: str) -> list[float]:
     """``0.05`` is one number, ``1-8`` are eight."""
-    ends = re.fullmatch(r"(\d+)-(\d+)", part)
+    ends = re.fullmatch(r"(\d{1,4})-(\d{1,4})", part)
     try:
         numbers = [float(k) for k in range(int(ends[1]), int(ends[2]) + 1)] if ends else [float(part)]
     except ValueError:
         numbers = []
-    if not numbers:
-        raise ValueError(f"{part!r} is neither a number nor a range of whole numbers such as 1-8")
+    if not numbers or not math.isfinite(numbers[0]):
+        raise ValueError(f"{part!r} is neither a finite number nor a range of whole numbers such as 1-8")
     return numbers
+
+
+def _written(number: float) -> str:
+    """The number as people write it, and so that no two numbers are written alike."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise a SystemExit unless a file can be written; its folder is made if there is none."""
+    try:
+        new = not path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise SystemExit(f"--out {path} cannot be written ({error.strerror}): name another file.") from error
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -124,9 +144,12 @@ def run(arguments: argparse.Namespace) -> None:
     Raises
     ------
     SystemExit
-        With the reason, if sequences are longer than the model reads, or, behind all the rest, if a rule failed.
+        With the reason, if `--out` or `--cache` cannot be written to, if sequences are longer than the model reads, or,
+        after all the rest, if a rule failed.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process and arguments.out:
+        _check_writable(Path(arguments.out))
     demo = arguments.model == "demo"
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if demo:
@@ -140,7 +163,10 @@ def run(arguments: argparse.Namespace) -> None:
         )
     model.to(state.device)  # each process has a GPU to itself
     data = load_heldout(arguments.split, arguments.length, arguments.sequences, None if demo else tokenizer)
-    frame = sweep(model, arguments.rules | arguments.alphas, data, cache=arguments.cache)
+    try:
+        frame = sweep(model, arguments.rules | arguments.alphas, data, cache=arguments.cache)
+    except OSError as error:
+        raise SystemExit(str(error)) from error
     if state.is_main_process:
         _report(frame, arguments.out)
     state.destroy_process_group()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_olmoe, tokens
-from scipy.stats import chisquare
+from scipy.stats import chisquare, norm
 
 from bhlib import BHRoutingIntegration, benjamini_hochberg_routing, find_moe_layers
 from bhlib.calibration import (
@@ -15,8 +15,11 @@ from bhlib.calibration import (
     fit_null,
     load_calibration,
     name_of,
+    tail_factors,
 )
 from bhlib.pvalues import STATISTICS, ConformalNull, KDENull, TokenGaussian
+from bhlib.rules import BH
+from bhlib.tuning import mean_experts
 
 
 @pytest.fixture(scope="module")
@@ -286,9 +289,103 @@ def test_alpha_gives_the_wanted_mean(method, min_k, max_k, wanted):
     assert counts[1].double().mean() < wanted - 0.01
 
 
+@pytest.mark.filterwarnings("ignore::bhlib.pvalues.ResolutionWarning")
+@pytest.mark.parametrize(
+    ("null", "per_expert", "near"), [("kde", False, 0.2), ("kde", True, 0.5), ("conformal", False, 0.5)]
+)
+def test_a_null_brings_its_level(null, per_expert, near, model, tmp_path):
+    """On other text: closely if all experts share the null, roughly with 700 values per expert or steps of 2e-5."""
+    fitted = calibrate(model, tokens(20, 40), null=null, per_expert=per_expert, progress=False)
+    logits = collect_router_logits(model, tokens(15, 60, seed=1), progress=False)
+    fitted.save(tmp_path / "null.safetensors")
+    loaded = load_calibration(tmp_path / "null.safetensors", model)
+    for wanted in (2.0, 3.7, 6.25):
+        alpha = loaded.alpha_for(wanted)
+        assert alpha == fitted.alpha_for(wanted)
+        assert mean_experts(BH(alpha, loaded), logits) == pytest.approx(wanted, abs=near)
+    assert mean_experts(BH(0.05, loaded), logits) > 4
+
+
+def test_levels_come_from_a_bounded_sample_of_tokens(monkeypatch):
+    monkeypatch.setattr("bhlib.calibration.TOKENS_FOR_LEVELS", 100)
+    logits = 2 * torch.randn(2, 4000, 64)
+    few, again, other = (fit_null(logits, model_name="noise", seed=seed).alpha_for(4.0) for seed in (0, 0, 1))
+    monkeypatch.undo()
+    assert few == again and few != other
+    assert few == pytest.approx(fit_null(logits, model_name="noise").alpha_for(4.0), rel=0.3)
+
+
+def test_levels_of_a_model_with_few_experts():
+    logits = torch.randn(1, 500, 4)
+    null = fit_null(logits, model_name="noise", exclude_top=1)
+    assert null.header["levels"]["mean_experts"][-1] <= 3.5
+    assert mean_experts(BH(null.alpha_for(2.0), null, max_k=4), logits) == pytest.approx(2, abs=0.05)
+
+
+def test_levels_that_a_null_does_not_bring():
+    logits = torch.randn(1, 500, 64)
+    with pytest.raises(ValueError, match=r"mean_experts is 8, but the levels of this null are for 1\.5 to 7\.5"):
+        fit_null(logits, model_name="noise").alpha_for(8)
+    bare = KDENull.fit([torch.randn(50)], model_name="noise", num_experts=64)
+    with pytest.raises(ValueError, match=r"brings no levels.*alpha_for_mean_experts\(null, router_logits, 4\)"):
+        bare.alpha_for(4)
+
+
 def test_impossible_means_are_refused():
     logits = torch.randn(1, 50, 64)
     with pytest.raises(ValueError, match="mean_experts is 8, but must lie strictly between min_k=1 and max_k=8"):
         alpha_for_mean_experts(TokenGaussian(), logits, 8)
     with pytest.raises(ValueError, match=r"no alpha strictly between 0 and 1 gives 7\.5 experts .*TokenGaussian"):
         alpha_for_mean_experts(TokenGaussian(), logits, 7.5, method="bonferroni", max_k=60, min_k=7)
+
+
+# -- the tail ------------------------------------------------------------------------------------------------
+
+
+def clumped_logits(tokens, seed):
+    """Gaussian logits, one in a thousand of them in a narrow clump: what several layers of the real OLMoE look like."""
+    rng = np.random.default_rng(seed)
+    shape = (1, tokens, 64)
+    logits = np.where(rng.random(shape) < 1e-3, rng.normal(4.5, 0.03, shape), rng.normal(size=shape))
+    return torch.from_numpy(logits)
+
+
+def tail_of(bw_method):
+    options = dict(model_name="clump", statistic="logit", exclude_top=0, bw_method=bw_method)
+    null = fit_null(clumped_logits(2000, seed=0), **options)
+    return tail_factors(null, clumped_logits(60_000, seed=1), (1e-3, 1e-4), statistic="logit", exclude_top=0).loc[0]
+
+
+def test_a_bandwidth_for_the_survival_function_smears_a_clump_less():
+    scott, survival, narrow = tail_of(None), tail_of("survival"), tail_of(0.02)
+    assert scott[1e-3] > 1.25 and scott[1e-4] > 3
+    assert survival[1e-3] < 1.15 and survival[1e-4] < 3
+    assert narrow[1e-3] < 1.15 and narrow[1e-4] < 2
+    print(scott.to_dict(), survival.to_dict(), narrow.to_dict())
+
+
+def test_tail_factors_by_hand():
+    """P-values twice too small below a tenth, and right above it."""
+    logits = torch.linspace(-1, 1, 1001)[:, None].expand(-1, 2)[None]
+
+    class Own(TokenGaussian):
+        def __call__(self, router_logits, layer=None):
+            p = (1001 - torch.arange(1001.0)) / 1001
+            return torch.where(p < 0.1, p / 2, p)[:, None].expand(-1, 2)
+
+    found = tail_factors(Own(), logits, (0.5, 0.1, 0.05, 0.01), exclude_top=0).loc[0]
+    np.testing.assert_allclose(found, [1, 1, 2, 2], rtol=1e-5)
+
+
+def test_the_bandwidth_for_the_survival_function_is_the_best_for_a_gaussian():
+    """Against bandwidths half and twice as wide: mean squared error over 200 samples of 500 values."""
+    rng = np.random.default_rng(0)
+    points = np.linspace(-4, 4, 81)
+    factor = (4 / 500) ** (1 / 3)
+    errors = {width: 0.0 for width in (0.5, 1, 2)}
+    for _ in range(200):
+        sample = rng.normal(size=500)
+        for width in errors:
+            tails = norm.sf(points[:, None], sample, width * factor * sample.std(ddof=1)).mean(axis=1)
+            errors[width] += ((tails - norm.sf(points)) ** 2).sum()
+    assert errors[1] < errors[0.5] and errors[1] < errors[2]

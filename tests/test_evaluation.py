@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from models import tiny_olmoe, tokens
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from models import state_of, tiny_olmoe, tokens
 from rows import count_rows
 
 from bhlib import BHRoutingIntegration, evaluation
@@ -21,6 +22,7 @@ from bhlib.patching import RoutingPatch, find_moe_layers
 from bhlib.pvalues import ConformalNull
 from bhlib.rules import BH, Replay, TopK
 
+RULES = {"own": None, "top-2": TopK(2), "BH 0.2": BH(0.2)}
 DATA = {"a": tokens(3, 20, seed=1), "b": tokens(5, 20, seed=2)}
 
 
@@ -114,9 +116,56 @@ def test_agreement_is_with_the_unpatched_model():
     assert_same_table(frame.drop(columns=["kl", "top1_agreement"]), evaluate(model, DATA, TopK(1), batch_size=3))
 
 
-# -- sweeps ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("agreement", [False, True])
+def test_a_replay_goes_on_from_batch_to_batch(agreement):
+    """Recorded on the same batches, it gives the same numbers: each batch gets its own recorded pass."""
+    model = tiny_olmoe(initializer_range=0.3)
+    before = state_of(model)
+    with RoutingPatch(model, BH(0.2), max_recorded_tokens=None) as patch, torch.no_grad():
+        for sequences in DATA.values():
+            for batch in sequences.split(2):
+                model(batch, use_cache=False)
+    wanted = evaluate(model, DATA, BH(0.2), batch_size=2, agreement=agreement)
+    again = Replay(patch.records)
+    for _ in range(2):  # and each evaluation begins with the first
+        found = evaluate(model, DATA, again, batch_size=2, agreement=agreement)
+        assert_same_table(found, wanted, check_exact=True)
+    assert state_of(model) == before
 
-RULES = {"own": None, "top-2": TopK(2), "BH 0.2": BH(0.2)}
+
+def test_options_that_are_not_for_evaluate():
+    for measure in (evaluate, lambda *args, **kwargs: sweep(args[0], {"top-2": args[2]}, args[1], **kwargs)):
+        for option in ({"max_recorded_tokens": 10}, {"mode": "analyze"}, {"collect_stats": False}):
+            with pytest.raises(
+                TypeError, match=f"take no '{next(iter(option))}'.* only temperature, weights, kernels. Leave"
+            ):
+                measure(tiny_olmoe(), DATA, TopK(2), **option)
+
+
+@pytest.mark.parametrize("how", ["device_map", "cpu_offload", "disk_offload"])
+def test_offloaded_models(how, tmp_path):
+    """Their weights are on the meta device while they are not used; cells are found, and told apart, all the same."""
+    cells, wanted = tmp_path / "cells", sweep(tiny_olmoe(), RULES, DATA, agreement=True)
+    for seed in (0, 1):
+        model = tiny_olmoe(seed)
+        if how == "cpu_offload":
+            cpu_offload(model, execution_device="cpu")
+        elif how == "disk_offload":
+            disk_offload(model, tmp_path / str(seed), execution_device="cpu")
+        else:
+            places = {"model.embed_tokens": "disk", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+            places |= {f"model.layers.{i}": ("cpu", "disk")[i % 2] for i in range(3)}
+            dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / str(seed), force_hooks=True)
+        assert any(parameter.is_meta for parameter in model.parameters())
+        found = sweep(model, RULES, DATA, cache=cells, agreement=True)
+        assert (found["error"] == "").all() and len(list(cells.iterdir())) == 3 * (seed + 1)
+        if seed == 0:
+            assert_same_table(found, wanted)
+            assert_same_table(sweep(model, RULES, DATA, cache=cells, agreement=True), found, check_exact=True)
+        assert len(list(cells.iterdir())) == 3 * (seed + 1)
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------------
 
 
 def test_sweep_is_tidy_and_paired():
@@ -208,7 +257,7 @@ def test_a_replay_is_not_stored(tmp_path):
     with BHRoutingIntegration(model, alpha=0.2) as bh, torch.no_grad():
         model(DATA["a"])
     rules = {"again": Replay(bh.records)}
-    with pytest.raises(ValueError, match="'again' cannot be stored, since its repr does not tell records"):
+    with pytest.raises(ValueError, match="'again' cannot be stored, since it imposes what one run recorded"):
         sweep(model, rules, DATA, cache=tmp_path)
     frame = sweep(model, rules, {"a": DATA["a"]})
     assert frame["loss"].tolist() == pytest.approx(evaluate(model, {"a": DATA["a"]}, BH(0.2))["loss"].tolist())

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rows import count_rows
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
+from bhlib.kernels import on_device
 from bhlib.kernels.loop import is_plain, loop_forward
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, TopK
@@ -106,6 +108,13 @@ def test_the_auxiliary_loss_balances_the_models_own_top_k():
         out = model(input_ids=ids, output_router_logits=True)
     own_k, selected = (load_balancing_loss_func(out.router_logits, 64, k) for k in (8, 1))
     assert torch.equal(out.aux_loss, own_k) and own_k > 4 * selected
+
+
+def test_a_kernel_starts_where_its_tensors_are(monkeypatch):
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    assert on_device(torch.device("cuda", 1)).idx == 1
+    for device in ("cuda:0", "cpu"):
+        assert isinstance(on_device(torch.device(device)), nullcontext), device
 
 
 @pytest.mark.parametrize(("version", "kind"), [("2.11.0", str), ("2.12.1+cpu", str), ("2.13.0+cpu", TwinName)])

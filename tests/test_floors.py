@@ -21,6 +21,8 @@ FLOORS = [
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
     "comparisons",  # the table of a sweep -> means, differences, intervals
+    "fingerprints",  # what a number depends on -> a hash
+    "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
     "tuning",  # levels and layer weights, from calibration text
     "evidence",  # are the p-values uniform, and does it matter?

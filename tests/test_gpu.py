@@ -11,9 +11,10 @@ import pytest
 import torch
 from rows import count_rows
 from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
-from bhlib.rules import TopK
+from bhlib.rules import BH, TopK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +126,44 @@ def test_memory_and_time(model):
     assert peaks < 1.05
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@two_devices
+@pytest.mark.parametrize("num_tokens", [1, 100])
+def test_kernels_on_another_device_than_the_current_one(num_tokens):
+    """Same bits as on the current one, in the stream of their tensors, and the current device stays what it was."""
+    from bhlib.kernels.forward import experts_forward
+
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        module = full_size_experts(device)
+        hidden = torch.randn(num_tokens, 2048, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+        logits = 1.8 * torch.randn(num_tokens, 64, generator=torch.Generator().manual_seed(1)).to(device)
+        rule = BH(0.3, max_k=4)
+        assert rule._cut_table(64, None, logits.device) is not None, "the routing kernel would not run"
+        torch.cuda.synchronize(device)  # what was made in the default stream
+        with torch.cuda.stream(torch.cuda.Stream(device)), torch.cuda.device(0), torch.no_grad():
+            weights, experts, counts = rule.fused(logits)
+            out = experts_forward(module, hidden, experts, weights.to(torch.bfloat16))
+            assert torch.cuda.current_device() == 0 and out.device == torch.device(device)
+        torch.cuda.synchronize(device)
+        results.append([tensor.cpu() for tensor in (weights, experts, counts, out)])
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there)
+    assert results[0][-1].float().abs().sum() > 0
+
+
+def full_size_experts(device):
+    """The experts of one layer of OLMoE-1B-7B, the same on every device."""
+    config = OlmoeConfig(hidden_size=2048, intermediate_size=1024, num_experts=64)
+    module = OlmoeExperts(config).requires_grad_(False)
+    for seed, matrices in enumerate(module.parameters()):
+        torch.nn.init.normal_(matrices, std=0.02, generator=torch.Generator().manual_seed(seed))
+    return module.to(device, torch.bfloat16)
+
+
+@two_devices
 def test_two_gpus(model):
     """Layers on two devices under accelerate's hooks: same result as on one, exact counts, restored."""
     from accelerate import dispatch_model, infer_auto_device_map
@@ -133,7 +171,9 @@ def test_two_gpus(model):
     ids = random_ids(2, 64)
     model.set_experts_implementation("grouped_mm")
     with BHRoutingIntegration(model, alpha=0.3) as bh:
+        assert bh.kernels, "the kernels would not run"
         expected, counts = logits_of(model, ids), bh.records.counts()
+        one_token = logits_of(model, ids[:1, :1])
     spread = full_size()
     spread.load_state_dict(model.state_dict())
     device_map = infer_auto_device_map(
@@ -144,7 +184,8 @@ def test_two_gpus(model):
     plain = logits_of(spread, ids)
     with BHRoutingIntegration(spread, alpha=0.3) as bh:
         got = logits_of(spread, ids)
-        assert (bh.records.counts() == counts).all()
+        assert bh.kernels and (bh.records.counts() == counts).all()
+        assert torch.equal(logits_of(spread, ids[:1, :1]).cpu(), one_token.cpu())
         spread.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(got.cpu(), expected.cpu())
     assert torch.equal(logits_of(spread, ids), plain)

@@ -4,6 +4,8 @@
 """
 
 import os
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a CUDA device the kernels run in Triton's interpreter: make kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch for CUDA on Linux")
 
+from triton.runtime.jit import KernelInterface  # noqa: E402
+
+from bhlib.kernels.forward import experts_forward  # noqa: E402
 from bhlib.kernels.grouped import PLANS, grouped_forward  # noqa: E402
 from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
 from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
@@ -106,6 +111,18 @@ def test_half_precision_logits_and_empty_slots():
     assert weights.dtype == torch.float16 and not weights[experts == 64].any()
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_is_the_largest_logit_whatever_its_sign(sign):
+    """As in ``torch.topk``; a negative one, as a quotient 0 / 0 gives, would be sorted below what pads 60 to 64."""
+    nan = torch.tensor(float("nan"), device=DEVICE).copysign(torch.tensor(sign, device=DEVICE))
+    logits = torch.cat([spread_logits(2, 60), nan.expand(1, 60)])
+    logits[0, 7] = nan
+    _, experts, counts = kernel_route(BH(alpha=0.05, min_k=60, max_k=60), logits)
+    assert counts.tolist() == [60, 60, 60]
+    assert (experts.sort(dim=-1).values == torch.arange(60, device=DEVICE)).all()
+    assert experts[0, 0] == 7 and experts[2].tolist() == list(range(60))
+
+
 def test_no_tokens():
     weights, experts, counts = kernel_route(BH(), spread_logits(0, 64))
     assert weights.shape == experts.shape == (0, 8) and counts.shape == (0,)
@@ -195,6 +212,32 @@ def test_every_plan(plan):
     index, weights = routed(40, 3, 3, "random")
     got = grouped_forward(hidden, gate_up, down, index, weights, plan)
     assert relative_error(got, by_expert(hidden, gate_up, down, index, weights)) < TOLERANCE
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device: with several GPUs, each launch has to stand in `on_device`."""
+    inside, launched = [], {}
+
+    @contextmanager
+    def on_device(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def launch(kernel, grid, own=KernelInterface.__getitem__):
+        launched[kernel.fn.__name__] = list(inside)
+        return own(kernel, grid)
+
+    monkeypatch.setattr("bhlib.kernels.forward.on_device", on_device)
+    monkeypatch.setattr("bhlib.kernels.routing.on_device", on_device)
+    monkeypatch.setattr(KernelInterface, "__getitem__", launch)
+    kernel_route(BH(), spread_logits(3, 64))
+    for num_tokens in (1, 40):
+        hidden, gate_up, down = tensors(num_tokens, 24, 16, 9, DTYPE)
+        module = SimpleNamespace(gate_up_proj=gate_up, down_proj=down)
+        experts_forward(module, hidden, *routed(num_tokens, 3, 9))
+    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots".split()
+    assert launched == {name: [hidden.device] for name in names}
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from transformers import OlmoeForCausalLM
 
 from bhlib import find_moe_layers, load_demo, load_heldout, load_olmoe
 from bhlib.evaluation import evaluate
-from bhlib.loading import DEMO, SPLITS, heldout_documents, heldout_domains
+from bhlib.loading import DEMO, SPLITS, heldout_documents, heldout_domains, heldout_sequence_documents
 from bhlib.rules import TopK
 
 
@@ -61,6 +61,26 @@ def test_documents_are_the_text_of_the_tokens():
     assert documents.keys() == load_heldout("validation").keys()
     assert tokenizer.decode(tokens) == "".join(text + tokenizer.eos_token for text in documents["novels"])
     assert len(documents["novels"]) == heldout_domains()["domains"]["novels"]["splits"]["validation"]["documents"]
+
+
+def test_each_sequence_has_the_document_that_most_of_it_is_of():
+    """Against a walk over the tokens, one by one."""
+    found, end = heldout_sequence_documents("validation", 512), heldout_domains()["end_token"]
+    assert found.keys() == load_heldout("validation").keys()
+    for domain, sequences in load_heldout("validation", 512).items():
+        document, wanted = 0, []
+        for sequence in sequences.tolist():
+            times = {}
+            for token in sequence:
+                times[document] = times.get(document, 0) + 1
+                document += token == end
+            wanted.append(max(times, key=times.get))  # the first of those that are alike
+        assert found[domain].tolist() == wanted
+        few = heldout_sequence_documents("validation", 512, 16)[domain]
+        assert set(few) <= set(wanted) and len(few) == len(load_heldout("validation", 512, 16)[domain])
+    test = heldout_sequence_documents()
+    assert sum(len(set(numbers)) for numbers in test.values()) == 154  # as the docstring says
+    assert sum(domain["splits"]["test"]["documents"] for domain in heldout_domains()["domains"].values()) == 165
 
 
 def test_another_tokenizer_reads_the_same_text():

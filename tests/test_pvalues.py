@@ -984,6 +984,14 @@ def test_a_header_that_is_no_object(text, tmp_path):
         ("sample_sizes", ["30"]),
         ("table_error", "small"),
         ("weighted", None),
+        ("levels", None),
+        ("levels", {"mean_experts": [2.0, 3.0]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.01]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.01, "0.1"]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.1, 0.01]}),
+        ("levels", {"mean_experts": [2.0, 3.0], "alpha": [0.1, 1.0]}),
+        ("levels", {"mean_experts": [2.0, math.nan], "alpha": [0.1, 0.2]}),
+        ("levels", {"mean_experts": [], "alpha": []}),
     ],
 )
 def test_a_header_with_a_wrong_value(key, value, tmp_path):
@@ -1058,6 +1066,7 @@ def whole_file(kind, folder):
         else:
             samples = [rng.normal(size=20), rng.normal(size=25)]
         made = null.fit(samples, model_name="tiny", num_experts=4, exclude_top=1, per_expert=per_expert)
+        made.header["levels"] = {"mean_experts": [1.5, 2.0], "alpha": [0.01, 0.1]}
         WHOLE_FILES[kind] = saved_bytes(made, folder / "whole.safetensors")
     return WHOLE_FILES[kind]
 
@@ -1117,6 +1126,8 @@ def test_damaged_files_are_refused_or_still_a_null(data, tmp_path_factory):
         pvals = null.survival(shown, layer)
         assert ((pvals >= 0) & (pvals <= 1)).all() and (pvals.diff(dim=0) <= 0).all()
     repr(null)
+    if "levels" in null.header:
+        assert 0 < null.alpha_for(null.header["levels"]["mean_experts"][0]) < 1
     null.save(path)
     assert load_null(path).header == null.header
 

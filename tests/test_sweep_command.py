@@ -40,14 +40,26 @@ def test_rules_by_name():
     }
 
 
+def test_levels_that_print_alike_stay_two_rules():
+    rules = parse_rules("threshold:0.05,5e-2,0.0500000001 top-k:10")
+    assert rules == {
+        "threshold 0.05": Threshold(0.05),
+        "threshold 0.0500000001": Threshold(0.0500000001),
+        "top-10": TopK(10),
+    }
+
+
 @pytest.mark.parametrize(
     ("specification", "message"),
     [
         ("topk:4", r"'topk:4': no rule is called 'topk'; there are: own, top-k, bh, threshold"),
-        ("bh", "'bh': '' is neither a number nor a range of whole numbers such as 1-8"),
-        ("bh:0.1,x", "'bh:0.1,x': 'x' is neither a number nor a range"),
-        ("top-k:1-b", "'top-k:1-b': '1-b' is neither a number nor a range"),
-        ("top-k:8-1", "'top-k:8-1': '8-1' is neither a number nor a range"),
+        ("bh", "'bh': '' is neither a finite number nor a range of whole numbers such as 1-8"),
+        ("bh:0.1,x", "'bh:0.1,x': 'x' is neither a finite number nor a range"),
+        ("top-k:1-b", "'top-k:1-b': '1-b' is neither a finite number nor a range"),
+        ("top-k:8-1", "'top-k:8-1': '8-1' is neither a finite number nor a range"),
+        ("top-k:inf", "'top-k:inf': 'inf' is neither a finite number nor a range"),
+        ("bh:nan", "'bh:nan': 'nan' is neither a finite number nor a range"),
+        ("top-k:1-99999999999", "'1-99999999999' is neither a finite number nor a range"),
         ("top-k:2.5", "'top-k:2.5': k must be an int of 1 or more, got 2.5"),
         ("bh:2", "'bh:2': alpha=2.0 must lie strictly between 0 and 1"),
         ("  ", 'no rule is named: write for example "top-k:1-8'),
@@ -76,6 +88,41 @@ def test_arguments_that_cannot_be_read(arguments, message, capsys):
 def test_sequences_longer_than_the_model_reads():
     with pytest.raises(SystemExit, match="--length must be at most 1024, the longest text .* got 2000"):
         main(["sweep", "--length", "2000"])
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+@pytest.mark.parametrize("place", ["file/below.csv", "folder", "x" * 300])
+def test_what_cannot_be_written_is_said_before_computing(option, place, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    if (option, place) == ("--cache", "folder"):
+        place = "file"
+    with pytest.raises(SystemExit, match=f"cannot be .*{place}|{place}.* cannot be written"):
+        main(["sweep", *SMALL, "--rules", "top-k:2", option, str(tmp_path / place)])
+    assert "seq" not in capsys.readouterr().err  # the progress bar, with the first rule
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_an_earlier_table_stays_until_there_is_a_new_one(tmp_path):
+    out = tmp_path / "table.csv"
+    out.write_text("earlier", encoding="utf-8")
+    with pytest.raises(SystemExit, match="--length must be at most"):
+        main(["sweep", "--length", "2000", "--out", str(out)])
+    assert out.read_text(encoding="utf-8") == "earlier"
+    with pytest.raises(SystemExit, match="--length must be at most"):
+        main(["sweep", "--length", "2000", "--out", str(tmp_path / "new.csv")])
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_damaged_cell_is_named_and_computed_again(tmp_path):
+    command = ["sweep", *SMALL, "--rules", "top-k:1,2", "--cache", str(tmp_path / "cells"), "--out"]
+    main([*command, str(tmp_path / "one.csv")])
+    (cell,) = (tmp_path / "cells").glob("top-1-*.csv")
+    cell.write_text("".join(cell.read_text(encoding="utf-8").splitlines(keepends=True)[:3]), encoding="utf-8")
+    with pytest.warns(UserWarning, match=f"{cell.name} is not as it was written"):
+        main([*command, str(tmp_path / "two.csv")])
+    one, two = (pd.read_csv(tmp_path / name).drop(columns="seconds") for name in ("one.csv", "two.csv"))
+    pd.testing.assert_frame_equal(one, two)
 
 
 def test_the_table_is_that_of_a_sweep(tmp_path, capsys):

@@ -7,12 +7,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib import evaluation, evidence
+from bhlib import comparisons, evaluation, evidence
 from bhlib.calibration import VALUES_PER_LAYER, fit_null, name_of
 from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Picture
 from bhlib.figures.families import RIVALS, Family, bh, fitted_families, level_of, tried_families, weighted_families
 from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
-from bhlib.loading import load_heldout
+from bhlib.loading import heldout_sequence_documents, load_heldout
 from bhlib.pvalues import STATISTICS, DirichletNull
 from bhlib.rules import BH, Rule, TopK
 
@@ -34,12 +34,14 @@ def comparison(demo: Demo) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        As `sweep` returns it, with ``family``, ``wanted_k`` (the mean that a level was found for) and ``level``
-        (`level_of`) of each row's rule.
+        As `sweep` returns it, with the ``document`` of each row's sequence, and ``family``, ``wanted_k`` (the mean that
+        a level was found for) and ``level`` (`level_of`) of its rule.
     """
     default = [("BH", np.nan, f"BH {alpha:g}", BH(alpha)) for alpha in ALPHAS]
-    text = {domain: sequences[::2] for domain, sequences in demo.test.items()}
-    return _sweep(demo, default + _at_mean_k(demo, _calibrated_families(demo)), text)
+    text, documents = (
+        {domain: sequences[::2] for domain, sequences in data.items()} for data in (demo.test, demo.test_documents)
+    )
+    return _sweep(demo, default + _at_mean_k(demo, _calibrated_families(demo)), text, documents)
 
 
 def whole_comparison(demo: Demo) -> pd.DataFrame:
@@ -48,7 +50,7 @@ def whole_comparison(demo: Demo) -> pd.DataFrame:
     Takes minutes on a GPU, and two hours on two cores without; `Demo.cache` keeps what is finished.
     """
     families = {"BH": bh()} | _calibrated_families(demo)
-    return _sweep(demo, _at_mean_k(demo, families), demo.whole_test, batch_size=16)
+    return _sweep(demo, _at_mean_k(demo, families), demo.whole_test, demo.whole_test_documents, batch_size=16)
 
 
 def _calibrated_families(demo: Demo) -> dict[str, Family]:
@@ -63,13 +65,15 @@ def _at_mean_k(demo: Demo, families: dict[str, Family]) -> list[tuple[str, float
     return [(name, k, f"{name}, k = {k}", make(logits, k)) for k in MEAN_K for name, make in families.items()]
 
 
-def _sweep(demo: Demo, entries: list[tuple[str, float, str, Rule]], text: dict, **options) -> pd.DataFrame:
-    """A sweep of static top-k and of what `_at_mean_k` lists."""
+def _sweep(
+    demo: Demo, entries: list[tuple[str, float, str, Rule]], text: dict, documents: dict, **options
+) -> pd.DataFrame:
+    """A sweep of static top-k and of what `_at_mean_k` lists, on sequences by domain, of documents by domain."""
     entries = [("static top-k", np.nan, name, rule) for name, rule in STATIC.items()] + entries
     rules = {name: rule for _, _, name, rule in entries}
     facts = {name: {"family": family, "wanted_k": k, "level": level_of(rule)} for family, k, name, rule in entries}
     frame = evaluation.sweep(demo.model, rules, text, cache=demo.cache, **options)
-    return frame.join(pd.DataFrame.from_dict(facts, orient="index"), on="rule")
+    return comparisons.with_documents(frame.join(pd.DataFrame.from_dict(facts, orient="index"), on="rule"), documents)
 
 
 #: Colour, marker and line of each family.
@@ -92,9 +96,9 @@ LOOKS = {
 def compute_loss_vs_experts(demo: Demo) -> pd.DataFrame:
     """Loss of every rule on the test split, and its difference from the model's own top-8."""
     frame = comparison(demo)
-    summary = evaluation.summarize(frame, ["family", "rule"])
+    summary = comparisons.summarize(frame, ["family", "rule"])
     summary.insert(2, "level", summary["rule"].map(frame.groupby("rule")["level"].first()))
-    against = pd.DataFrame([evaluation.paired_difference(frame, rule, "top-8") for rule in summary["rule"]])
+    against = pd.DataFrame([comparisons.paired_difference(frame, rule, "top-8") for rule in summary["rule"]])
     return pd.concat([summary, against[["difference", "low", "high"]]], axis=1)
 
 
@@ -107,7 +111,7 @@ def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
         part = table[(table["family"] == family) & table["mean_k"].between(2.4, 8)].sort_values("mean_k")
         if part.empty:
             continue
-        error = part["difference"] - part["low"], part["high"] - part["difference"]
+        error = np.stack([part["difference"] - part["low"], part["high"] - part["difference"]])
         axes.errorbar(
             part["mean_k"], part["difference"], error, color=color, marker=marker, linestyle=line, markersize=4.5,
             linewidth=2 if family == "BH" else 1.2, capsize=2, label=family, zorder=3 if family == "BH" else 2,
@@ -123,17 +127,31 @@ def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
     axes.set(
         xlabel="experts per token and layer (mean)", ylabel="loss above top-8 (nats per token)", ylim=(-0.002, 0.4)
     )
-    axes.set_title(_sample(table, "test"), fontsize=8)
+    axes.set_title(f"{_sample(table, 'test')}\n{_bootstrap(table, ONE)}", fontsize=8)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
 
 def _sample(table: pd.DataFrame, split: str) -> str:
     first = table.iloc[0]
-    return (
-        f"demo model, {split} split: {first['sequences']:,.0f} sequences, {first['tokens']:,.0f} tokens; "
-        "bars: 95 % paired bootstrap"
-    )
+    return f"demo model, {split} split: {first['sequences']:,.0f} sequences, {first['tokens']:,.0f} tokens"
+
+
+def _bootstrap(table: pd.DataFrame, scope: str) -> str:
+    """What the bars are: units fewer than sequences are documents."""
+    first = table.iloc[0]
+    units = f"{first['units']:,.0f} documents" if first["units"] < first["sequences"] else "sequences"
+    return f"bars: 95 % bootstrap over {units}, for {scope}"
+
+
+#: Scopes of intervals.
+ONE, ALL = "each point by itself", "all points of a panel at once"
+
+
+def _joint(part: pd.DataFrame, prefix: str = "", scale: float = 1000) -> tuple[pd.Series, np.ndarray]:
+    """Differences and the lengths of their bars, scaled: of the intervals that hold for all rows of a table at once."""
+    value, low, high = (part[f"{prefix}{name}"] for name in ("difference", "joint_low", "joint_high"))
+    return scale * value, scale * np.stack([value - low, high - value])
 
 
 #: Ticks for differences in thousandths of a nat.
@@ -151,7 +169,7 @@ def compute_matched_compute(demo: Demo) -> pd.DataFrame:
     facts = frame.groupby("rule", sort=False).agg(
         family=("family", "first"), level=("level", "first"), tokens=("tokens", "sum")
     )
-    matched = evaluation.matched_compute(frame).join(facts, on="rule")
+    matched = comparisons.matched_compute(frame).join(facts, on="rule")
     return matched[["family", "level", *matched.columns.drop(["family", "level"])]]
 
 
@@ -168,11 +186,10 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
         part = table[(table["family"] == family) & table["mean_k"].between(2.6, 7.5)].sort_values("mean_k")
         if part.empty:
             continue
-        error = 1000 * (part["difference"] - part["low"]), 1000 * (part["high"] - part["difference"])
         axes.errorbar(
-            part["mean_k"] + 0.02 * (i - 5), 1000 * part["difference"], error, color=color, marker=marker,
-            linestyle=line, markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2,
-            label=family, zorder=3 if family == "BH" else 2,
+            part["mean_k"] + 0.02 * (i - 5), *_joint(part), color=color, marker=marker, linestyle=line,
+            markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2, label=family,
+            zorder=3 if family == "BH" else 2,
         )  # fmt: skip
     axes.axhline(0, color=BLACK, linewidth=1.2)
     axes.annotate("static top-k", (7.15, 0.3), fontsize=8)
@@ -182,7 +199,7 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
         xlabel="experts per token and layer (mean)", ylabel="loss minus static top-k (nats / 1000 per token)",
         xlim=(2.6, 7.95),
     )  # fmt: skip
-    axes.set_title(_sample(table, "test"), fontsize=8)
+    axes.set_title(f"{_sample(table, 'test')}\n{_bootstrap(table, ALL)}", fontsize=8)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return fig
 
@@ -195,61 +212,74 @@ def _fit_options(demo: Demo) -> dict:
 # -- the whole test split ------------------------------------------------------------------------------------------
 
 
+#: BH families, and the fixed cut on the same p-values, with the same layer weights: what is between is the step-up's.
+FIXED_CUTS = {
+    "BH": "threshold",
+    "BH, fitted null": "fixed cut, fitted null",
+    "BH, layer weights": "threshold, layer weights",
+}
+
+
 def compute_whole_test_split(demo: Demo) -> pd.DataFrame:
-    """`compute_matched_compute` on every test sequence, and against the rival that is nearest.
+    """All families on every test sequence, against static top-k, the threshold, the model's own top-8 and fixed cuts.
 
     Returns
     -------
     pandas.DataFrame
-        A row per family and wanted mean number of experts: ``family``, ``wanted_k``, the columns of `matched_compute`
-        (losses in nats per token), and the paired differences from the threshold at the same wanted mean and from the
-        model's own top-8, with 95 % intervals: ``threshold_difference``, ``threshold_low``, ``threshold_high``,
-        ``top8_difference``, ``top8_low``, ``top8_high``; ``tokens``.
+        A row per family and wanted mean number of experts: ``family``, ``wanted_k``, ``level`` (`level_of`), the
+        columns of `matched_compute` (losses in nats per token), and three differences of the same form:
+
+        ``threshold_…``: from the probability threshold at the same mean (`matched_difference`), with ``…equal``: within
+        ± 0.4 thousandths of a nat by an equivalence test, each row by itself;
+        ``stepup_…``: of BH, from the fixed cut on the same p-values (`FIXED_CUTS`) at the same mean, ``…joint_low`` and
+        ``…joint_high`` for the five means of a family at once;
+        ``top8_…``: from the model's own top-8, each row by itself; and ``tokens``.
     """
     return summarize_whole_test_split(whole_comparison(demo))
 
 
 def summarize_whole_test_split(frame: pd.DataFrame) -> pd.DataFrame:
     """The table of `compute_whole_test_split` from that of `whole_comparison`."""
-    matched = evaluation.matched_compute(frame)
     facts = frame.groupby("rule", sort=False)[["family", "wanted_k", "level"]].first()
-    matched = facts.join(matched.set_index("rule"), how="inner").reset_index()
-    for name, rival in {"threshold": "threshold, k = {k:g}", "top8": "top-8"}.items():
-        against = pd.DataFrame(
-            evaluation.paired_difference(frame, row.rule, rival.format(k=row.wanted_k)) for row in matched.itertuples()
-        )
-        matched[[f"{name}_difference", f"{name}_low", f"{name}_high"]] = against[["difference", "low", "high"]]
-    return matched.drop(columns="rule").assign(tokens=int(frame.loc[frame["rule"] == "top-8", "tokens"].sum()))
+    rules = facts.dropna(subset="wanted_k").groupby("family", sort=False).groups  # the names of each family's rules
+    table = facts.join(comparisons.matched_compute(frame).set_index("rule"), how="inner")
+    table["wanted_k"] = table["wanted_k"].astype(int)
+    threshold = comparisons.matched_difference(frame, table.index, rules["threshold"])
+    stepup = [comparisons.matched_difference(frame, rules[bh], rules[cut]) for bh, cut in FIXED_CUTS.items()]
+    top8 = [{"rule": rule} | comparisons.paired_difference(frame, rule, "top-8") for rule in table.index]
+    parts = {"threshold": threshold, "stepup": pd.concat(stepup), "top8": pd.DataFrame(top8).drop(columns="sequences")}
+    for name, part in parts.items():
+        table = table.join(part.set_index("rule").add_prefix(f"{name}_"))
+    table["tokens"] = int(frame.loc[frame["rule"] == "top-8", "tokens"].sum())
+    return table.reset_index(drop=True)
 
 
 @figure("whole_test_split", compute_whole_test_split, slow=True)
 def draw_whole_test_split(table: pd.DataFrame) -> Figure:
     """Left, loss minus that of static top-k at the same mean; right, minus that of the probability threshold."""
-    fig = Picture(figsize=(7.0, 4.4), layout="constrained")
+    fig = Picture(figsize=(7.4, 4.8), layout="constrained")
     static, threshold = fig.subplots(1, 2, width_ratios=(1.35, 1))
     families = [family for family in LOOKS if family in set(table["family"])]
-    nearest = [family for family in families if family.startswith("BH") or family.startswith("threshold, ")]
-    for axes, shown, columns in (
-        (static, families, ("difference", "low", "high")),
-        (threshold, nearest, ("threshold_difference", "threshold_low", "threshold_high")),
-    ):
+    nearest = [family for family in families if family in {*FIXED_CUTS, *FIXED_CUTS.values()} - {"threshold"}]
+    for axes, shown, prefix in ((static, families, ""), (threshold, nearest, "threshold_")):
         for i, family in enumerate(shown):
             color, marker, line = LOOKS[family]
             part = table[table["family"] == family].sort_values("mean_k")
-            value, low, high = (1000 * part[column] for column in columns)
             axes.errorbar(
-                part["wanted_k"] + 0.04 * (i - len(shown) / 2), value, (value - low, high - value), color=color,
-                marker=marker, linestyle=line, markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2,
+                part["wanted_k"] + 0.04 * (i - len(shown) / 2), *_joint(part, prefix), color=color, marker=marker,
+                linestyle=line, markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2,
                 label=family if axes is static else None, zorder=3 if family == "BH" else 2,
             )  # fmt: skip
         axes.axhline(0, color=BLACK, linewidth=1.2)
         axes.set_xticks(MEAN_K)
         axes.set_xlabel("experts per token and layer (mean)")
+    margin = 1000 * comparisons.EQUAL
+    threshold.axhspan(-margin, margin, color=BLACK, alpha=0.12, linewidth=0, label=f"equal: within ± {margin:g}")
     static.set_yscale("symlog", linthresh=10, linscale=1.5)
     _signed_ticks(static, DIFFERENCES)
     static.set_ylabel("loss minus static top-k (nats / 1000 per token)")
     threshold.set_ylabel("loss minus the probability threshold (nats / 1000)")
-    fig.suptitle(_sample(table, "test"), fontsize=8)
+    fig.suptitle(f"{_sample(table, 'test')}\n{_bootstrap(table, ALL)}", fontsize=8)
     fig.legend(fontsize=8, loc="outside lower center", ncols=4)
     return fig
 
@@ -264,7 +294,9 @@ def compute_statistic_matters(demo: Demo, mean_experts: tuple[float, ...] = (4.0
     makers = {"KDE of all, logit": fit_null(logits, statistic="logit", exclude_top=0, **fit)}
     makers |= {f"KDE, {name}": fit_null(logits, statistic=name, **fit) for name in STATISTICS}
     makers |= {"Dirichlet": DirichletNull()}
-    return evidence.compare_at_equal_cost(demo.model, makers, logits, demo.validation, mean_experts=mean_experts)
+    return evidence.compare_at_equal_cost(
+        demo.model, makers, logits, demo.validation, mean_experts=mean_experts, documents=demo.validation_documents
+    )
 
 
 @figure("statistic_matters", compute_statistic_matters)
@@ -275,9 +307,8 @@ def draw_statistic_matters(table: pd.DataFrame) -> Figure:
     looks = dict(zip(table["pvalues"].unique(), (RED, ORANGE, BLUE, GREEN, SKY, PINK), strict=False))
     for (name, color), marker in zip(looks.items(), "osD^vP", strict=False):
         part = table[table["pvalues"] == name].sort_values("mean_k")
-        error = part["difference"] - part["low"], part["high"] - part["difference"]
         axes.errorbar(
-            part["mean_k"], part["difference"], error, color=color, marker=marker, markersize=5, capsize=2, label=name
+            part["mean_k"], *_joint(part, scale=1), color=color, marker=marker, markersize=5, capsize=2, label=name
         )
     axes.axhline(0, color=BLACK, linewidth=1)
     axes.annotate("static top-k", (table["mean_k"].min(), 0.0007), fontsize=8)
@@ -285,8 +316,8 @@ def draw_statistic_matters(table: pd.DataFrame) -> Figure:
     _signed_ticks(axes, [-0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
     axes.set(xlabel="experts per token and layer (mean)", ylabel="loss above static top-k (nats per token)")
     axes.set_title(
-        f"demo model, validation split: {table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; "
-        "95 % paired bootstrap\nKDE nulls leave out the top 8 of each token, except “of all”", fontsize=8,
+        f"{_sample(table, 'validation')}\n{_bootstrap(table, ALL)}\n"
+        "KDE nulls leave out the top 8 of each token, except “of all”", fontsize=8,
     )  # fmt: skip
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="null and statistic", title_fontsize=8)
     return fig
@@ -311,7 +342,8 @@ def compute_families_tried(
                 continue  # no level of this family gives so many
             wanted[f"{name}, k = {k}"] = name, k
     frame = evaluation.sweep(demo.model, rules, load_heldout("validation", length, per_domain))
-    matched = evaluation.matched_compute(frame)
+    frame = comparisons.with_documents(frame, heldout_sequence_documents("validation", length, per_domain))
+    matched = comparisons.matched_compute(frame)
     matched.insert(0, "family", [wanted[rule][0] for rule in matched["rule"]])
     matched.insert(1, "wanted_k", [wanted[rule][1] for rule in matched["rule"]])
     return matched.drop(columns="rule").assign(tokens=int(frame.loc[frame["rule"] == "top-8", "tokens"].sum()))
@@ -330,7 +362,7 @@ def draw_families_tried(table: pd.DataFrame) -> Figure:
     for (family, k), row in rows.iterrows():
         place = order.index(family), ks.index(k)
         shown[place] = 1000 * row["difference"]
-        half = 1000 * (row["high"] - row["low"]) / 2
+        half = 1000 * (row["joint_high"] - row["joint_low"]) / 2
         text = f"{shown[place]:+.1f} ± {half:.1f}".replace("-", "−")
         axes.text(place[1], place[0], text, ha="center", va="center", fontsize=7.5)
     axes.imshow(np.arcsinh(shown / 5), aspect="auto", cmap="PuOr_r", vmin=-3.5, vmax=3.5, alpha=0.6)
@@ -339,8 +371,8 @@ def draw_families_tried(table: pd.DataFrame) -> Figure:
     axes.grid(False)
     axes.set_xlabel("mean experts per token and layer that the level was chosen for (on calibration text)")
     axes.set_title(
-        f"loss minus static top-k at the same mean, nats / 1000; demo model, validation split:\n"
-        f"{table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; ± half a 95 % interval",
+        f"loss minus static top-k at the same mean, nats / 1000; {_sample(table, 'validation')}\n"
+        f"± half of the 95 % bootstrap interval over {table['units'].iloc[0]} documents that holds for all at once",
         fontsize=8,
     )
     return fig

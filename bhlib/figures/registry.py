@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from bhlib.calibration import collect_router_logits
 from bhlib.figures.drawing import STYLE
 from bhlib.figures.runs import Run, observe
-from bhlib.loading import load_demo, load_heldout
+from bhlib.loading import heldout_sequence_documents, load_demo, load_heldout
 from bhlib.rules import BH, TopK
 
 #: Levels at which the default rule is measured.
@@ -60,15 +60,27 @@ class Demo:
         return load_heldout("test", length=512, max_sequences=self.sequences_per_domain)
 
     @cached_property
+    def test_documents(self) -> dict[str, np.ndarray]:
+        """The document of each sequence of `test`."""
+        return heldout_sequence_documents("test", 512, self.sequences_per_domain)
+
+    @cached_property
     def whole_test(self) -> dict[str, torch.Tensor]:
         """All of the test split: 14 times what most figures are computed on."""
         return load_heldout("test", length=512)
 
     @cached_property
+    def whole_test_documents(self) -> dict[str, np.ndarray]:
+        """The document of each sequence of `whole_test`."""
+        return heldout_sequence_documents("test", 512)
+
+    @cached_property
     def runs(self) -> dict[str, Run]:
         """The model's own top-8 and the default BH rule on every second test sequence, token by token."""
         text = {domain: sequences[::2] for domain, sequences in self.test.items()}
-        return {name: observe(self.model, text, rule) for name, rule in {"top-8": TopK(8), "BH 0.05": BH()}.items()}
+        documents = {domain: self.test_documents[domain][::2] for domain in text}
+        rules = {"top-8": TopK(8), "BH 0.05": BH()}
+        return {name: observe(self.model, text, documents, rule) for name, rule in rules.items()}
 
     #: Tokens per sequence of `validation` and of the logits below.
     window = 256
@@ -77,6 +89,11 @@ class Demo:
     def validation(self) -> dict[str, torch.Tensor]:
         """Text to choose settings on."""
         return load_heldout("validation", self.window, max(1, self.sequences_per_domain // 2))
+
+    @cached_property
+    def validation_documents(self) -> dict[str, np.ndarray]:
+        """The document of each sequence of `validation`."""
+        return heldout_sequence_documents("validation", self.window, max(1, self.sequences_per_domain // 2))
 
     @cached_property
     def calibration_logits(self) -> torch.Tensor:

@@ -6,24 +6,25 @@ import torch
 from matplotlib.figure import Figure
 
 from bhlib.calibration import collect_router_logits
-from bhlib.comparisons import bootstrap_mean
+from bhlib.comparisons import resample
 from bhlib.figures.drawing import BLACK, BLUE, RED, Picture
 from bhlib.figures.quality import comparison
 from bhlib.figures.registry import Demo, figure
-from bhlib.figures.runs import Run, interval, resampled_means
+from bhlib.figures.runs import Run, interval
 from bhlib.patching import BHRoutingIntegration
 from bhlib.rules import BH
 
 
 def compute_experts_vs_alpha(demo: Demo) -> pd.DataFrame:
-    """Mean experts per token by alpha and domain, with 95 % bootstrap intervals over sequences."""
+    """Mean experts per token by alpha and domain, with 95 % intervals over documents, each by itself."""
     sweep = comparison(demo).query("family == 'BH'")
     rows = []
     for (domain, alpha), part in sweep.groupby(["domain", "level"]):
-        low, high = bootstrap_mean(part["mean_k"].to_numpy())
+        drawn = resample(part["domain"], part["document"])
+        low, high = drawn.interval(drawn.means(part["mean_k"]))
         rows.append(
             {"domain": domain, "alpha": alpha, "mean_k": part["mean_k"].mean(), "low": low, "high": high,
-             "sequences": len(part), "tokens_per_sequence": int(part["tokens"].iloc[0]) + 1}
+             "sequences": len(part), "documents": drawn.units, "tokens_per_sequence": int(part["tokens"].iloc[0]) + 1}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -46,7 +47,8 @@ def draw_experts_vs_alpha(table: pd.DataFrame) -> Figure:
     axes.set(xscale="log", xlabel="α", ylabel="experts per token and layer", ylim=(0, 8.4))
     axes.set_title(
         f"default p-values, max_k = 8; per domain {table['sequences'].iloc[0]} sequences of "
-        f"{table['tokens_per_sequence'].iloc[0]} tokens, 95 % bands", fontsize=8
+        f"{table['tokens_per_sequence'].iloc[0]} tokens\nfrom {table['documents'].min()} to "
+        f"{table['documents'].max()} documents; 95 % bands over documents, each point by itself", fontsize=8
     )  # fmt: skip
     axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3.5)
     return fig
@@ -144,14 +146,15 @@ def draw_token_layer_map(table: pd.DataFrame) -> Figure:
 
 
 def compute_experts_per_layer(demo: Demo) -> pd.DataFrame:
-    """Mean experts per layer and domain under the default rule, with 95 % bootstrap intervals over sequences."""
+    """Mean experts per layer and domain under the default rule, with 95 % intervals over documents, each by itself."""
     run = demo.runs["BH 0.05"]
     per_sequence = run.counts.mean(axis=1)
-    domains = {name: per_sequence[run.domain == name] for name in np.unique(run.domain)} | {"all": per_sequence}
+    domains = {name: (per_sequence[run.domain == name], run.drawn_within(name)) for name in np.unique(run.domain)}
     rows = []
-    for domain, values in domains.items():
-        for layer, means in enumerate(resampled_means(values).T):
-            rows.append({"domain": domain, "layer": layer} | interval(means) | {"sequences": len(values)})
+    for domain, (values, drawn) in (domains | {"all": (per_sequence, run.drawn)}).items():
+        size = {"sequences": len(values), "documents": drawn.units}
+        for layer, means in enumerate(drawn.means(values).T):
+            rows.append({"domain": domain, "layer": layer} | interval(means, drawn) | size)
     return pd.DataFrame(rows).assign(tokens_per_sequence=run.counts.shape[1])
 
 
@@ -176,14 +179,14 @@ def draw_experts_per_layer(table: pd.DataFrame) -> Figure:
     each = table[table["domain"] != "all"]
     half = ((each["high"] - each["low"]) / 2).median()
     left.set(xlabel="layer")
-    left.set_title(f"experts per token (mean); 95 % intervals ± {half:.2f} in the median", fontsize=8)
+    left.set_title(f"experts per token (mean); 95 % intervals, each by itself: ± {half:.2f} in the median", fontsize=8)
     for domain, part in each.groupby("domain"):
         right.plot(part["layer"], part["value"], color="#999999", linewidth=0.8, label="_" + domain)
     right.plot([], [], color="#999999", linewidth=0.8, label="one domain")
     everything = table[table["domain"] == "all"]
-    error = everything["value"] - everything["low"], everything["high"] - everything["value"]
+    value, error = _with_error(everything, 1)
     right.errorbar(
-        everything["layer"], everything["value"], error, color=BLUE, marker="o", markersize=4, capsize=2,
+        everything["layer"], value, error, color=BLUE, marker="o", markersize=4, capsize=2,
         label="all domains, 95 % interval",
     )  # fmt: skip
     right.axhline(everything["value"].mean(), color=RED, linestyle="--", linewidth=1, label="mean over layers")
@@ -191,7 +194,8 @@ def draw_experts_per_layer(table: pd.DataFrame) -> Figure:
     right.legend(fontsize=7.5, loc="lower right")
     fig.suptitle(
         f"default BH, α = 0.05, max_k = 8; test split, {each['sequences'].iloc[0]} sequences of "
-        f"{table['tokens_per_sequence'].iloc[0]} tokens per domain", fontsize=8,
+        f"{table['tokens_per_sequence'].iloc[0]} tokens per domain; bootstrap over {everything['documents'].iloc[0]} "
+        f"documents", fontsize=8,
     )  # fmt: skip
     return fig
 
@@ -202,7 +206,8 @@ def compute_expert_load(demo: Demo, layer: int = 4, num_pairs: int = 10) -> pd.D
     Returns
     -------
     pandas.DataFrame
-        Rows of four kinds, each for both rules, with ``value`` and its 95 % interval over sequences (none for loads):
+        Rows of four kinds, each for both rules, with ``value`` and its 95 % interval over documents, by itself (none
+        for loads):
 
         ``load``: share of a layer's (token, expert) pairs that falls to the expert of a ``rank``;
         ``busiest``: load of a layer's busiest expert over the mean load (1 if even);
@@ -220,17 +225,21 @@ def compute_expert_load(demo: Demo, layer: int = 4, num_pairs: int = 10) -> pd.D
             ranked = enumerate(sorted(shares, reverse=True), start=1)
             rows += [common | {"kind": "load", "rank": rank, "value": value} for rank, value in ranked]
             busiest, mean = load[:, number, shares.argmax()], load[:, number].mean(axis=1)
-            rows.append(common | {"kind": "busiest"} | interval(resampled_means(busiest) / resampled_means(mean)))
+            excess = run.drawn.means(busiest) / run.drawn.means(mean)
+            rows.append(common | {"kind": "busiest"} | interval(excess, run.drawn))
             partner, anyone = _partners(run, number)
-            rows.append(common | {"kind": "partner"} | interval(partner))
-            rows.append(common | {"kind": "pairs"} | interval(anyone))
+            rows.append(common | {"kind": "partner"} | interval(partner, run.drawn))
+            rows.append(common | {"kind": "pairs"} | interval(anyone, run.drawn))
     for i, j in _strongest_pairs(demo.runs["top-8"], layer, num_pairs):
         for rule, run in demo.runs.items():
-            both, one = (resampled_means(run.coactivation[:, layer, i, other]) for other in (j, i))
-            rows.append({"rule": rule, "layer": layer, "kind": "pair", "i": i, "j": j} | interval(both / one))
+            both, one = (run.drawn.means(run.coactivation[:, layer, i, other]) for other in (j, i))
+            share = interval(both / one, run.drawn)
+            rows.append({"rule": rule, "layer": layer, "kind": "pair", "i": i, "j": j} | share)
     sequences, tokens, _ = run.counts.shape
     whole = dict.fromkeys(["rank", "i", "j"], "Int64")
-    return pd.DataFrame(rows).astype(whole).assign(sequences=sequences, tokens=sequences * tokens)
+    return pd.DataFrame(rows).astype(whole).assign(
+        sequences=sequences, documents=run.drawn.units, tokens=sequences * tokens
+    )
 
 
 def _coactivation(run: Run, layer: int) -> np.ndarray:
@@ -255,10 +264,10 @@ def _partners(run: Run, layer: int) -> tuple[np.ndarray, np.ndarray]:
     experts = np.arange(run.coactivation.shape[-1])
     partner = _coactivation(run, layer).argmax(axis=1)
     counts = run.coactivation[:, layer]
-    own = resampled_means(counts[:, experts, experts])
+    own = run.drawn.means(counts[:, experts, experts])
     own[own == 0] = np.nan  # an expert that no token of a resample used
-    shared = resampled_means(counts[:, experts, partner])
-    others = resampled_means(counts.sum(axis=2)) - own
+    shared = run.drawn.means(counts[:, experts, partner])
+    others = run.drawn.means(counts.sum(axis=2)) - own
     return np.nanmean(shared / own, axis=1), np.nanmean(others / own, axis=1) / (len(experts) - 1)
 
 
@@ -305,7 +314,7 @@ def draw_expert_load(table: pd.DataFrame) -> Figure:
     fig.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
     fig.suptitle(
         f"test split: {table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; bars: 95 % bootstrap "
-        f"over sequences", fontsize=8,
+        f"over {table['documents'].iloc[0]} documents, each by itself", fontsize=8,
     )  # fmt: skip
     return fig
 

@@ -20,7 +20,7 @@ PVALUES_1995 = (
 
 def compute_stepup(demo: Demo | None = None, alpha: float = 0.05) -> pd.DataFrame:
     """The p-values of Benjamini & Hochberg (1995) with the lines that they are compared with."""
-    pvals = torch.tensor(PVALUES_1995, dtype=torch.float64)
+    pvals = torch.tensor(PVALUES_1995, dtype=torch.float64, device="cpu")
     return pd.DataFrame(
         {
             "rank": range(1, len(pvals) + 1),

@@ -14,11 +14,11 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bhlib.calibration import alpha_for_mean_experts
-from bhlib.comparisons import paired_difference
+from bhlib.comparisons import paired_difference, with_documents
 from bhlib.evaluation import sweep
 from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Picture
 from bhlib.figures.registry import FREE, Demo, figure
-from bhlib.figures.runs import interval, rank_correlation, resampled_means
+from bhlib.figures.runs import interval, rank_correlation
 from bhlib.patching import RoutingPatch
 from bhlib.pvalues import DirichletNull
 from bhlib.rules import BH, Routing, Rule, TopK
@@ -34,29 +34,30 @@ def compute_token_loss(demo: Demo, num_bins: int = 10) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Rows of three kinds, with ``value`` and its 95 % interval over sequences: ``bin``: mean experts, for equal
-        numbers of tokens by loss (``loss``: mean of the bin), of all domains and of each; ``domain``: rank correlation
-        of loss and experts, of all domains and within each; ``layer``: that with the experts of one layer.
+        Rows of three kinds, with ``value`` and its 95 % interval over documents, by itself: ``bin``: mean experts, for
+        equal numbers of tokens by loss (``loss``: mean of the bin), of all domains and of each; ``domain``: rank
+        correlation of loss and experts, of all domains and within each; ``layer``: that with the experts of one layer.
     """
     loss, run = demo.runs["top-8"].loss, demo.runs["BH 0.05"]
     by_layer = run.counts[:, :-1]  # the last token predicts nothing that is known
     experts = by_layer.mean(axis=2)
-    groups = {"all": np.full(len(loss), True)} | {name: run.domain == name for name in np.unique(run.domain)}
+    groups = {name: (run.domain == name, run.drawn_within(name)) for name in np.unique(run.domain)}
     rows = []
-    for domain, chosen in groups.items():
-        common = {"domain": domain, "sequences": int(chosen.sum()), "tokens": loss[chosen].size}
-        rows.append({"kind": "domain"} | common | rank_correlation(loss[chosen], experts[chosen]))
+    for domain, (chosen, drawn) in ({"all": (np.full(len(loss), True), run.drawn)} | groups).items():
+        common = {"domain": domain, "sequences": int(chosen.sum()), "documents": drawn.units}
+        common["tokens"] = loss[chosen].size
+        rows.append({"kind": "domain"} | common | rank_correlation(loss[chosen], experts[chosen], drawn))
         edges = np.quantile(loss[chosen], np.linspace(0, 1, num_bins + 1)[1:-1])
         bins = np.searchsorted(edges, loss[chosen])
         for number in range(num_bins):
             inside = bins == number
-            given = resampled_means((inside * experts[chosen]).mean(axis=1)) / resampled_means(inside.mean(axis=1))
+            given = drawn.means((inside * experts[chosen]).mean(axis=1)) / drawn.means(inside.mean(axis=1))
             center = {"bin": number, "loss": loss[chosen][inside].mean()}
-            rows.append({"kind": "bin"} | common | center | interval(given))
+            rows.append({"kind": "bin"} | common | center | interval(given, drawn))
     for layer in range(by_layer.shape[2]):
         rows.append(
-            {"kind": "layer", "domain": "all", "layer": layer, "sequences": len(loss), "tokens": loss.size}
-            | rank_correlation(loss, by_layer[:, :, layer])
+            {"kind": "layer", "domain": "all", "layer": layer, "sequences": len(loss), "documents": run.drawn.units,
+             "tokens": loss.size} | rank_correlation(loss, by_layer[:, :, layer], run.drawn)
         )
     return pd.DataFrame(rows).astype({"bin": "Int64", "layer": "Int64"})
 
@@ -95,7 +96,7 @@ def draw_token_loss(table: pd.DataFrame) -> Figure:
     first = table.iloc[0]
     fig.suptitle(
         f"default BH, α = 0.05; test split, {first['sequences']} sequences, {first['tokens']:,} tokens; bars: 95 % "
-        f"bootstrap over sequences; dashed: no relation", fontsize=8,
+        f"bootstrap over {first['documents']} documents, each by itself; dashed: no relation", fontsize=8,
     )  # fmt: skip
     return fig
 
@@ -156,6 +157,7 @@ def compute_renormalization(demo: Demo, mean_experts: tuple[int, ...] = (3, 4, 5
     Differences are paired, from the same rule with its weights as they are. Every sixth test sequence.
     """
     text = {domain: sequences[::6] for domain, sequences in demo.test.items()}
+    documents = {domain: demo.test_documents[domain][::6] for domain in text}
     rules = {f"top-{k}": TopK(k) for k in mean_experts}
     for k in mean_experts:
         rules[f"BH-{k}"] = BH(alpha_for_mean_experts(DirichletNull(), demo.calibration_logits, k))
@@ -164,7 +166,7 @@ def compute_renormalization(demo: Demo, mean_experts: tuple[int, ...] = (3, 4, 5
         changed = {name: KeepMass(rule) for name, rule in rules.items()} if weights == "sum of top-8" else rules
         frame = sweep(demo.model, changed, text, **options)
         parts.append(frame.assign(weights=weights, plain=frame["rule"], rule=frame["rule"] + " " + weights))
-    frame = pd.concat(parts, ignore_index=True)
+    frame = with_documents(pd.concat(parts, ignore_index=True), documents)
     rows = []
     for (rule, plain, weights), part in frame.groupby(["rule", "plain", "weights"], sort=False):
         rows.append(
@@ -205,7 +207,7 @@ def draw_renormalization(table: pd.DataFrame) -> Figure:
     fig.legend(handles, labels, fontsize=8, loc="outside right center", title="weights of the\nkept experts")
     fig.suptitle(
         f"test split: {table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; bars: 95 % paired "
-        f"bootstrap over sequences", fontsize=8,
+        f"bootstrap over documents, each by itself", fontsize=8,
     )  # fmt: skip
     return fig
 

@@ -20,10 +20,11 @@ a GPU.
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["available", "installed", "interpreted"]
+__all__ = ["available", "installed", "interpreted", "on_device"]
 
 #: What the kernels are compiled for: bfloat16 products came with Ampere.
 OLDEST_CAPABILITY = (8, 0)
@@ -47,3 +48,10 @@ def available() -> bool:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     fits = [torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY for device in devices]
     return interpreted() or (bool(fits) and all(fits))
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Within the block kernels start on a device: Triton starts them on the current one, whatever their tensors."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 
-from bhlib.kernels import interpreted
+from bhlib.kernels import interpreted, on_device
 from bhlib.kernels.grouped import grouped_forward
 from bhlib.kernels.loop import is_plain
 from bhlib.kernels.vector import vector_forward
@@ -77,9 +77,10 @@ def _experts(
     if top_k_index.numel() == 0:
         return torch.zeros_like(hidden_states)
     forward = vector_forward if len(hidden_states) <= VECTOR_TOKENS else grouped_forward
-    return forward(
-        hidden_states.contiguous(), gate_up_proj, down_proj, top_k_index.contiguous(), top_k_weights.contiguous()
-    )
+    with on_device(hidden_states.device):
+        return forward(
+            hidden_states.contiguous(), gate_up_proj, down_proj, top_k_index.contiguous(), top_k_weights.contiguous()
+        )
 
 
 _experts_operator = torch.library.custom_op("bhlib::experts", _experts, mutates_args=())

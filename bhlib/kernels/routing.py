@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bhlib.kernels import on_device
 from bhlib.pvalues import DirichletNull, FittedNull, PValueMaker, TokenGaussian
 
 MOST_EXPERTS = 256
@@ -116,27 +117,28 @@ def _launch(
     width = triton.next_power_of_2(num_experts)
     rows, warps = _tokens_and_warps(num_tokens, width)
     if num_tokens:
-        _route[(triton.cdiv(num_tokens, rows),)](
-            router_logits,
-            cuts,
-            weights,
-            experts,
-            counts,
-            num_tokens,
-            router_logits.stride(0),
-            temperature,
-            NUM_EXPERTS=num_experts,
-            WIDTH=width,
-            ROWS=rows,
-            MIN_K=min_k,
-            MAX_K=max_k,
-            EMPTY=empty,
-            STATISTIC=statistic,
-            EXCLUDE_TOP=exclude_top,
-            NORMALIZE=normalize,
-            TEMPERED=temperature != 1.0,
-            num_warps=warps,
-        )
+        with on_device(router_logits.device):
+            _route[(triton.cdiv(num_tokens, rows),)](
+                router_logits,
+                cuts,
+                weights,
+                experts,
+                counts,
+                num_tokens,
+                router_logits.stride(0),
+                temperature,
+                NUM_EXPERTS=num_experts,
+                WIDTH=width,
+                ROWS=rows,
+                MIN_K=min_k,
+                MAX_K=max_k,
+                EMPTY=empty,
+                STATISTIC=statistic,
+                EXCLUDE_TOP=exclude_top,
+                NORMALIZE=normalize,
+                TEMPERED=temperature != 1.0,
+                num_warps=warps,
+            )
     return weights, experts, counts
 
 
@@ -195,6 +197,7 @@ def _route(
 
     # As integers, floats are ordered like themselves once the magnitude bits of the negative ones are flipped.
     bits = logits.to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)  # a NaN with a sign would sort below -inf
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.sort((ordered.to(tl.int64) << 8) | (255 - rank), descending=True)
     expert = 255 - (key & 255)

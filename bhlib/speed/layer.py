@@ -44,9 +44,10 @@ def random_routing(
 ) -> tuple[Tensor, Tensor]:
     """Indices [tokens, slots] (`num_experts` if empty) and bfloat16 weights, from logits spread as a router's."""
     generator = torch.Generator().manual_seed(seed)
-    probabilities = torch.softmax(ROUTER_STD * torch.randn(num_tokens, num_experts, generator=generator), dim=-1)
+    noise = torch.randn(num_tokens, num_experts, generator=generator, device="cpu")
+    probabilities = torch.softmax(ROUTER_STD * noise, dim=-1)
     weights, index = probabilities.topk(slots, dim=-1)
-    empty = torch.arange(slots) >= exact_counts(num_tokens, mean_k, slots, seed)[:, None]
+    empty = torch.arange(slots, device="cpu") >= exact_counts(num_tokens, mean_k, slots, seed)[:, None]
     return index.masked_fill(empty, num_experts).to(device), weights.masked_fill(empty, 0.0).to(device, torch.bfloat16)
 
 

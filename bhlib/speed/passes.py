@@ -42,7 +42,8 @@ def load_model(name: str | None = None) -> nn.Module:
 def random_ids(model: nn.Module, batch: int, length: int) -> Tensor:
     """Token ids [batch, length], none of them special."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(2, model.config.vocab_size - 300, (batch, length), generator=generator).to(model.device)
+    ids = torch.randint(2, model.config.vocab_size - 300, (batch, length), generator=generator, device="cpu")
+    return ids.to(model.device)
 
 
 @contextmanager
@@ -88,8 +89,11 @@ def rules_by_mean_k(model: nn.Module, ids: Tensor) -> dict[int, BH]:
     logits = torch.cat(watch(model, lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), 0)).float()
     max_k = find_moe_layers(model)[0].top_k
 
+    def rule_at(score):
+        return BH(alpha=float(torch.sigmoid(torch.tensor(score, device="cpu"))), max_k=max_k)
+
     def mean_k(score):
-        return float(BH(alpha=float(torch.sigmoid(torch.tensor(score))), max_k=max_k)(logits).counts.float().mean())
+        return float(rule_at(score)(logits).counts.float().mean())
 
     rules = {}
     for k in MEAN_K:
@@ -100,7 +104,7 @@ def rules_by_mean_k(model: nn.Module, ids: Tensor) -> dict[int, BH]:
         for _ in range(16):
             middle = (low + high) / 2
             low, high = (middle, high) if mean_k(middle) < k else (low, middle)
-        rules[k] = BH(alpha=float(torch.sigmoid(torch.tensor(low))), max_k=max_k)
+        rules[k] = rule_at(low)
     return rules
 
 
