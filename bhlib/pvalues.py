@@ -711,8 +711,8 @@ class FittedNull(PValueMaker):
         number. `bhlib.calibrate` and `bhlib.calibration.fit_null` measure it on a sample of the calibration tokens and
         keep it in the header, at steps of half an expert; between these the log-odds are interpolated. On the demo, a
         kernel null of the log-probability reaches 6.2 experts at alpha = 0.05 already, 4 at 8e-4, and 3 at 2e-5 (the
-        Dirichlet null: 4 at 0.01, 5 at 0.08). Levels below num_experts/n are read from the tail of the kernels, beyond what n
-        values can tell: as good as any to set a number of experts, but no error rate.
+        Dirichlet null: 4 at 0.01, 5 at 0.08). Levels below num_experts/n are read from the tail of the kernels, beyond
+        what n values can tell: as good as any to set a number of experts, but no error rate.
 
         Parameters
         ----------

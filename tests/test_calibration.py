@@ -361,7 +361,6 @@ def test_a_bandwidth_for_the_survival_function_smears_a_clump_less():
     assert scott[1e-3] > 1.25 and scott[1e-4] > 3
     assert survival[1e-3] < 1.15 and survival[1e-4] < 3
     assert narrow[1e-3] < 1.15 and narrow[1e-4] < 2
-    print(scott.to_dict(), survival.to_dict(), narrow.to_dict())
 
 
 def test_tail_factors_by_hand():

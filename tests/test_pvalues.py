@@ -76,10 +76,17 @@ def all_makers():
         "truncated": TokenGaussian(estimator="truncated"),
         "kde": fit(KDENull, [sample]),
         "conformal": fit(ConformalNull, [sample]),
+        "table": standard_normal_table(),
     }
 
 
-MAKERS = ("softmax", "trimmed", "truncated", "kde", "conformal")
+def standard_normal_table():
+    x = np.linspace(-6, 12, 3000)
+    options = dict(model_name="tiny", num_experts=NUM_EXPERTS, statistic="standardized", exclude_top=8)
+    return TableNull.from_survival(x, stats.norm.sf(x), **options)
+
+
+MAKERS = ("softmax", "trimmed", "truncated", "kde", "conformal", "table")
 
 
 # ------------------------------------------------------------------------------------------------- logits, statistics
@@ -829,7 +836,7 @@ def test_a_null_first_used_in_inference_mode_can_be_trained_through(null, per_ex
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a CUDA device with the CPU")
-@pytest.mark.parametrize("maker", ["kde", "conformal"])
+@pytest.mark.parametrize("maker", ["kde", "conformal", "table"])
 def test_fitted_nulls_have_the_same_bits_on_a_gpu(maker):
     maker = all_makers()[maker]
     statistics = 3 * torch.randn(1000, NUM_EXPERTS)
