@@ -25,8 +25,8 @@ from torch.nn.functional import pad
 from bhlib.passes import Step
 from bhlib.rules import Routing
 
-#: Tokens whose rows are kept unless more are asked for: one context of OLMoE, 3.3 MB there.
-MAX_RECORDED_TOKENS = 4096
+#: Tokens whose rows are kept unless more are asked for: 8 MB for OLMoE.
+MAX_RECORDED_TOKENS = 10_000
 
 #: Tokens that a block of rows has room for, unless it was made for one longer pass.
 BLOCK_TOKENS = 256

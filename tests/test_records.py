@@ -1,13 +1,11 @@
 """Records against counts by hand."""
 
-import gc
 import json
 import pickle
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from models import tiny_olmoe, tokens
@@ -126,15 +124,15 @@ def test_rows_are_bounded_and_totals_are_not():
 def test_rows_are_bounded_by_default_and_whoever_reads_them_is_told(read):
     model = tiny_olmoe(num_hidden_layers=1)
     with BHRoutingIntegration(model) as bh:
-        run(model, input_ids=tokens(32, MAX_RECORDED_TOKENS // 32))
+        run(model, input_ids=tokens(20, MAX_RECORDED_TOKENS // 20))
         getattr(bh.records, read)()
         run(model, input_ids=tokens(1, 1))
-    with pytest.warns(UserWarning, match="4096 of 4097 tokens.* patch with max_recorded_tokens=None"):
+    with pytest.warns(UserWarning, match="10000 of 10001 tokens.* patch with max_recorded_tokens=None"):
         getattr(bh.records, read)()
     assert bh.get_routing_stats()["total_tokens"] == bh.records.histogram().sum() == MAX_RECORDED_TOKENS + 1
     with BHRoutingIntegration(model, max_recorded_tokens=None) as bh:
-        run(model, input_ids=tokens(33, MAX_RECORDED_TOKENS // 32))
-    assert len(bh.records.counts()) == 33 * MAX_RECORDED_TOKENS // 32
+        run(model, input_ids=tokens(21, MAX_RECORDED_TOKENS // 20))
+    assert len(bh.records.counts()) == 21 * MAX_RECORDED_TOKENS // 20
 
 
 def test_stats_are_a_dict_with_a_story():
@@ -182,28 +180,6 @@ def test_memory_is_as_stated(max_k):
     with BHRoutingIntegration(model, max_recorded_tokens=0) as bounded:
         run(model, input_ids=tokens(2, 5))
     assert bounded.records.nbytes == 0 and bounded.get_routing_stats()["total_tokens"] == 10
-
-
-@pytest.mark.timing
-def test_the_process_grows_by_what_is_stated():
-    """Measured in the process, where a tensor costs more than it holds: 16 layers, one token a pass."""
-    process, records = psutil.Process(), Records(16, 64, 8)
-
-    def decode(count):
-        for number in range(count):
-            one = torch.ones(1, 1, dtype=torch.int32)
-            current = records.begin(Step(one.bool(), number * one, one.clone(), 0, generated=True))
-            for layer in range(16):
-                current.add(layer, Routing(torch.rand(1, 8), torch.arange(8)[None], torch.tensor([8])))
-            records.end(current)
-        gc.collect()
-        return process.memory_info().rss
-
-    before = decode(1000)
-    grown = (decode(5000) - before) / 5000
-    stated = records.bytes_per_token(8) + 48
-    print(f"the process grew by {grown:.0f} bytes a token, {stated} stated")
-    assert stated == 857 and grown < 1.5 * stated
 
 
 def random_pass(generator, num_tokens, num_layers, num_experts=64):

@@ -114,7 +114,7 @@ def passage_counts(model, tokenizer, input_ids: torch.Tensor, **bh_options) -> p
     pandas.DataFrame
         Columns ``position``, ``token`` (its text), ``layer``, ``count``.
     """
-    with BHRoutingIntegration(model, **bh_options) as bh, torch.no_grad():
+    with BHRoutingIntegration(model, max_recorded_tokens=None, **bh_options) as bh, torch.no_grad():
         model(input_ids=input_ids.to(model.device), use_cache=False)
     counts = bh.records.counts()
     texts = [tokenizer.decode([token]) for token in input_ids[0].tolist()]

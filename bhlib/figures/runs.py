@@ -51,7 +51,7 @@ class Run:
 def observe(model: nn.Module, data: Mapping[str, Tensor], documents: Mapping[str, np.ndarray], rule: Rule) -> Run:
     """Run a model under a rule on token ids by domain, each a Tensor [sequences, length] of `documents` [sequences]."""
     domains, numbers, losses, counts, pairs = [], [], [], [], []
-    with RoutingPatch(model, rule) as patch:
+    with RoutingPatch(model, rule, max_recorded_tokens=None) as patch:
         for domain, sequences in data.items():
             for sequence, document in zip(sequences, documents[domain], strict=True):
                 patch.reset_stats()

@@ -243,7 +243,7 @@ def compute_generation(
 
     add("prompt", prompts.cpu().numpy(), np.full(prompts.shape, np.nan))
     for rule_name, rule in WRITERS.items():
-        with RoutingPatch(demo.model, rule) as patch:
+        with RoutingPatch(demo.model, rule, max_recorded_tokens=None) as patch:
             output = demo.model.generate(
                 input_ids=prompts, attention_mask=torch.ones_like(prompts),
                 do_sample=False, repetition_penalty=1.2, min_new_tokens=length, max_new_tokens=length,
