@@ -1,4 +1,4 @@
-"""The finished cells of a sweep on disk: a CSV per rule, with what its numbers depend on and a checksum."""
+"""The finished cells of a sweep on disk: a CSV per rule, named after what its numbers depend on, with a checksum."""
 
 import hashlib
 import os

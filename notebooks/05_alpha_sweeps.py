@@ -153,7 +153,7 @@ figures.draw_passage_weights(passage.route(BH(alpha=0.05), temperature=2.0))
 # %% [markdown]
 # OLMoE does not rescale the weights of the experts that it keeps so that they sum to one, and neither does the patch. What is
 # dropped is therefore missing from the sum: the layer adds less to the residual stream. A temperature below 1 gives some of
-# it back to the best experts. This looks like a repair and is none, since it also changes the proportions among those that
+# it back to the best experts. This looks like a repair but is not one, since it also changes the proportions among those that
 # are kept: try 0.84 in the explorer, one step below 1, and compare the losses.
 #
 # ### Generate
