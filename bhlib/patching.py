@@ -495,7 +495,7 @@ class RoutingPatch:
     @torch.compiler.disable
     def _record(self, layer: MoELayer, routing: Routing) -> None:
         current = getattr(self._local, "current", None)
-        if current is not None and layer.index in current.histogram and not _is_running(self._body):
+        if current is not None and layer.index in current.routings and not _is_running(self._body):
             current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
             current.add(layer.index, routing)

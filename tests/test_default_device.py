@@ -75,7 +75,7 @@ def test_a_patched_model_does_the_same(model, texts, mode, pvalues, request):
 @pytest.mark.parametrize("null", ["kde", "conformal"])
 def test_calibration_and_evaluation_do_the_same(model, texts, null, request):
     def measure():
-        fitted = calibrate(model, texts, null=null, max_values=300, progress=False)
+        fitted = calibrate(model, texts, null=null, max_values=700, progress=False)
         return evaluate(model, texts, BH(0.1, fitted))["loss"]
 
     expected = measure()
