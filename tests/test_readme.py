@@ -78,7 +78,7 @@ def test_files_that_the_readme_links_to_exist():
 
 
 def test_the_map_has_a_place_for_every_module():
-    mapped = re.findall(r"`bhlib/(\w+)(?:\.py|/)`", CONTRIBUTING.partition("## Habits")[0])
+    mapped = re.findall(r"`bhlib/(\w+)(?:\.py|/)`", CONTRIBUTING.partition("## Recipes")[0])
     there = [path.stem for path in (ROOT / "bhlib").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))]
     assert sorted(mapped) == sorted({*there} - {"__init__", "__main__"})
 
