@@ -472,7 +472,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number, Python's or numpy's; True and False are none."""
+    """Whether it is a whole number, Python's or numpy's; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

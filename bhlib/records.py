@@ -222,7 +222,7 @@ class Records:
         Returns
         -------
         pandas.DataFrame
-            Columns ``sequence`` (numbered through), ``position`` (padding not counted), ``generated`` (False for the
+            Columns ``sequence`` (over all passes), ``position`` (padding not counted), ``generated`` (False for the
             prompt), ``token_id`` (-1 if unknown), ``layer``, ``count``, ``experts`` and ``weights`` (tuples of length
             ``count``, in the order in which the rule ranks them). Drafts that assisted generation rejects are
             among the rows, since they were routed, and tokens checked several at a time are not ``generated``.

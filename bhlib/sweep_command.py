@@ -106,7 +106,7 @@ def _at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
         return value
 
-    read.__name__ = "whole number"  # as argparse calls it in its message about a text that is none
+    read.__name__ = "whole number"  # as argparse calls it in its message about a text that is not one
     return read
 
 

@@ -1,9 +1,10 @@
 """Families of mixtures of experts in transformers: tiny random models, and whether bhlib can patch them.
 
-`markdown_table` is what the README shows; `test_families` checks each of its rows on a real model.
+`test_families` checks each of them on a real model, and ``python tests/families.py`` writes the page that lists them.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -66,11 +67,24 @@ REFUSED = [
 ]
 
 
-def markdown_table() -> str:
-    """The table of families, as it stands in the README."""
-    lines = ["| `model_type` | patched | weights, or why not |", "|---|---|---|"]
-    lines += [f"| `{family}` | yes | {WEIGHTINGS[family.weighting].label} |" for family in PATCHED]
-    lines += [f"| `{family}` | refused | {family.reason} |" for family in REFUSED]
+PAGE = Path(__file__).resolve().parent.parent / "bhlib" / "models.md"
+
+
+def render_page() -> str:
+    """The text of `PAGE`."""
+    lines = [
+        "# Models that can be patched",
+        "",
+        "Layers are recognized by what they do (`bhlib.find_moe_layers`), so a model that is not in this table may be",
+        "patched, too; one that cannot be is refused with the reason. `model_type` is transformers' name of the",
+        "architecture; the weights are those of the experts that a token keeps. `python tests/families.py` writes this",
+        "page, and a test patches a small random model of each row.",
+        "",
+        "| `model_type` | patched | weights, or why not |",
+        "|---|---|---|",
+        *(f"| `{family}` | yes | {WEIGHTINGS[family.weighting].label} |" for family in PATCHED),
+        *(f"| `{family}` | refused | {family.reason} |" for family in REFUSED),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -89,3 +103,7 @@ def tiny(family: Family, seed: int = 0) -> PreTrainedModel:
             elif parameter.dim() == 2 and parameter.shape[0] == 16 and name.endswith(("gate.weight", "router.weight")):
                 torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_page(), encoding="utf-8")
