@@ -129,14 +129,13 @@ class Rows(NamedTuple):
         return Rows(*(part[:, start:stop] for part in self))
 
     def totals(self, num_experts: int) -> Tensor:
-        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the last column void."""
-        size = num_experts + 2
+        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the first column void."""
         weight = self.valid.long().expand(len(self.counts), -1)
-        slots = self.experts.flatten(1)
-        totals = weight.new_zeros(2, len(self.counts), size)
-        # A remainder makes the last column of -1, for what did not run or is empty.
-        totals[0].scatter_add_(1, self.counts.long() % size, weight)
-        totals[1].scatter_add_(1, slots.long() % size, weight.repeat_interleave(self.experts.shape[-1], dim=1))
+        totals = weight.new_zeros(2, len(self.counts), num_experts + 2)
+        # What did not run, or is empty, is -1: one is added everywhere, and it falls into the void.
+        totals[0].scatter_add_(1, self.counts.long() + 1, weight)
+        weight = weight[:, :, None].expand(self.experts.shape)
+        totals[1].scatter_add_(1, (self.experts.long() + 1).flatten(1), weight.flatten(1))
         return totals
 
 
@@ -349,11 +348,11 @@ class Records:
 
     def histogram(self) -> np.ndarray:
         """Tokens by number of experts: int64 [layers, experts + 1], entry [l, k] tokens with k experts in layer l."""
-        return self._read_totals(0)[:, : self.num_experts + 1]
+        return self._read_totals()[0]
 
     def expert_load(self) -> np.ndarray:
         """Tokens by expert: int64 [layers, experts]."""
-        return self._read_totals(1)[:, : self.num_experts]
+        return self._read_totals()[1, :, : self.num_experts]
 
     def load_balance(self) -> pd.DataFrame:
         """How evenly the experts were used, one row per layer.
@@ -394,15 +393,14 @@ class Records:
                 experts = experts[rows.valid[0]].long()
                 # One column more for the empty slots. In float64, which autocast leaves alone, products count exactly.
                 used = torch.zeros(len(experts), self.num_experts + 1, dtype=torch.float64, device=experts.device)
-                used.scatter_(1, experts % (self.num_experts + 1), 1.0)
-                used = used[:, : self.num_experts]
+                used = used.scatter_(1, experts + 1, 1.0)[:, 1:]
                 totals[layer] += (used.T @ used).long().cpu().numpy()
         return totals
 
-    def _read_totals(self, kind: int) -> np.ndarray:
+    def _read_totals(self) -> np.ndarray:
         if self._totals is None:
-            return np.zeros((self.num_layers, self.num_experts + 2), dtype=np.int64)
-        return self._totals[kind].cpu().numpy()
+            return np.zeros((2, self.num_layers, self.num_experts + 1), dtype=np.int64)
+        return self._totals.cpu().numpy()[:, :, 1:]
 
     def _warn_if_cut_short(self) -> None:
         if self.truncated:
