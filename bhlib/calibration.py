@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from bhlib.experts import PREFIX
 from bhlib.patching import MoELayer, find_moe_layers
 from bhlib.procedures import adjusted_pvalues
-from bhlib.pvalues import NULLS, FittedNull, PValueMaker, check_logits, load_null, null_values
+from bhlib.pvalues import FittedNull, PValueMaker, check_logits, fitted_nulls, load_null, null_values
 
 #: Values that are kept of a layer, and of one expert of a layer where each has a null of its own.
 VALUES_PER_LAYER = 50_000
@@ -413,11 +413,12 @@ def _common_num_experts(layers: list[MoELayer]) -> int:
 def _null_class(null: str | type[FittedNull]) -> type[FittedNull]:
     if isinstance(null, type) and issubclass(null, FittedNull):
         return null
-    if null not in NULLS:
+    nulls = fitted_nulls()
+    if null not in nulls:
         raise ValueError(
-            f"null is {null!r}, but must be one of {', '.join(map(repr, NULLS))} or a subclass of FittedNull"
+            f"null is {null!r}, but must be one of {', '.join(map(repr, nulls))} or a subclass of FittedNull"
         )
-    return NULLS[null]
+    return nulls[null]
 
 
 # -- the sample ----------------------------------------------------------------------------------------------

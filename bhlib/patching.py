@@ -34,9 +34,10 @@ from bhlib import kernels as triton_kernels
 from bhlib.kernels.loop import is_plain
 from bhlib.passes import PassReader, find_cache
 from bhlib.procedures import check_alpha
-from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
+from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.records import MAX_RECORDED_TOKENS, Records, RoutingStats
-from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
+from bhlib.rules import BH, Routing, Rule, TopK
+from bhlib.weighting import WEIGHTINGS
 
 #: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
 OLDEST_TRANSFORMERS = "5.6"
@@ -65,7 +66,7 @@ class MoELayer:
     num_experts, top_k : int
         Experts in the layer, and how many the model itself gives to a token.
     weighting : str
-        How the router makes weights of its scores, one of `bhlib.rules.WEIGHTINGS`.
+        How the router makes weights of its logits, one of `bhlib.weighting.WEIGHTINGS`.
     narrows : bool
         Whether the router takes float64 logits, those of a float64 model, to float32 first, as most do.
     """
@@ -85,7 +86,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
     Layers are recognized by what they do, not by the names of their classes: an experts module that dispatches
     through transformers' `ExpertsInterface`, beside it a router with one row of weights per expert, which returns
-    (logits, weights, indices) with weights that `bhlib.rules` can reproduce bit for bit on a probe of random inputs.
+    (logits, weights, indices) with weights that one of `bhlib.weighting.WEIGHTINGS` gives bit for bit on a probe of
+    random inputs.
 
     Raises
     ------
@@ -224,8 +226,9 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bo
             _refuse_corrections(router, refusal, num_experts)
             return top_k, weighting, narrows
     raise ValueError(
-        f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
-        f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
+        f"{refusal}its weights follow from its logits in none of the ways that are known: {', '.join(WEIGHTINGS)} "
+        f"(correction biases, groups and scaling factors are not supported). Another way is one more "
+        f"bhlib.weighting.Weighting."
     )
 
 
@@ -264,7 +267,7 @@ class RoutingPatch:
         Bound on the tokens whose decisions are kept row by row (`bhlib.records`); None keeps all, 0 none. What comes
         after is in the statistics, which are complete anyway, and reading the rows warns that they are not.
     weights : str
-        ``"model"`` (the default) for the model's own convention, or one of `bhlib.rules.WEIGHTINGS`.
+        ``"model"`` (the default) for the model's own convention, or one of `bhlib.weighting.WEIGHTINGS`.
     kernels : bool or "auto"
         Whether `bhlib.kernels` may compute: the routing and the experts on a CUDA device, in half precision and without
         gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
@@ -298,7 +301,7 @@ class RoutingPatch:
                 f"mode must be one of {MODES}, got {mode!r}: 'patch' routes by the rule, 'analyze' only watches."
             )
         if weights not in ("model", *WEIGHTINGS):
-            raise ValueError(f"weights must be 'model' or one of {WEIGHTINGS}, got {weights!r}.")
+            raise ValueError(f"weights must be 'model' or one of {tuple(WEIGHTINGS)}, got {weights!r}.")
         check_temperature(temperature)
         self.model, self.rule, self.temperature, self.mode = model, rule, temperature, mode
         self.collect_stats, self.weights = collect_stats, weights
@@ -576,11 +579,9 @@ class BHRoutingIntegration(RoutingPatch):
     ) -> None:
         check_alpha(alpha)
         check_temperature(temperature)
-        if pvalues == "softmax":
-            pvalues = make_pvalues("softmax", temperature=temperature)
         super().__init__(
             model,
-            BH(alpha, pvalues, method, layer_weights, min_k=min_k, max_k=max_k),
+            BH(alpha, make_pvalues(pvalues, temperature), method, layer_weights, min_k=min_k, max_k=max_k),
             temperature=temperature,
             mode=mode,
             collect_stats=collect_stats,

@@ -43,7 +43,7 @@ import pandas as pd
 
 from bhlib import figures, load_demo, load_heldout
 from bhlib.evaluation import matched_compute, summarize, sweep
-from bhlib.rules import BH, Threshold, TopK
+from bhlib.rules import BH, Threshold, TopK, families_of
 
 results = pd.read_csv("../figures/loss_vs_experts.csv")
 whole = pd.read_csv("../figures/whole_test_split.csv")
@@ -109,7 +109,7 @@ figures.draw_whole_test_split(whole)
 # calibration split to give 3, 4, 5, 6 and 7 experts; what they gave on the test split is at most 0.06 more, and the comparison is at what they gave.
 
 # %%
-families = [name for name in figures.LOOKS if name in set(whole["family"])]
+families = [family.name for family in families_of(whole["family"])]
 
 
 def numbers(columns):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from bhlib.weighting import WEIGHTINGS
+
 # Names that configurations use for the same few sizes: each family takes those that it knows.
 SIZES = {
     "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2,
@@ -17,12 +19,12 @@ SIZES = {
     "eos_token_id": None,
 }  # fmt: skip
 
-SIGMOID = "its weights are not a softmax of its logits"
+UNKNOWN = "its weights follow from its logits in none of the ways that are known"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers; `weighting` as in `bhlib.rules.WEIGHTINGS`, or `refused` with the reason."""
+    """A model type of transformers; `weighting` as in `bhlib.weighting.WEIGHTINGS`, or `refused` with the reason."""
 
     model_type: str
     weighting: str | None = None
@@ -51,11 +53,11 @@ PATCHED = [
 ]
 
 REFUSED = [
-    Family("phimoe", refused=SIGMOID, reason="SparseMixer: weights from a masked softmax of its own"),
-    Family("deepseek_v2", refused=SIGMOID, reason="weights times a scaling factor"),
-    Family("deepseek_v3", refused=SIGMOID, reason="sigmoid scores, a bias per expert, groups of experts"),
-    Family("glm4_moe", refused=SIGMOID, reason="sigmoid scores, a bias per expert, groups of experts"),
-    Family("ernie4_5_moe", refused=SIGMOID, reason="a bias per expert, learned in training"),
+    Family("phimoe", refused=UNKNOWN, reason="SparseMixer: weights from a masked softmax of its own"),
+    Family("deepseek_v2", refused=UNKNOWN, reason="weights times a scaling factor"),
+    Family("deepseek_v3", refused=UNKNOWN, reason="sigmoid scores, a bias per expert, groups of experts"),
+    Family("glm4_moe", refused=UNKNOWN, reason="sigmoid scores, a bias per expert, groups of experts"),
+    Family("ernie4_5_moe", refused=UNKNOWN, reason="a bias per expert, learned in training"),
     Family("minimax_m2", refused="it needs more than the hidden states", reason="a bias per expert, passed in"),
     Family("hunyuan_v1_moe", refused="one router with a weight of 16 rows, found 0", reason="router nested deeper"),
     Family("jetmoe", refused="no mixture-of-experts layer", reason="experts written out in the block"),
@@ -64,17 +66,10 @@ REFUSED = [
 ]
 
 
-WEIGHTS = {
-    "softmax": "softmax over all experts",
-    "normalized": "softmax over all experts, divided by the sum of those kept",
-    "softmax_selected": "softmax over those kept",
-}
-
-
 def markdown_table() -> str:
     """The table of families, as it stands in the README."""
     lines = ["| `model_type` | patched | weights, or why not |", "|---|---|---|"]
-    lines += [f"| `{family}` | yes | {WEIGHTS[family.weighting]} |" for family in PATCHED]
+    lines += [f"| `{family}` | yes | {WEIGHTINGS[family.weighting].label} |" for family in PATCHED]
     lines += [f"| `{family}` | refused | {family.reason} |" for family in REFUSED]
     return "\n".join(lines) + "\n"
 

@@ -9,9 +9,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bhlib"
 
 # The one place that states the order. A new module takes its place here.
 FLOORS = [
+    "looks",  # colours, markers and lines of series in figures
     "procedures",  # multiple testing on tensors of p-values
     "simulations",  # false discovery rate and power by simulation
     "pvalues",  # router logits -> p-values
+    "weighting",  # router logits -> scores; scores of the kept experts -> weights
     "kernels",  # both by Triton, on a CUDA device; the experts by a loop, on a CPU
     "rules",  # p-values -> experts and weights; the rival rules
     "experts",  # the experts' forward pass over selected pairs only

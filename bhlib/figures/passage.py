@@ -27,7 +27,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bhlib.calibration import collect_router_logits
-from bhlib.figures.drawing import BLACK, BLUE, RED, STYLE, Picture
+from bhlib.figures.drawing import STYLE, Picture
+from bhlib.looks import BLACK, BLUE, RED
 from bhlib.patching import find_moe_layers
 from bhlib.rules import Rule, TopK
 
@@ -86,7 +87,7 @@ class Passage:
     top_k : int
         Experts per token of the model itself.
     weighting : str
-        How the model makes weights of scores (`bhlib.rules.WEIGHTINGS`).
+        How the model makes weights of scores (`bhlib.weighting.WEIGHTINGS`).
     """
 
     token_ids: Tensor

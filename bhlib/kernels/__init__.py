@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["available", "installed", "interpreted", "on_device"]
+__all__ = ["available", "installed", "interpreted", "on_device", "run_on"]
 
 #: What the kernels are compiled for: bfloat16 products came with Ampere.
 OLDEST_CAPABILITY = (8, 0)
@@ -48,6 +48,11 @@ def available() -> bool:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     fits = [torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY for device in devices]
     return interpreted() or (bool(fits) and all(fits))
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of a device."""
+    return (device.type == "cuda" or interpreted()) and available()
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
