@@ -22,7 +22,8 @@ from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from bhlib.calibration import fit_null
-from bhlib.patching import RoutingPatch, find_moe_layers
+from bhlib.discovery import find_moe_layers, watch
+from bhlib.patching import RoutingPatch
 from bhlib.procedures import PROCEDURES, reject
 from bhlib.pvalues import NULLS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
@@ -260,16 +261,10 @@ def _time_pass(model: nn.Module, input_ids: torch.Tensor) -> tuple[float, float]
         nonlocal spent
         spent += now() - started
 
-    handles = []
-    for layer in find_moe_layers(model):
-        handles += [layer.experts.register_forward_pre_hook(enter), layer.experts.register_forward_hook(leave)]
-    try:
+    with watch(find_moe_layers(model), leave, module="experts", before=enter):
         begun = now()
         model(input_ids=input_ids, use_cache=False)
         return spent, now() - begun
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def format_experts(frame: pd.DataFrame) -> str:

@@ -14,11 +14,12 @@ from scipy.special import ndtri
 from scipy.stats import binom, rankdata
 from torch import Tensor, nn
 
-from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, alpha_for_mean_experts, fit_null
+from bhlib.calibration import alpha_for_mean_experts, fit_null
 from bhlib.comparisons import matched_compute, with_documents
 from bhlib.evaluation import sweep
 from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
+from bhlib.sampling import VALUES_PER_EXPERT, VALUES_PER_LAYER
 
 #: Where distribution functions are compared: evenly, and by factors of 1.2 in the lower tail.
 LEVELS = np.unique(np.concatenate([np.arange(1, 4097) / 4096, 10 ** np.linspace(-4, -2, 27)]))

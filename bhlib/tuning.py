@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate
-from bhlib.patching import find_moe_layers
 from bhlib.rules import BH, Rule, StaticPerLayer
 from bhlib.weighting import probabilities
 

@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from bhlib.calibration import collect_router_logits, fit_null, name_of
+from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate
 from bhlib.figures.passage import Passage, PassageCharts, RoutedPassage, draw_passage, passage_html
 from bhlib.loading import DEMO, load_heldout
-from bhlib.patching import RoutingPatch, find_moe_layers
+from bhlib.patching import RoutingPatch
 from bhlib.procedures import PROCEDURES
 from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH

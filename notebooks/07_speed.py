@@ -159,7 +159,7 @@ rows_of(table, "generate", ("median_us", "speedup", "over_floor", "peak_gib", "g
 # ## On a CPU
 #
 # The embedded model in two threads, a prefill of 4,096 tokens. Where slots are empty and tokens many, the experts are computed one after
-# the other in plain torch (`bhlib.kernels.loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
+# the other in plain torch (`bhlib.expert_loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
 # runs by the model's own forward, bit for bit. So the row of BH with seven of eight experts shows what the loop gains by itself, and
 # the rows below it what skipping adds. Ratios are to the unpatched model in the same round.
 

@@ -27,9 +27,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bhlib.calibration import collect_router_logits
+from bhlib.discovery import find_moe_layers
 from bhlib.figures.drawing import STYLE, Picture
 from bhlib.looks import BLACK, BLUE, RED
-from bhlib.patching import find_moe_layers
 from bhlib.rules import Rule, TopK
 
 #: The share of tokens that a bar of spread covers: from the 10th to the 90th percentile.

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bhlib import comparisons, evaluation, evidence
-from bhlib.calibration import VALUES_PER_LAYER, fit_null, name_of
+from bhlib.calibration import fit_null, name_of
 from bhlib.figures.drawing import Picture
 from bhlib.figures.families import Family, bh, fitted_families, rivals, tried_families, weighted_families
 from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
@@ -16,6 +16,7 @@ from bhlib.loading import heldout_sequence_documents, load_heldout
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from bhlib.pvalues import NULLS, STATISTICS, DirichletNull
 from bhlib.rules import BH, FAMILIES, Rule, RuleFamily, TopK, families_of
+from bhlib.sampling import VALUES_PER_LAYER
 
 #: Where families are compared.
 MEAN_K = (3, 4, 5, 6, 7)

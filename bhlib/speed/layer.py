@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from bhlib.discovery import set_implementation
 from bhlib.rules import BH
 from bhlib.speed.results import Candidate, Results
 from bhlib.speed.timing import captured, in_turn, measure
@@ -144,7 +145,7 @@ def _own_forward(module: nn.Module, implementation: str, compiled: bool) -> Call
     run = torch.compile(module, dynamic=False) if compiled else module
 
     def forward(hidden, index, weights):
-        module.config._experts_implementation = implementation
+        set_implementation(module, implementation)
         return run(hidden, index, weights)
 
     return forward
