@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, watch
 from bhlib.experts import is_twin
 from bhlib.procedures import adjusted_pvalues
-from bhlib.pvalues import NULLS, FittedNull, PValueMaker, check_logits, load_null, null_values
+from bhlib.pvalues import FittedNull, PValueMaker, check_logits, fitted_nulls, load_null, null_values
 from bhlib.sampling import LogitSampler
 
 
@@ -408,8 +408,9 @@ def _common_num_experts(layers: list[MoELayer]) -> int:
 def _null_class(null: str | type[FittedNull]) -> type[FittedNull]:
     if isinstance(null, type) and issubclass(null, FittedNull):
         return null
-    if null not in NULLS:
+    nulls = fitted_nulls()
+    if null not in nulls:
         raise ValueError(
-            f"null is {null!r}, but must be one of {', '.join(map(repr, NULLS))} or a subclass of FittedNull"
+            f"null is {null!r}, but must be one of {', '.join(map(repr, nulls))} or a subclass of FittedNull"
         )
-    return NULLS[null]
+    return nulls[null]

@@ -22,7 +22,8 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
-from bhlib.rules import WEIGHTINGS, TopK
+from bhlib.rules import TopK
+from bhlib.weighting import WEIGHTINGS
 
 #: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
 OLDEST_TRANSFORMERS = "5.6"
@@ -42,7 +43,7 @@ class MoELayer:
     num_experts, top_k : int
         Experts in the layer, and how many the model itself gives to a token.
     weighting : str
-        How the router makes weights of its scores, one of `bhlib.rules.WEIGHTINGS`.
+        How the router makes weights of its logits, one of `bhlib.weighting.WEIGHTINGS`.
     narrows : bool
         Whether the router takes float64 logits, those of a float64 model, to float32 first, as most do.
     """
@@ -62,7 +63,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
     Layers are recognized by what they do, not by the names of their classes: an experts module that dispatches
     through transformers' `ExpertsInterface`, beside it a router with one row of weights per expert, which returns
-    (logits, weights, indices) with weights that `bhlib.rules` can reproduce bit for bit on a probe of random inputs.
+    (logits, weights, indices) with weights that one of `bhlib.weighting.WEIGHTINGS` gives bit for bit on a probe of
+    random inputs.
 
     Raises
     ------
@@ -180,8 +182,9 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bo
             _refuse_corrections(router, refusal, num_experts)
             return top_k, weighting, narrows
     raise ValueError(
-        f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
-        f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
+        f"{refusal}its weights follow from its logits in none of the ways that are known: {', '.join(WEIGHTINGS)} "
+        f"(correction biases, groups and scaling factors are not supported). Another way is one more "
+        f"bhlib.weighting.Weighting."
     )
 
 

@@ -34,8 +34,8 @@ class PassTokens:
     token_ids : Tensor [batch, length], int32, or None
         Input ids, None if the model was given embeddings.
     first_sequence : int
-        Number of the sequence in row 0; rows are numbered on from there. -1 for a packed pass: several sequences in
-        one row, as in continuous batching, and no word on which earlier ones they continue.
+        Number of the sequence in row 0; the other rows follow. -1 for a packed pass: several sequences in
+        one row, as in continuous batching, and no sign of which earlier ones they continue.
     generated : bool
         True for a decoding step: one token for each sequence, and a cache that held tokens before.
     """

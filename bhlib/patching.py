@@ -36,10 +36,11 @@ from bhlib.discovery import (
 from bhlib.hooks import PrivateHooks
 from bhlib.passes import PassReader, find_cache, special_tokens
 from bhlib.procedures import check_alpha
-from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
+from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.records import MAX_RECORDED_TOKENS, Records
-from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, check_temperature
+from bhlib.rules import BH, Routing, Rule
 from bhlib.stats import RoutingStats
+from bhlib.weighting import WEIGHTINGS
 
 MODES = ("patch", "analyze")
 
@@ -74,7 +75,7 @@ class RoutingPatch:
         Bound on the tokens whose decisions are kept row by row (`bhlib.records`); None keeps all, 0 none. What comes
         after is in the statistics, which are complete anyway, and reading the rows warns that they are not.
     weights : str
-        ``"model"`` (the default) for the model's own convention, or one of `bhlib.rules.WEIGHTINGS`.
+        ``"model"`` (the default) for the model's own convention, or one of `bhlib.weighting.WEIGHTINGS`.
     kernels : bool or "auto"
         Whether `bhlib.kernels` may compute: the routing and the experts on a CUDA device, in half precision and without
         gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
@@ -108,7 +109,7 @@ class RoutingPatch:
                 f"mode must be one of {MODES}, got {mode!r}: 'patch' routes by the rule, 'analyze' only watches."
             )
         if weights not in ("model", *WEIGHTINGS):
-            raise ValueError(f"weights must be 'model' or one of {WEIGHTINGS}, got {weights!r}.")
+            raise ValueError(f"weights must be 'model' or one of {tuple(WEIGHTINGS)}, got {weights!r}.")
         check_temperature(temperature)
         self.model, self.rule, self.temperature, self.mode = model, rule, temperature, mode
         self.collect_stats, self.weights = collect_stats, weights
@@ -343,11 +344,9 @@ class BHRoutingIntegration(RoutingPatch):
     ) -> None:
         check_alpha(alpha)
         check_temperature(temperature)
-        if pvalues == "softmax":
-            pvalues = make_pvalues("softmax", temperature=temperature)
         super().__init__(
             model,
-            BH(alpha, pvalues, method, layer_weights, min_k=min_k, max_k=max_k),
+            BH(alpha, make_pvalues(pvalues, temperature), method, layer_weights, min_k=min_k, max_k=max_k),
             temperature=temperature,
             mode=mode,
             collect_stats=collect_stats,

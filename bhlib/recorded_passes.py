@@ -63,14 +63,13 @@ class Rows(NamedTuple):
         return Rows(*(part[:, start:stop] for part in self))
 
     def totals(self, num_experts: int) -> Tensor:
-        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the last column void."""
-        size = num_experts + 2
+        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the first column void."""
         weight = self.valid.long().expand(len(self.counts), -1)
-        slots = self.experts.flatten(1)
-        totals = weight.new_zeros(2, len(self.counts), size)
-        # A remainder makes the last column of -1, for what did not run or is empty.
-        totals[0].scatter_add_(1, self.counts.long() % size, weight)
-        totals[1].scatter_add_(1, slots.long() % size, weight.repeat_interleave(self.experts.shape[-1], dim=1))
+        totals = weight.new_zeros(2, len(self.counts), num_experts + 2)
+        # What did not run, or is empty, is -1: one is added everywhere, and it falls into the void.
+        totals[0].scatter_add_(1, self.counts.long() + 1, weight)
+        weight = weight[:, :, None].expand(self.experts.shape)
+        totals[1].scatter_add_(1, (self.experts.long() + 1).flatten(1), weight.flatten(1))
         return totals
 
 

@@ -106,11 +106,11 @@ class Records:
 
     def histogram(self) -> np.ndarray:
         """Tokens by number of experts: int64 [layers, experts + 1], entry [l, k] tokens with k experts in layer l."""
-        return self._read_totals(0)[:, : self.num_experts + 1]
+        return self._read_totals()[0]
 
     def expert_load(self) -> np.ndarray:
         """Tokens by expert: int64 [layers, experts]."""
-        return self._read_totals(1)[:, : self.num_experts]
+        return self._read_totals()[1, :, : self.num_experts]
 
     def load_balance(self) -> pd.DataFrame:
         """How evenly the experts were used, one row per layer.
@@ -151,15 +151,14 @@ class Records:
                 experts = experts[rows.valid[0]].long()
                 # One column more for the empty slots. In float64, which autocast leaves alone, products count exactly.
                 used = torch.zeros(len(experts), self.num_experts + 1, dtype=torch.float64, device=experts.device)
-                used.scatter_(1, experts % (self.num_experts + 1), 1.0)
-                used = used[:, : self.num_experts]
+                used = used.scatter_(1, experts + 1, 1.0)[:, 1:]
                 totals[layer] += (used.T @ used).long().cpu().numpy()
         return totals
 
-    def _read_totals(self, kind: int) -> np.ndarray:
+    def _read_totals(self) -> np.ndarray:
         if self._totals is None:
-            return np.zeros((self.num_layers, self.num_experts + 2), dtype=np.int64)
-        return self._totals[kind].cpu().numpy()
+            return np.zeros((2, self.num_layers, self.num_experts + 1), dtype=np.int64)
+        return self._totals.cpu().numpy()[:, :, 1:]
 
     def _warn_if_cut_short(self) -> None:
         if self.truncated:
@@ -222,7 +221,7 @@ class Records:
         Returns
         -------
         pandas.DataFrame
-            Columns ``sequence`` (numbered through), ``position`` (padding not counted), ``generated`` (False for the
+            Columns ``sequence`` (over all passes), ``position`` (padding not counted), ``generated`` (False for the
             prompt), ``token_id`` (-1 if unknown), ``layer``, ``count``, ``experts`` and ``weights`` (tuples of length
             ``count``, in the order in which the rule ranks them). Drafts that assisted generation rejects are
             among the rows, since they were routed, and tokens checked several at a time are not ``generated``.

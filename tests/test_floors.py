@@ -9,9 +9,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bhlib"
 
 # The one place that states the order. A new module takes its place here.
 FLOORS = [
+    "looks",  # colours, markers and lines of series in figures
     "procedures",  # multiple testing on tensors of p-values
     "simulations",  # false discovery rate and power by simulation
     "pvalues",  # router logits -> p-values
+    "weighting",  # router logits -> scores; scores of the kept experts -> weights
     "expert_loop",  # the experts one after the other, on a CPU
     "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules

@@ -29,7 +29,16 @@ from torch import Tensor, nn
 
 from bhlib.expert_loop import is_plain
 
-__all__ = ["available", "demand", "inputs_fit", "installed", "interpreted", "module_fits", "on_device"]
+__all__ = [
+    "available",
+    "demand",
+    "inputs_fit",
+    "installed",
+    "interpreted",
+    "module_fits",
+    "on_device",
+    "run_on",
+]
 
 #: What the kernels are compiled for: bfloat16 products came with Ampere.
 OLDEST_CAPABILITY = (8, 0)
@@ -55,6 +64,11 @@ def available() -> bool:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     fits = [torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY for device in devices]
     return interpreted() or (bool(fits) and all(fits))
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of a device."""
+    return (device.type == "cuda" or interpreted()) and available()
 
 
 def module_fits(module: nn.Module) -> bool:

@@ -75,12 +75,11 @@ def bench_router(
     results: Results, limits: dict[str, float], quick: bool = False, name: str | None = None, max_k: int = 8
 ) -> None:
     """Softmax and top-k of torch, the rule in plain torch, and the kernel; beside them, a kernel that does nothing."""
-    from bhlib.kernels.routing import bh_route, cut_table  # imports Triton, which not everybody has
+    from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
 
     num_experts, repeats = 64, 20  # a graph holds several calls: one alone takes less than starting a graph
     rule = BH(alpha=0.05, max_k=max_k)
-    thresholds, _ = rule._critical_statistics(num_experts, None, torch.device("cuda"))
-    statistic, exclude_top, cuts = cut_table(rule.pvalues, thresholds, num_experts)
+    statistic, exclude_top, cuts = rule.kernel_cuts(num_experts, None, torch.device("cuda"))
     one = torch.zeros(1, device="cuda")
     for tokens in (1, 512, 16_384):
         logits = (ROUTER_STD * torch.randn(tokens, num_experts, device="cuda")).to(torch.bfloat16)
