@@ -17,6 +17,7 @@ FLOORS = [
     "experts",  # the experts' forward pass over selected pairs only
     "passes",  # which tokens of a forward pass are real, and where they stand
     "records",  # what was routed where
+    "explain",  # a rule and a token's logits -> why these experts
     "patching",  # find the routers; patch, analyze, restore
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
