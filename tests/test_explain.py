@@ -15,7 +15,17 @@ from bhlib.figures.tokens import KeepMass
 from bhlib.procedures import PROCEDURES, critical_values, reject
 from bhlib.pvalues import DirichletNull, SoftmaxPseudo, TokenGaussian
 from bhlib.rules import (
-    BH, WEIGHTINGS, EntropyK, ExpertDropRatio, MinP, PrefixRule, Rule, StaticPerLayer, Threshold, TopK, TopP,
+    BH,
+    WEIGHTINGS,
+    EntropyK,
+    ExpertDropRatio,
+    MinP,
+    PrefixRule,
+    Rule,
+    StaticPerLayer,
+    Threshold,
+    TopK,
+    TopP,
 )  # fmt: skip
 
 EXPERTS, LAYER = 16, 1

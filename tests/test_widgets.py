@@ -111,8 +111,9 @@ def test_a_token_is_explained(explorer):
     assert f"experts by layer: {counts}. Choose a layer" in explorer.why.value
     explorer.layer.value, explorer.max_k.value = 4, 16
     seen = set()
-    for explorer.token.value in range(explorer.token.max + 1):
-        count = explorer.routed.counts[4, explorer.token.value]
+    for token in range(explorer.token.max + 1):
+        explorer.token.value = token
+        count = explorer.routed.counts[4, token]
         assert f"layer 4: the procedure finds <b>{count}</b><table>" in explorer.why.value
         assert explorer.why.value.count("background:#deebf7") == count
         seen.add(count)
@@ -277,10 +278,11 @@ def test_time_of_a_slider_move_at_512_tokens(demo, capsys):
     lines = []
     for null in ("dirichlet", "gaussian", "kde", "conformal"):
         explorer.null.value = null
-        for explorer.layer.value in ("all", 4):  # of one layer, with a token's table
+        for layer in ("all", 4):  # of one layer, with a token's table
+            explorer.layer.value = layer
             asyncio.run(drag(times := []))
             median, late = np.percentile(times, [50, 95])
-            where = f"{null}, layer {explorer.layer.value}"
+            where = f"{null}, layer {layer}"
             lines.append(f"{where:20s} median {median:5.1f} ms, 95th percentile {late:5.1f} ms")
     with capsys.disabled():
         print("", "a slider move at 512 tokens:", *lines, sep="\n")
