@@ -5,8 +5,9 @@ of a fixed number. See the notebooks for the theory, and `BHRoutingIntegration` 
 """
 
 from bhlib.calibration import calibrate, load_calibration
+from bhlib.discovery import find_moe_layers
 from bhlib.loading import load_demo, load_heldout, load_olmoe
-from bhlib.patching import BHRoutingIntegration, RoutingPatch, find_moe_layers
+from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import benjamini_hochberg_routing, topk_routing
 
 __version__ = "0.1.0"

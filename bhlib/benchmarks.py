@@ -22,9 +22,10 @@ from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from bhlib.calibration import fit_null
-from bhlib.patching import RoutingPatch, find_moe_layers
+from bhlib.discovery import find_moe_layers, watch
+from bhlib.patching import RoutingPatch
 from bhlib.procedures import PROCEDURES, reject
-from bhlib.pvalues import DirichletNull, PValueMaker, TokenGaussian
+from bhlib.pvalues import NULLS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
 
 BASELINE = "softmax + topk"
@@ -120,17 +121,17 @@ def format_routing(frame: pd.DataFrame) -> str:
 
 
 def _makers(num_experts: int, exclude_top: int, generator: torch.Generator) -> dict[str, PValueMaker]:
-    """One of each kind; those that need calibration are fitted on noise, which costs the same as real logits."""
+    """Every null, but not what is none; those that need calibration are fitted on noise: the cost is that of real ones.
+    """
     noise = 2 * torch.randn(1, 4096, num_experts, generator=generator, device="cpu")
     exclude_top = min(exclude_top, num_experts - 2)
     fit = {"model_name": "noise", "exclude_top": exclude_top}
-    return {
-        "dirichlet": DirichletNull(),
-        "gaussian": TokenGaussian(exclude_top),
-        "kde": fit_null(noise, null="kde", **fit),
-        "conformal": fit_null(noise, null="conformal", **fit),
-        "kde per expert": fit_null(noise, null="kde", per_expert=True, max_values=1000, **fit),
+    makers = {
+        name: fit_null(noise, null=name, **fit) if entry.needs_calibration else entry.make(exclude_top=exclude_top)
+        for name, entry in NULLS.items()
+        if entry.compared
     }
+    return makers | {"kde per expert": fit_null(noise, null="kde", per_expert=True, max_values=1000, **fit)}
 
 
 def _timers(logits: torch.Tensor, makers: dict[str, PValueMaker], alpha: float, max_k: int, loop_tokens: int):
@@ -260,16 +261,10 @@ def _time_pass(model: nn.Module, input_ids: torch.Tensor) -> tuple[float, float]
         nonlocal spent
         spent += now() - started
 
-    handles = []
-    for layer in find_moe_layers(model):
-        handles += [layer.experts.register_forward_pre_hook(enter), layer.experts.register_forward_hook(leave)]
-    try:
+    with watch(find_moe_layers(model), leave, module="experts", before=enter):
         begun = now()
         model(input_ids=input_ids, use_cache=False)
         return spent, now() - begun
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def format_experts(frame: pd.DataFrame) -> str:

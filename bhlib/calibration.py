@@ -13,7 +13,6 @@ bounded however long the text is. The draw depends on the seed and on the order 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.experts import PREFIX
-from bhlib.patching import MoELayer, find_moe_layers
+from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, watch
+from bhlib.experts import is_twin
 from bhlib.procedures import adjusted_pvalues
-from bhlib.pvalues import NULLS, FittedNull, PValueMaker, check_logits, load_null, null_values
-
-#: Values that are kept of a layer, and of one expert of a layer where each has a null of its own.
-VALUES_PER_LAYER = 50_000
-VALUES_PER_EXPERT = 4_000
-
-#: Tokens that are kept of a layer, to find the levels that a null brings.
-TOKENS_FOR_LEVELS = 2_000
+from bhlib.pvalues import FittedNull, PValueMaker, check_logits, fitted_nulls, load_null, null_values
+from bhlib.sampling import LogitSampler
 
 
 def calibrate(
@@ -108,7 +101,7 @@ def calibrate(
     layers = find_moe_layers(model)
     exclude_top = layers[0].top_k if exclude_top is None else exclude_top
     num_experts = _common_num_experts(layers)
-    sampler = _Sampler(len(layers), num_experts, statistic, exclude_top, per_expert, max_values, seed)
+    sampler = LogitSampler(len(layers), num_experts, statistic, exclude_top, per_expert, max_values, seed)
     make = _null_class(null)
     _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add)
     return _with_levels(
@@ -140,7 +133,7 @@ def fit_null(
         As for `calibrate`, which returns the same null for the same tokens.
     """
     num_layers, _, num_experts = router_logits.shape
-    sampler = _Sampler(num_layers, num_experts, statistic, exclude_top, per_expert, max_values, seed)
+    sampler = LogitSampler(num_layers, num_experts, statistic, exclude_top, per_expert, max_values, seed)
     for layer, logits in enumerate(router_logits):
         sampler.add(layer, logits)
     fitted = _null_class(null).fit(sampler.samples(), model_name=model_name, **sampler.settings, **options)
@@ -334,39 +327,41 @@ def _run(
     pieces = _pieces(token_ids, attention_mask)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be 1 or more")
-    if model.training:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, where dropout and router noise change the logits: "
-            "call model.eval() first"
-        )
-    if any((layer.experts.config._experts_implementation or "").startswith(PREFIX) for layer in layers):
-        raise RuntimeError(
-            f"{type(model).__name__} is patched, so its layers do not see what the model's own routing makes of the "
-            "text: calibrate outside the `with` block, or call unpatch_model() first"
-        )
+    _check_plain(model, layers)
     body = getattr(model, "base_model", model)  # without the head: only the routers are of interest
     device = next(model.parameters()).device
     valid = None
 
-    def hook_of(layer: MoELayer) -> Callable:
-        def hook(router: nn.Module, args: tuple, output: tuple) -> None:
-            logits = output[0].reshape(-1, layer.num_experts)
-            logits = logits if valid is None else logits[valid.flatten().to(logits.device)]
-            check_logits(logits)
-            take(layer.index, logits)
+    def take_real(layer: MoELayer, output: tuple) -> None:
+        logits = output[0].reshape(-1, layer.num_experts)
+        logits = logits if valid is None else logits[valid.flatten().to(logits.device)]
+        check_logits(logits)
+        take(layer.index, logits)
 
-        return hook
-
-    with ExitStack() as stack:
-        total = sum(len(ids) for ids, _ in pieces)
-        bar = stack.enter_context(tqdm(total=total, unit="seq", desc="router logits", disable=not progress))
-        for layer in layers:
-            stack.callback(layer.router.register_forward_hook(hook_of(layer)).remove)
+    total = sum(len(ids) for ids, _ in pieces)
+    with (
+        tqdm(total=total, unit="seq", desc="router logits", disable=not progress) as bar,
+        watch(layers, take_real),
+    ):
         for ids, mask in _batches(pieces, batch_size):
             valid = None if mask is None else mask.bool()
             inputs = {} if mask is None else {"attention_mask": mask.to(device)}
             body(input_ids=ids.to(device), use_cache=False, **inputs)
             bar.update(len(ids))
+
+
+def _check_plain(model: nn.Module, layers: list[MoELayer]) -> None:
+    """Raise if the routers would not see what they see in the model's own inference."""
+    if model.training:
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, where dropout and router noise change the logits: "
+            "call model.eval() first"
+        )
+    if any(is_twin(implementation_of(layer.experts)) for layer in layers):
+        raise RuntimeError(
+            f"{type(model).__name__} is patched, so its layers do not see what the model's own routing makes of the "
+            "text: calibrate outside the `with` block, or call unpatch_model() first"
+        )
 
 
 def _pieces(
@@ -413,101 +408,9 @@ def _common_num_experts(layers: list[MoELayer]) -> int:
 def _null_class(null: str | type[FittedNull]) -> type[FittedNull]:
     if isinstance(null, type) and issubclass(null, FittedNull):
         return null
-    if null not in NULLS:
+    nulls = fitted_nulls()
+    if null not in nulls:
         raise ValueError(
-            f"null is {null!r}, but must be one of {', '.join(map(repr, NULLS))} or a subclass of FittedNull"
+            f"null is {null!r}, but must be one of {', '.join(map(repr, nulls))} or a subclass of FittedNull"
         )
-    return NULLS[null]
-
-
-# -- the sample ----------------------------------------------------------------------------------------------
-
-
-class _Sampler:
-    """Reservoirs of the null values of every layer, or of every layer and expert."""
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_experts: int,
-        statistic: str,
-        exclude_top: int,
-        per_expert: bool,
-        max_values: int | None,
-        seed: int,
-    ) -> None:
-        if max_values is None:
-            max_values = VALUES_PER_EXPERT if per_expert else VALUES_PER_LAYER
-        if max_values < 2:
-            raise ValueError(f"max_values is {max_values}, but must be 2 or more; {VALUES_PER_LAYER:,} is the default")
-        self.settings = dict(
-            statistic=statistic, exclude_top=exclude_top, num_experts=num_experts, per_expert=per_expert, seed=seed
-        )
-        # Refuses what cannot be, before the pass.
-        null_values(torch.zeros(0, num_experts, device="cpu"), statistic, exclude_top)
-        # One stream of random numbers per layer: the draw does not depend on the order in which layers run.
-        self._rngs = [np.random.default_rng([seed, layer]) for layer in range(num_layers)]
-        columns = num_experts if per_expert else 1
-        self._reservoirs = [[Reservoir(max_values) for _ in range(columns)] for _ in range(num_layers)]
-        self._token_rngs = [np.random.default_rng([seed, layer, 1]) for layer in range(num_layers)]
-        self._tokens = [Reservoir(TOKENS_FOR_LEVELS, (num_experts,)) for _ in range(num_layers)]
-
-    def add(self, layer: int, router_logits: Tensor) -> None:
-        """Take in logits [tokens, experts] of a layer."""
-        self._tokens[layer].add(router_logits.float().cpu().numpy(), self._token_rngs[layer].random(len(router_logits)))
-        values, experts = null_values(router_logits, self.settings["statistic"], self.settings["exclude_top"])
-        values = values.flatten().cpu().numpy()
-        keys = self._rngs[layer].random(len(values))
-        reservoirs = self._reservoirs[layer]
-        if len(reservoirs) == 1:
-            reservoirs[0].add(values, keys)
-            return
-        experts = experts.flatten().cpu().numpy()
-        order = np.argsort(experts, kind="stable")
-        ends = np.bincount(experts, minlength=len(reservoirs)).cumsum()[:-1]
-        parts = np.split(values[order], ends), np.split(keys[order], ends)
-        for reservoir, part, part_keys in zip(reservoirs, *parts, strict=True):
-            reservoir.add(part, part_keys)
-
-    def samples(self) -> list:
-        """What ``FittedNull.fit`` takes: [layers] or [layers][experts] arrays."""
-        samples = [[reservoir.sample() for reservoir in layer] for layer in self._reservoirs]
-        return samples if self.settings["per_expert"] else [columns[0] for columns in samples]
-
-    def logits(self) -> list[Tensor]:
-        """Logits [tokens, experts] of a sample of the tokens, for each layer."""
-        return [torch.from_numpy(tokens.sample()) for tokens in self._tokens]
-
-
-class Reservoir:
-    """A uniform sample of fixed size, without replacement, of a stream of values.
-
-    Every value comes with a random key, and the values with the `size` smallest keys are kept: each set of `size`
-    values is equally likely, whatever the length of the stream and however it is cut into batches.
-
-    Parameters
-    ----------
-    size : int
-    shape : tuple of int
-        Of one value; a number by default.
-    """
-
-    def __init__(self, size: int, shape: tuple[int, ...] = ()) -> None:
-        self.size = size
-        self._values = np.empty((0, *shape), np.float32)
-        self._keys = np.empty(0)
-        self._limit = np.inf  # no key above it can be among the smallest any more
-
-    def add(self, values: np.ndarray, keys: np.ndarray) -> None:
-        """Take in values [n, ...], float32, with their keys [n], independent and uniform."""
-        candidates = keys < self._limit
-        self._values = np.concatenate([self._values, values[candidates]])
-        self._keys = np.concatenate([self._keys, keys[candidates]])
-        if len(self._keys) > self.size:
-            kept = np.argpartition(self._keys, self.size - 1)[: self.size]
-            self._values, self._keys = self._values[kept], self._keys[kept]
-            self._limit = self._keys.max()
-
-    def sample(self) -> np.ndarray:
-        """The values kept, in the order of their keys; all of them if there were no more than `size`."""
-        return self._values[np.argsort(self._keys)]
+    return nulls[null]

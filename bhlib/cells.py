@@ -1,4 +1,4 @@
-"""The finished cells of a sweep on disk: a CSV per rule, that tells what its numbers depend on and that it is whole."""
+"""The finished cells of a sweep on disk: a CSV per rule, named after what its numbers depend on, with a checksum."""
 
 import hashlib
 import os
@@ -56,7 +56,7 @@ def cell_path(folder: str | Path, name: str, rule: Rule | None, key: str) -> Pat
 
 
 def open_folder(folder: str | Path) -> None:
-    """Make the folder of the cells if there is none, and see that it can be written to.
+    """Make the folder of the cells if there is none, and check that it can be written to.
 
     Raises
     ------

@@ -20,7 +20,7 @@ README_ROW = re.compile(rf"^(\| \[\w+\]\((notebooks/\w+\.ipynb)\))(?: {BADGE})?"
 
 LINKS = re.compile(r"^(Previous|Next): ")
 
-#: The account in an address that was never stamped. Whoever has this name on GitHub is none of ours to fetch from.
+#: The account in an address that was never stamped. Whoever has this name on GitHub is a stranger.
 PLACEHOLDER = "OWNER"
 
 NOTE = (

@@ -24,8 +24,9 @@ from bhlib.cells import cell_path, open_folder, read_cell, write_cell
 
 # What is made of the tables below is reached from here too.
 from bhlib.comparisons import matched_compute, paired_difference, summarize  # noqa: F401
+from bhlib.discovery import find_moe_layers
 from bhlib.fingerprints import Fingerprint, add_model
-from bhlib.patching import RoutingPatch, find_moe_layers
+from bhlib.patching import RoutingPatch
 from bhlib.records import Records
 from bhlib.rules import Rule, TopK
 

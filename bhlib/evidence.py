@@ -14,11 +14,12 @@ from scipy.special import ndtri
 from scipy.stats import binom, rankdata
 from torch import Tensor, nn
 
-from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, alpha_for_mean_experts, fit_null
+from bhlib.calibration import alpha_for_mean_experts, fit_null
 from bhlib.comparisons import matched_compute, with_documents
 from bhlib.evaluation import sweep
-from bhlib.pvalues import STATISTICS, DirichletNull, PValueMaker, TokenGaussian
+from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
+from bhlib.sampling import VALUES_PER_EXPERT, VALUES_PER_LAYER
 
 #: Where distribution functions are compared: evenly, and by factors of 1.2 in the lower tail.
 LEVELS = np.unique(np.concatenate([np.arange(1, 4097) / 4096, 10 ** np.linspace(-4, -2, 27)]))
@@ -29,7 +30,7 @@ LEVELS = np.unique(np.concatenate([np.arange(1, 4097) / 4096, 10 ** np.linspace(
 
 
 def candidate_nulls(router_logits: Tensor, model_name: str, exclude_top: int = 8) -> dict[str, PValueMaker]:
-    """The nulls that are compared, by label: those without calibration, and both fitted ones on every statistic.
+    """The nulls that are compared (`bhlib.pvalues.NULLS`), by label; those that need calibration are fitted.
 
     Parameters
     ----------
@@ -37,23 +38,17 @@ def candidate_nulls(router_logits: Tensor, model_name: str, exclude_top: int = 8
         To fit on (`bhlib.calibration.collect_router_logits`). Of the 50 or so values of a token at most two are used,
         or four where each expert has a null of its own, so that a sample is not mostly of a few tokens.
     """
-    makers = {
-        "Dirichlet": DirichletNull(),
-        "Gaussian, trimmed": TokenGaussian(exclude_top, "trimmed"),
-        "Gaussian, truncated": TokenGaussian(exclude_top, "truncated"),
-    }
     _, num_tokens, num_experts = router_logits.shape
     sizes = min(VALUES_PER_LAYER, 2 * num_tokens), min(VALUES_PER_EXPERT, 4 * num_tokens // num_experts)
     settings = {"model_name": model_name, "exclude_top": exclude_top}
-    for null in ("kde", "conformal"):
-        name = {"kde": "KDE", "conformal": "conformal"}[null]
-        for statistic in STATISTICS:
-            makers[f"{name}, {statistic}"] = fit_null(
-                router_logits, null=null, statistic=statistic, max_values=sizes[0], **settings
-            )
-        makers[f"{name}, standardized, per expert"] = fit_null(
-            router_logits, null=null, statistic="standardized", per_expert=True, max_values=sizes[1], **settings
-        )
+    makers: dict[str, PValueMaker] = {}
+    for name, entry in NULLS.items():
+        for label, options in entry.compared.items():
+            if entry.needs_calibration:
+                size = sizes[options.get("per_expert", False)]
+                makers[label] = fit_null(router_logits, null=name, max_values=size, **settings, **options)
+            else:
+                makers[label] = entry.make(exclude_top=exclude_top, **options)
     return makers
 
 
@@ -69,8 +64,8 @@ def uniformity(
     """How far the p-values of a token's null experts are from uniform, layer by layer.
 
     The null experts of a token are those outside its `exclude_top` largest logits: the ones that the model does not
-    select, which is what nulls are fitted on. For a null hypothesis about the token as a whole (`DirichletNull`, the
-    truncated `TokenGaussian`) these are not a random part of its experts, and their p-values are compared with what
+    select, which is what nulls are fitted on. For a null hypothesis about the token as a whole
+    (``pvalues.whole_token``) these are not a random part of its experts, and their p-values are compared with what
     they would then be if the experts of a token were independent (`lower_order_cdf`).
 
     Parameters
@@ -121,10 +116,8 @@ def true_null_reference(
     that subtracts a mean of the token, or a division of one, makes them balance each other; and `lower_order_cdf` takes
     for independent what balances. The tokens simulated are
 
-    - for a `DirichletNull`, divisions of one from its own distribution;
-    - for a truncated `TokenGaussian`, independent Gaussian logits;
-    - for a trimmed one, a background of such logits below `exclude_top` experts out of reach;
-    - for any other maker, so for a fitted null, independent Gaussian logits under the very distribution that its
+    - for a maker that says how a token comes about (`DirichletNull`, `TokenGaussian`), its ``null_logits``;
+    - for any other, so for a fitted null, independent Gaussian logits under the very distribution that its
       statistic then has outside the top: the tails are 1 up to rounding, and only the inflation is simulated.
 
     Parameters
@@ -142,15 +135,11 @@ def true_null_reference(
     dict of float
     """
     generator = np.random.default_rng(seed)
-    if isinstance(pvalues, DirichletNull):
-        noise = np.log(generator.standard_gamma(pvalues.concentration, (tokens, num_experts)))
-    else:
-        noise = generator.standard_normal((tokens, num_experts))
-    if getattr(pvalues, "estimator", "") == "trimmed":
-        noise[:, :exclude_top] += 100
-    logits = torch.from_numpy(noise).float()
-    if isinstance(pvalues, DirichletNull | TokenGaussian):
+    noise = pvalues.null_logits(tokens, num_experts, exclude_top, generator)
+    if noise is not None:
+        logits = torch.from_numpy(noise).float()
         return _tails_and_inflation(_null_pvalues(pvalues, logits, None, exclude_top))
+    logits = torch.from_numpy(generator.standard_normal((tokens, num_experts))).float()
     statistics = pvalues.statistic_of(logits)[_outside_top(logits, exclude_top)].view(tokens, -1).numpy()
     return _tails_and_inflation(rankdata(-statistics).reshape(statistics.shape) / statistics.size)
 
@@ -204,7 +193,7 @@ def _null_pvalues(pvalues: PValueMaker, logits: Tensor, layer: int | None, exclu
     """P-values [tokens, experts - exclude_top] of the null experts, uniform if all is well."""
     pvals = pvalues(logits, layer)
     null = pvals[_outside_top(logits, exclude_top)].view(len(pvals), -1).numpy()
-    if isinstance(pvalues, DirichletNull) or getattr(pvalues, "estimator", "") == "truncated":
+    if pvalues.whole_token:
         expected = lower_order_cdf(LEVELS, pvals.shape[-1], exclude_top)
         null = np.interp(null, np.append(0, LEVELS), np.append(0, expected)).astype(np.float32)
     return null

@@ -12,7 +12,7 @@ Each implementation ``name`` gets a twin ``bh_name`` in transformers' `ExpertsIn
 for the literal name ``grouped_mm`` to swap it in decoding, a twin is never swapped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from bhlib import kernels
-from bhlib.kernels.loop import loop_forward
+from bhlib.expert_loop import is_plain, loop_forward
 
 PREFIX = "bh_"
 KERNELS = "kernels_"
@@ -69,13 +69,27 @@ def twin(implementation: str | None, by_kernels: bool = False) -> str:
     by_kernels : bool
         Whether the twin may use the kernels; it does where they compute the inputs, and is pair-wise elsewhere.
     """
-    if implementation is not None and implementation.startswith(PREFIX):
+    if is_twin(implementation):
         raise ValueError(f"{str(implementation)!r} is a twin already: the model is patched.")
     name = TwinName(implementation, by_kernels)
     if name not in _interface():
         forward = kernel_forward if by_kernels else pairwise_forward
         _interface().register(str(name), partial(forward, implementation or "eager"))
     return name if Version(torch.__version__) >= Version(TWIN_NAMES_COMPILE) else str(name)
+
+
+def is_twin(implementation: str | None) -> bool:
+    """Whether an experts implementation is one of ours, that of a patched model."""
+    return (implementation or "").startswith(PREFIX)
+
+
+def can_be_faster(experts: Iterable[nn.Module]) -> bool:
+    """Whether this machine has something faster for experts modules: kernels for CUDA, the loop for a CPU."""
+    if kernels.interpreted():
+        return False
+    if torch.cuda.is_available():
+        return kernels.available() and all(map(kernels.module_fits, experts))
+    return all(map(is_plain, experts))
 
 
 def _interface():
@@ -109,7 +123,7 @@ def pairwise_forward(
     module : nn.Module
         Any experts module that `ExpertsInterface` dispatches.
     hidden_states, top_k_index, top_k_weights
-        As for `bhlib.kernels.loop.loop_forward`.
+        As for `bhlib.expert_loop.loop_forward`.
 
     Returns
     -------
@@ -149,12 +163,11 @@ def kernel_forward(
 
     The kernels' results differ from the model's own in rounding; on a CPU only where a slot is empty.
     """
-    if hidden_states.is_cuda or kernels.interpreted():
-        from bhlib.kernels.forward import experts_forward, inputs_fit  # imports Triton, which not everybody has
+    if kernels.inputs_fit(module, hidden_states):
+        from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
 
-        if inputs_fit(module, hidden_states):
-            return experts_forward(module, hidden_states, top_k_index, top_k_weights)
-    elif hidden_states.device.type == "cpu":
+        return experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    if hidden_states.device.type == "cpu":
         return _cpu_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
     return pairwise_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
 

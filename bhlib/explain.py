@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bhlib.procedures import critical_values
 from bhlib.pvalues import check_logits
-from bhlib.rules import BH, Replay, Routing, Rule, Threshold, router_scores
+from bhlib.rules import BH, Replay, Routing, Rule, Threshold
+from bhlib.weighting import find_weighting, probabilities
 
 COLUMNS = [
     "rank", "expert", "logit", "probability", "probability_threshold", "pvalue", "pvalue_threshold", "found", "kept",
@@ -45,7 +46,7 @@ def explain(
     layer : int, optional
         MoE layer that they come from; needed by rules and nulls that differ by layer.
     weighting, temperature
-        As the rule is called with; they concern the weights (`bhlib.rules.WEIGHTINGS`).
+        As the rule is called with; they concern the weights (`bhlib.weighting.WEIGHTINGS`).
     routing : Routing, optional
         What was decided about these tokens, where it is known, say from `bhlib.records`. By default the rule decides.
 
@@ -93,7 +94,8 @@ def explain(
     if routing is None:
         routing = rule(rows, layer, **options)
     if isinstance(rule, Replay):  # it has repeated what was found and bounded when it was recorded
-        found, order = routing.counts, router_scores(rows, weighting).argsort(dim=-1, descending=True, stable=True)
+        scores = find_weighting(weighting).scores(rows, temperature)
+        found, order = routing.counts, scores.argsort(dim=-1, descending=True, stable=True)
     else:
         found = _bounded(rule, 0, num_experts)(rows, layer, **options).counts
         order = _bounded(rule, num_experts, num_experts)(rows, layer, **options).experts
@@ -110,7 +112,7 @@ def explain(
         "rank": ranks,
         "expert": order,
         "logit": rows.gather(-1, order),
-        "probability": router_scores(rows).gather(-1, order),
+        "probability": probabilities(rows).gather(-1, order),
         "probability_threshold": probability_threshold,
         "pvalue": pvalues.gather(-1, order),
         "pvalue_threshold": pvalue_threshold,
@@ -163,14 +165,9 @@ def _thresholds(rule: Rule, num_experts: int, layer: int | None, device: torch.d
         critical = critical_values(num_experts, rule.level(layer), rule.method, device=device)
     except ValueError:  # the procedure has no constants
         return unknown, unknown
-    null = rule.pvalues
-    if null.shared and hasattr(null, "probability"):
-        return null.probability(_critical_statistics(rule, num_experts, layer, device), num_experts), critical
-    if null.shared and null.statistic == "log_prob":
-        return _critical_statistics(rule, num_experts, layer, device).double().exp(), critical
-    return unknown, critical
-
-
-def _critical_statistics(rule: BH, num_experts: int, layer: int | None, device: torch.device) -> Tensor:
-    """The statistic that each rank needs, float32 [experts]."""
-    return rule._critical_statistics(num_experts, layer, device)[0]
+    null, probability = rule.pvalues, unknown
+    if rule.has_thresholds and hasattr(null, "probability"):
+        probability = null.probability(rule.thresholds(num_experts, layer, device), num_experts)
+    elif rule.has_thresholds and null.statistic == "log_prob":
+        probability = rule.thresholds(num_experts, layer, device).double().exp()
+    return probability, critical

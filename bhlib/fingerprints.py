@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
-from bhlib.patching import find_moe_layers
+from bhlib.discovery import find_moe_layers
 
 #: Types whose ``repr`` says all.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(Ellipsis), range, slice)

@@ -115,7 +115,7 @@ def load_heldout(
     length : int
         Tokens per sequence; what is left over at a domain's end is dropped.
     max_sequences : int, optional
-        Take only so many sequences of each domain, spread evenly over it.
+        Take only this many sequences of each domain, spread evenly over it.
     tokenizer : PreTrainedTokenizerBase, optional
         Of another model, which then reads the same text in its own tokens. By default the demo's.
 
@@ -133,7 +133,7 @@ def load_heldout(
 def heldout_sequence_documents(
     split: str = "test", length: int = 512, max_sequences: int | None = None
 ) -> dict[str, np.ndarray]:
-    """The document that each sequence of `load_heldout` is of: the unit that intervals are made over.
+    """The document that each sequence of `load_heldout` belongs to: the unit that intervals are made over.
 
     A sequence goes on across the end of a document, so it may hold pieces of several. It counts as part of the one
     that most of its tokens are of, the earlier one of two that are alike. (Joining all that share a sequence would

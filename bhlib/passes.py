@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Step:
+class PassTokens:
     """One forward pass of the model: which of its [batch, length] tokens are real, and where they stand.
 
     Attributes
@@ -34,8 +34,8 @@ class Step:
     token_ids : Tensor [batch, length], int32, or None
         Input ids, None if the model was given embeddings.
     first_sequence : int
-        Number of the sequence in row 0; rows are numbered on from there. -1 for a packed pass: several sequences in
-        one row, as in continuous batching, and no word on which earlier ones they continue.
+        Number of the sequence in row 0; the other rows follow. -1 for a packed pass: several sequences in
+        one row, as in continuous batching, and no sign of which earlier ones they continue.
     generated : bool
         True for a decoding step: one token for each sequence, and a cache that held tokens before.
     """
@@ -109,7 +109,7 @@ class PassReader:
         self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
         self._num_sequences = 0
 
-    def read(self, inputs: Mapping[str, object]) -> Step:
+    def read(self, inputs: Mapping[str, object]) -> PassTokens:
         """Describe a pass from the arguments of a forward, by name.
 
         Raises
@@ -121,7 +121,7 @@ class PassReader:
         batch, length = tokens.shape[:2]
         ends = inputs.get("cu_seq_lens_q")
         if ends is not None:
-            return _packed_step(inputs, token_ids, ends, batch, length)
+            return _packed_tokens(inputs, token_ids, ends, batch, length)
         cache = find_cache(inputs.values())
         past = int(cache.get_seq_length()) if cache is not None else 0
         mask = _one_mask(inputs.get("attention_mask"))
@@ -140,7 +140,7 @@ class PassReader:
         else:
             position = sequences.lengths(past)[:, None] + valid.long().cumsum(dim=-1) - 1
         sequences.put(past, valid)
-        return Step(
+        return PassTokens(
             # Copies: the caller may go on to write into its own tensors.
             valid.clone(memory_format=torch.contiguous_format),
             position.clamp(min=0).to(torch.int32),
@@ -149,11 +149,11 @@ class PassReader:
             generated,
         )
 
-    def follow(self, step: Step, cache: object) -> None:
+    def follow(self, tokens: PassTokens, cache: object) -> None:
         """Remember the sequences of a pass that made its own cache."""
         with self._lock:
-            if cache not in self._by_cache and step.first_sequence >= 0:
-                self._by_cache[cache] = _Sequences(step.first_sequence, step.valid)
+            if cache not in self._by_cache and tokens.first_sequence >= 0:
+                self._by_cache[cache] = _Sequences(tokens.first_sequence, tokens.valid)
 
     def _sequences(self, cache: object | None, past: int, valid: Tensor) -> _Sequences:
         """Sequences that a pass goes on with, or newly numbered ones."""
@@ -191,6 +191,16 @@ class PassReader:
         return padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
 
 
+def special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
+    """The padding token and the end-of-text tokens that `generate()` reads from the configuration; empty if unset."""
+    found = []
+    for name in ("pad_token_id", "eos_token_id"):
+        configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
+        tokens = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
+        found.append(tokens if isinstance(tokens, list) else [tokens])
+    return tuple(found)
+
+
 def find_cache(values: Iterable[object]) -> object | None:
     """The key-value cache among arguments or outputs: `past_key_values`, or `cache` since transformers 5.24."""
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
@@ -207,16 +217,16 @@ def _tokens(inputs: Mapping[str, object]) -> Tensor:
     )
 
 
-def _packed_step(
+def _packed_tokens(
     inputs: Mapping[str, object], token_ids: Tensor | None, ends: Tensor, batch: int, length: int
-) -> Step:
+) -> PassTokens:
     """A pass of several sequences in a row; the i-th ends at `ends[i + 1]`, and padding may follow the last."""
     column = torch.arange(length, device=ends.device)
     position = inputs.get("position_ids")
     if position is None:
         position = column - ends[torch.searchsorted(ends, column, right=True).clamp(max=len(ends) - 1) - 1]
     valid = column < ends[-1]
-    return Step(
+    return PassTokens(
         valid.expand(batch, length).clone(),
         position.expand(batch, length).to(torch.int32, copy=True),
         None if token_ids is None else token_ids.to(torch.int32, copy=True),

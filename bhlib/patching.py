@@ -1,4 +1,4 @@
-"""Find the routers of a model; patch them with a rule, watch them, restore them.
+"""Patch the routers of a model with a rule, or watch what it would do; restore them.
 
     with BHRoutingIntegration(model, alpha=0.05) as bh:
         model.generate(**inputs)
@@ -10,38 +10,39 @@ touched, and both are taken back when the block ends, however it ends. A copy, a
 patched model is the plain model.
 """
 
-import copyreg
 import inspect
-import itertools
 import sys
 import threading
 import time
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack
 from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
+from bhlib.discovery import (
+    MoELayer,
+    as_scored,
+    find_body,
+    find_moe_layers,
+    implementation_of,
+    implementations_changed,
+)
 from bhlib.explain import explain
-from bhlib.kernels.loop import is_plain
-from bhlib.passes import PassReader, find_cache
+from bhlib.hooks import PrivateHooks
+from bhlib.passes import PassReader, find_cache, special_tokens
 from bhlib.procedures import check_alpha
-from bhlib.pvalues import PValueMaker, check_logits, make_pvalues
-from bhlib.records import MAX_RECORDED_TOKENS, Records, RoutingStats
-from bhlib.rules import BH, WEIGHTINGS, Routing, Rule, TopK, check_temperature
-
-#: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
-OLDEST_TRANSFORMERS = "5.6"
+from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
+from bhlib.records import MAX_RECORDED_TOKENS, Records
+from bhlib.rules import BH, Routing, Rule
+from bhlib.stats import RoutingStats
+from bhlib.weighting import WEIGHTINGS
 
 MODES = ("patch", "analyze")
 
@@ -51,196 +52,6 @@ PATIENCE_SECONDS = 60.0
 #: Routers under a patch or an analysis now: model code that is patched twice would route twice. The patches are held
 #: weakly, since they hold the routers; the hooks in the model keep a patch alive as long as the model.
 _patched_routers: WeakKeyDictionary[nn.Module, "weakref.ref[RoutingPatch]"] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class MoELayer:
-    """A mixture-of-experts layer that can be patched.
-
-    Attributes
-    ----------
-    index : int
-        Number of the layer among the model's MoE layers, from 0.
-    name : str
-        Dotted name of its router in the model.
-    router, experts : nn.Module
-    num_experts, top_k : int
-        Experts in the layer, and how many the model itself gives to a token.
-    weighting : str
-        How the router makes weights of its scores, one of `bhlib.rules.WEIGHTINGS`.
-    narrows : bool
-        Whether the router takes float64 logits, those of a float64 model, to float32 first, as most do.
-    """
-
-    index: int
-    name: str
-    router: nn.Module
-    experts: nn.Module
-    num_experts: int
-    top_k: int
-    weighting: str
-    narrows: bool
-
-
-def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """Every MoE layer of a transformers model, in order of depth.
-
-    Layers are recognized by what they do, not by the names of their classes: an experts module that dispatches
-    through transformers' `ExpertsInterface`, beside it a router with one row of weights per expert, which returns
-    (logits, weights, indices) with weights that `bhlib.rules` can reproduce bit for bit on a probe of random inputs.
-
-    Raises
-    ------
-    TypeError
-        If `model` is no ``nn.Module``.
-    ImportError
-        If the installed transformers is older than `OLDEST_TRANSFORMERS`.
-    ValueError
-        If the model has no MoE layer, or one that cannot be patched; the message says which and why.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module such as OlmoeForCausalLM, got {type(model).__name__}: "
-            f"load one with bhlib.load_demo() or bhlib.load_olmoe()."
-        )
-    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
-        raise ImportError(
-            f"bhlib needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}: "
-            f"earlier routers do not return their logits. "
-            f"Upgrade with: pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
-        )
-    layers = []
-    for name, module in model.named_modules():
-        if not _dispatches_experts(module):
-            continue
-        router_name, router = _find_router(model, name, module)
-        probed = _probe(router, router_name, module.num_experts)
-        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, *probed))
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no mixture-of-experts layer that bhlib can patch: no module of it dispatches "
-            f"through transformers' ExpertsInterface. BH routing needs a model such as OLMoE: bhlib.load_demo()."
-        )
-    shapes = {(layer.num_experts, layer.top_k) for layer in layers}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{type(model).__name__} cannot be patched: its MoE layers differ in (experts, top-k): {sorted(shapes)}."
-        )
-    return layers
-
-
-def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, nn.Module]:
-    """The router that goes with an experts module, and its dotted name: it stands beside it, or one level above.
-
-    One level above, if an adapter is wrapped around the experts.
-    """
-    prefix = name
-    if _is_expert_parallel(model, experts):
-        raise ValueError(
-            f"{type(model).__name__} cannot be patched under expert parallelism (EP): {name!r} holds the "
-            f"{experts.num_experts} experts of one process, and the gate beside it chooses among those of all. "
-            f"Load the model without ep_size and enable_expert_parallel; device_map='auto' spreads whole layers over "
-            f"several devices."
-        )
-    for _ in range(2):
-        prefix = prefix.rpartition(".")[0]
-        beside = {
-            child_name: child
-            for child_name, child in model.get_submodule(prefix).named_children()
-            if not any(module is experts for module in child.modules())
-        }
-        found = [child_name for child_name, child in beside.items() if _num_rows(child) == experts.num_experts]
-        if found:
-            break
-    if len(found) != 1:
-        seen = ", ".join(f"{child_name} ({type(child).__name__})" for child_name, child in beside.items())
-        raise ValueError(
-            f"{type(model).__name__} cannot be patched: beside {name!r} ({type(experts).__name__}) there should be "
-            f"one router with a weight of {experts.num_experts} rows, found {len(found)} among: {seen or 'nothing'}."
-        )
-    return f"{prefix}.{found[0]}".lstrip("."), beside[found[0]]
-
-
-def _is_expert_parallel(model: nn.Module, experts: nn.Module) -> bool:
-    """Whether the experts of a layer are spread over processes: their module says so, in older versions the model."""
-    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-    asked = getattr(distributed, "enable_expert_parallel", False)
-    return getattr(experts, "_is_expert_parallel", asked)
-
-
-def _dispatches_experts(module: nn.Module) -> bool:
-    """Whether transformers' `use_experts_implementation` decorated the module's class."""
-    return (
-        hasattr(module, "num_experts")
-        and hasattr(module, "has_gate")
-        and hasattr(module, "is_transposed")
-        and hasattr(type(module).forward, "__wrapped__")
-    )
-
-
-def _num_rows(module: nn.Module) -> int | None:
-    weight = getattr(module, "weight", None)
-    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
-
-
-@torch.no_grad()
-def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bool]:
-    """Run a router on random inputs: its top-k, which weighting gives its weights to the last bit, whether it narrows.
-
-    The last two as in `MoELayer`.
-    """
-    refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
-    if hasattr(router.weight, "device_mesh"):
-        raise ValueError(
-            f"{refusal}its weight is sharded over processes (a DTensor, as fully_shard or a tensor-parallel plan makes "
-            f"it). Load the model whole and patch it first, then call fully_shard inside the patch."
-        )
-    device = router.weight.device if router.weight.device.type != "meta" else "cpu"
-    if router.weight.device.type == "meta" and "forward" not in vars(router):  # where accelerate brings them in
-        raise ValueError(f"{refusal}its weights are on the meta device, without values. Load the model first.")
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(256, router.weight.shape[1], generator=generator, device="cpu")
-    training = router.training
-    try:
-        # Noise that a router adds in training would hide its rule. `forward` leaves other people's hooks alone.
-        router.training = False
-        output = router.forward(noise.to(device, router.weight.dtype))
-    except TypeError as error:
-        raise ValueError(f"{refusal}it needs more than the hidden states ({error}).") from error
-    finally:
-        router.training = training
-    if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(x, Tensor) for x in output)):
-        raise ValueError(f"{refusal}it does not return (router_logits, top_k_weights, top_k_index).")
-    logits, weights, index = output
-    if logits.shape[-1] != num_experts or weights.shape != index.shape or index.is_floating_point():
-        raise ValueError(
-            f"{refusal}it returns shapes {tuple(logits.shape)}, {tuple(weights.shape)}, {tuple(index.shape)}, "
-            f"not [tokens, {num_experts}] logits with weights and indices [tokens, top_k]."
-        )
-    if not torch.isfinite(logits).all():
-        raise ValueError(f"{refusal}its logits are not finite on finite inputs; look at its weights.")
-    top_k = index.shape[-1]
-    for narrows, weighting in itertools.product((True, False), WEIGHTINGS):
-        routing = TopK(top_k)(_as_scored(logits, narrows), weighting=weighting)
-        if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
-            _refuse_corrections(router, refusal, num_experts)
-            return top_k, weighting, narrows
-    raise ValueError(
-        f"{refusal}its weights are not a softmax of its logits, plain, normalized or over the selected ones "
-        f"(sigmoid scores, correction biases, groups and scaling factors are not supported)."
-    )
-
-
-def _as_scored(router_logits: Tensor, narrows: bool) -> Tensor:
-    """Logits [tokens, experts] in the precision in which the router scores them (`MoELayer.narrows`)."""
-    return router_logits.float() if narrows and router_logits.dtype == torch.float64 else router_logits
-
-
-def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> None:
-    """Raise if the router holds one number more per expert: so small as not to show in the probe, it shows in use."""
-    for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
-        if name not in ("weight", "bias") and tensor.numel() == num_experts and tensor.any():
-            raise ValueError(f"{refusal}it corrects the scores of its experts ({name}).")
 
 
 class RoutingPatch:
@@ -269,7 +80,7 @@ class RoutingPatch:
         Whether to keep the router logits with the rows, for `explain`. They take the room of all experts: 2 kB more
         per token for 16 layers of 64 experts in bfloat16, 4 kB in float32 (`bhlib.records`).
     weights : str
-        ``"model"`` (the default) for the model's own convention, or one of `bhlib.rules.WEIGHTINGS`.
+        ``"model"`` (the default) for the model's own convention, or one of `bhlib.weighting.WEIGHTINGS`.
     kernels : bool or "auto"
         Whether `bhlib.kernels` may compute: the routing and the experts on a CUDA device, in half precision and without
         gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
@@ -304,7 +115,7 @@ class RoutingPatch:
                 f"mode must be one of {MODES}, got {mode!r}: 'patch' routes by the rule, 'analyze' only watches."
             )
         if weights not in ("model", *WEIGHTINGS):
-            raise ValueError(f"weights must be 'model' or one of {WEIGHTINGS}, got {weights!r}.")
+            raise ValueError(f"weights must be 'model' or one of {tuple(WEIGHTINGS)}, got {weights!r}.")
         if record_logits and not collect_stats:
             raise ValueError("record_logits=True keeps the logits with the records: leave collect_stats=True.")
         check_temperature(temperature)
@@ -316,11 +127,11 @@ class RoutingPatch:
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
-        self._reader = PassReader(*_special_tokens(model))
-        self._hooks: list[tuple[nn.Module, object]] = []
-        self._implementations: list[tuple[object, str | None]] = []
+        self._reader = PassReader(*special_tokens(model))
+        self._hooks = PrivateHooks()
+        self._implementations = ExitStack()  # how to set them back
         self._local = threading.local()
-        self._body = _body(model, self.layers)
+        self._body = find_body(model, self.layers)
         self._is_open = False  # to forward passes
         self._running: set[threading.Thread] = set()
 
@@ -348,15 +159,16 @@ class RoutingPatch:
             self._is_open = True
             for layer in self.layers:
                 _patched_routers[layer.router] = weakref.ref(self)
-                self._add_hook(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
+                self._hooks.add(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
             if self.mode == "patch":
-                self._set_implementations()
+                twins = implementations_changed(self.layers, lambda name: pairwise.twin(name, self.kernels))
+                self._implementations.enter_context(twins)
             if self.kernels:
                 for layer in self.layers:
                     self.rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
             body = self._body
-            self._add_hook(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
-            self._add_hook(body, body.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+            self._hooks.add(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._hooks.add(body, body.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
             _forget_compiled_code()
         except BaseException:
             self.unpatch_model()
@@ -377,72 +189,28 @@ class RoutingPatch:
         self._running.clear()
         if self._hooks:
             _forget_compiled_code()
-        while self._hooks:
-            module, handle = self._hooks.pop()
-            handle.remove()
-            vars(module).pop("__reduce_ex__", None)
-        while self._implementations:
-            config, implementation = self._implementations.pop()
-            config._experts_implementation = implementation
+        self._hooks.remove()
+        self._implementations.close()
         for layer in self.layers:
             if layer.router in _patched_routers and _patched_routers[layer.router]() is self:
                 del _patched_routers[layer.router]
 
     def _choose_kernels(self, wanted: bool | str) -> bool:
         """Whether to use the kernels; raises if they are wanted and there is no use for them."""
-        if not wanted:
-            return False
         if wanted == "auto":
-            experts = [layer.experts for layer in self.layers]
             own_k = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
-            replaceable = all(module.config._experts_implementation in pairwise.REPLACEABLE for module in experts)
-            if own_k or not replaceable or triton_kernels.interpreted():
-                return False
-            if not torch.cuda.is_available():
-                return all(map(is_plain, experts))
-        if not triton_kernels.available():
-            if wanted == "auto":
-                return False
-            raise RuntimeError(
-                "kernels=True needs Triton and a CUDA device of compute capability 8.0 or newer: install torch for "
-                "CUDA, or leave kernels='auto'."
-            )
-        from bhlib.kernels.forward import module_fits
-
-        unfit = [layer.name for layer in self.layers if not module_fits(layer.experts)]
-        if unfit and wanted != "auto":
-            raise ValueError(
-                f"kernels=True is not possible: the experts beside {unfit[0]!r} are not SiLU-gated matrices without "
-                f"biases in one piece. Leave kernels='auto' to use the model's own implementation."
-            )
-        return not unfit
-
-    def _add_hook(self, module: nn.Module, handle) -> None:
-        self._hooks.append((module, handle))
-        # Looked up on the instance by copy.deepcopy and by pickle, so by torch.save and by other processes.
-        vars(module)["__reduce_ex__"] = partial(self._reduce_plain, module)
-
-    def _reduce_plain(self, module: nn.Module, protocol: int) -> tuple:
-        """What `object.__reduce_ex__` would give for a hooked module without its patch."""
-        hidden = {handle.id for _, handle in self._hooks}
-        state = {name: value for name, value in vars(module).items() if name != "__reduce_ex__"}
-        for name, value in state.items():
-            if isinstance(value, OrderedDict) and hidden & value.keys() and "hooks" in name:
-                state[name] = OrderedDict((key, hook) for key, hook in value.items() if key not in hidden)
-        return copyreg.__newobj__, (type(module),), state
+            experts = [layer.experts for layer in self.layers]
+            replaceable = all(implementation_of(module) in pairwise.REPLACEABLE for module in experts)
+            return not own_k and replaceable and pairwise.can_be_faster(experts)
+        if wanted:
+            triton_kernels.demand({layer.name: layer.experts for layer in self.layers})
+        return bool(wanted)
 
     def __enter__(self) -> "RoutingPatch":
         return self.patch_model()
 
     def __exit__(self, *exception) -> None:
         self.unpatch_model()
-
-    def _set_implementations(self) -> None:
-        for config in {id(layer.experts.config): layer.experts.config for layer in self.layers}.values():
-            implementation = config._experts_implementation
-            name = pairwise.twin(implementation, self.kernels)
-            self._implementations.append((config, implementation))
-            config._experts_implementation = name
 
     # -- what happens in a forward pass ------------------------------------------------------------------------
 
@@ -451,7 +219,7 @@ class RoutingPatch:
         if router_logits.device.type == "cpu":  # elsewhere the check would wait for the device
             check_logits(router_logits)
         rule = self.rule.fused if self.kernels else self.rule
-        logits = _as_scored(router_logits, layer.narrows)
+        logits = as_scored(router_logits, layer.narrows)
         return rule(logits, layer.index, weighting=self._weighting(layer), temperature=self.temperature)
 
     def _weighting(self, layer: MoELayer) -> str:
@@ -500,7 +268,7 @@ class RoutingPatch:
             values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
             cache = find_cache(values)
             if cache is not None:
-                self._reader.follow(finished.step, cache)
+                self._reader.follow(finished.tokens, cache)
 
     @torch.compiler.disable
     def _record(self, layer: MoELayer, routing: Routing, router_logits: Tensor) -> None:
@@ -508,7 +276,7 @@ class RoutingPatch:
         if current is not None and layer.index in current.routings and not _is_running(self._body):
             current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
-            logits = _as_scored(router_logits, layer.narrows) if self.record_logits else None
+            logits = as_scored(router_logits, layer.narrows) if self.record_logits else None
             current.add(layer.index, routing, logits)
         elif torch._C._current_graph_task_id() < 0:  # else gradient checkpointing repeats a pass that has been counted
             warnings.warn(
@@ -620,11 +388,9 @@ class BHRoutingIntegration(RoutingPatch):
     ) -> None:
         check_alpha(alpha)
         check_temperature(temperature)
-        if pvalues == "softmax":
-            pvalues = make_pvalues("softmax", temperature=temperature)
         super().__init__(
             model,
-            BH(alpha, pvalues, method, layer_weights, min_k=min_k, max_k=max_k),
+            BH(alpha, make_pvalues(pvalues, temperature), method, layer_weights, min_k=min_k, max_k=max_k),
             temperature=temperature,
             mode=mode,
             collect_stats=collect_stats,
@@ -662,8 +428,8 @@ class _RouterHook:
             patch._record(layer, routing, router_logits)
         if patch.mode == "analyze":
             return None
-        implementation = layer.experts.config._experts_implementation
-        if not (implementation or "").startswith(pairwise.PREFIX):
+        implementation = implementation_of(layer.experts)
+        if not pairwise.is_twin(implementation):
             raise RuntimeError(
                 f"The experts implementation was set to {implementation!r} while the model was patched, and cannot "
                 f"skip empty slots: set it before patching, or unpatch first."
@@ -672,33 +438,12 @@ class _RouterHook:
         return router_logits, routing.weights.to(top_k_weights.dtype), index
 
 
-def _body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
-    """The innermost module that holds all routers and takes token ids: it sees the attention mask of every pass."""
-    routers = {id(layer.router) for layer in layers}
-    body = model
-    for module in model.modules():  # parents come before their children
-        takes_ids = "input_ids" in inspect.signature(module.forward).parameters
-        if takes_ids and routers <= {id(child) for child in module.modules()}:
-            body = module
-    return body
-
-
 def _is_running(module: nn.Module) -> bool:
     """Whether a method of a module is being run by this thread."""
     frame = sys._getframe()
     while frame is not None and frame.f_locals.get("self") is not module:
         frame = frame.f_back
     return frame is not None
-
-
-def _special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
-    """The padding token and the end-of-text tokens that `generate()` reads from the configuration; empty if unset."""
-    found = []
-    for name in ("pad_token_id", "eos_token_id"):
-        configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
-        tokens = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
-        found.append(tokens if isinstance(tokens, list) else [tokens])
-    return tuple(found)
 
 
 def _forget_compiled_code() -> None:

@@ -472,7 +472,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number, Python's or numpy's; True and False are none."""
+    """Whether it is a whole number, Python's or numpy's; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -591,7 +591,7 @@ def _critical_values(
 ) -> torch.Tensor:
     """`critical_values` without checks. Kept between calls: callers must not write to it."""
     ranks = torch.arange(1, num_tests + 1, dtype=torch.float64, device=device)
-    return _round_down(_FORMULAS[name](ranks, num_tests, alpha), dtype)
+    return round_down(_FORMULAS[name](ranks, num_tests, alpha), dtype)
 
 
 def _critical_values_like(pvals: torch.Tensor, alpha: float, name: str) -> torch.Tensor:
@@ -600,11 +600,12 @@ def _critical_values_like(pvals: torch.Tensor, alpha: float, name: str) -> torch
     return build(pvals.shape[-1], float(alpha), name, pvals.dtype, pvals.device)
 
 
-def _round_down(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The largest numbers of `dtype` that do not exceed the positive float64 numbers `exact`."""
+def round_down(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The largest numbers of `dtype` that do not exceed the numbers `exact`, float64 or float32, so that a p-value of
+    that `dtype` passes the same comparison before and after."""
     rounded = exact.to(dtype)
-    below = torch.nextafter(rounded, torch.zeros_like(rounded))
-    return torch.where(rounded.double() > exact, below, rounded)
+    below = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded > exact, below, rounded)
 
 
 # --------------------------------------------------------------------------------------- adjustments

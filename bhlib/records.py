@@ -7,280 +7,26 @@ themselves, one per token and layer, aligned with the tokens through the attenti
 Memory of the rows: ``6 * slots + 2`` bytes per token and layer (int16 expert, float32 weight, int16 count), 9 bytes
 per token and 48 per forward pass, so 0.8 kB per token for 16 layers of 8 slots, on the device of the layers. Router
 logits, if they are kept too, take their own size per expert: for 16 layers of 64 experts 2 kB more per token in
-bfloat16, 4 kB in float32. Short passes share a block that has room for `BLOCK_TOKENS`. `max_tokens` bounds the rows, and 0 keeps totals only; whatever
-reads rows that were cut short says so in a warning.
+bfloat16, 4 kB in float32. Short passes share a block (`bhlib.recorded_passes`). `max_tokens` bounds the rows, and 0
+keeps totals only; whatever reads rows that were cut short says so in a warning.
 """
 
 import threading
 import warnings
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from bhlib.passes import Step
+from bhlib.passes import PassTokens
+from bhlib.recorded_passes import RecordedPass, RecordedPasses, Rows, RunningPass
 from bhlib.rules import Routing
+from bhlib.stats import RoutingStats, mean_std
 
 #: Tokens whose rows are kept unless more are asked for: 8 MB for OLMoE.
 MAX_RECORDED_TOKENS = 10_000
-
-#: Tokens that a block of rows has room for, unless it was made for one longer pass.
-BLOCK_TOKENS = 256
-
-
-class RoutingStats(dict):
-    """Statistics of a run: a dict that names its keys when one is missing, and prints as a sentence.
-
-    Keys
-    ----
-    mean_experts_per_token, std_experts_per_token : float
-        Of the number of experts that were activated, over all pairs of a token and a layer.
-    sparsity_gain : float
-        1 - mean / top_k: the fraction of the model's own expert computations that was saved; negative if more
-        were made.
-    total_tokens : int
-        Tokens routed, padding not counted.
-    total_forward_passes : int
-    top_k : int
-        What the model itself activates.
-    mean_experts_per_layer, std_experts_per_layer : list of float
-    histogram : list of int
-        Entry k is the number of (token, layer) pairs with k experts.
-    bh_would_select_mean, bh_would_select_std, bh_would_sparsity_gain : float
-        In analyze mode only: of the number that the rule would have activated. There the first three keys describe
-        the untouched model, and the lists describe the rule.
-    mode : str
-        ``"patch"`` or ``"analyze"``; this and the next from a patch, not from its `Records`.
-    alpha : float or None
-        Level of the rule, if it has one.
-    """
-
-    def __missing__(self, key: str):
-        raise KeyError(f"{key!r} is not among the statistics: {', '.join(self)}.")
-
-    def __repr__(self) -> str:
-        if not self["total_tokens"]:
-            return "RoutingStats: nothing was routed yet"
-        would = "bh_would_select_mean" in self
-        mean, std, gain = (
-            self[key]
-            for key in (
-                ("bh_would_select_mean", "bh_would_select_std", "bh_would_sparsity_gain")
-                if would
-                else ("mean_experts_per_token", "std_experts_per_token", "sparsity_gain")
-            )
-        )
-        verb = "would use" if would else "used"
-        return (
-            f"RoutingStats: {self['total_tokens']} tokens {verb} {mean:.2f} ± {std:.2f} experts per layer "
-            f"instead of {self['top_k']} ({100 * gain:.1f} % fewer)"
-        )
-
-
-class Rows(NamedTuple):
-    """Decisions about tokens, and which tokens they are: one tensor of each kind, for all layers.
-
-    Attributes
-    ----------
-    weights : Tensor [layers, tokens, slots], float32
-        As in `Routing`; float64 where a rule computes in it. 0 in an empty slot.
-    experts : Tensor [layers, tokens, slots], int16
-        -1 in an empty slot.
-    counts : Tensor [layers, tokens], int16
-        -1 where a layer did not run.
-    valid, position, token_ids : Tensor [1, tokens], bool, int32, int32
-        As in `Step`; -1 for an unknown id.
-    logits : Tensor [layers, tokens, experts]
-        Router logits that the decisions were made on, in the dtype in which they were; 0 where a layer did not run.
-        Without columns if they were not recorded.
-    """
-
-    weights: Tensor
-    experts: Tensor
-    counts: Tensor
-    valid: Tensor
-    position: Tensor
-    token_ids: Tensor
-    logits: Tensor
-
-    @classmethod
-    def pack(cls, finished: "Pass", num_layers: int) -> "Rows":
-        """Rows of one forward pass, from the decisions of the layers that ran."""
-        step, routings = finished.step, finished.routings
-        some = next(iter(routings.values()))
-        slots = max(routing.experts.shape[-1] for routing in routings.values())
-        absent = Routing(torch.zeros_like(some.weights), *(torch.full_like(part, -1) for part in some[1:]))
-        layers = [routings.get(layer, absent) for layer in range(num_layers)]
-        no_logits = torch.zeros_like(next(iter(finished.logits.values()), some.weights[:, :0]))
-
-        def stack(parts: Iterable[Tensor], empty: float) -> Tensor:
-            parts = [part.to(some.counts.device) for part in parts]
-            missing = [slots - part.shape[-1] for part in parts]
-            return torch.stack([pad(x, (0, n), value=empty) if n else x for x, n in zip(parts, missing, strict=True)])
-
-        ids = torch.full_like(step.position, -1) if step.token_ids is None else step.token_ids
-        return cls(
-            stack((routing.weights for routing in layers), 0.0),
-            stack((routing.experts for routing in layers), -1).to(torch.int16),
-            torch.stack([routing.counts.to(some.counts.device) for routing in layers]).to(torch.int16),
-            *(part.reshape(1, -1).to(some.counts.device) for part in (step.valid, step.position, ids)),
-            torch.stack([finished.logits.get(layer, no_logits).to(some.counts.device) for layer in range(num_layers)]),
-        )
-
-    def between(self, start: int, stop: int) -> "Rows":
-        """The rows of some of the tokens, as views."""
-        return Rows(*(part[:, start:stop] for part in self))
-
-    def totals(self, num_experts: int) -> Tensor:
-        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the last column void."""
-        size = num_experts + 2
-        weight = self.valid.long().expand(len(self.counts), -1)
-        slots = self.experts.flatten(1)
-        totals = weight.new_zeros(2, len(self.counts), size)
-        # A remainder makes the last column of -1, for what did not run or is empty.
-        totals[0].scatter_add_(1, self.counts.long() % size, weight)
-        totals[1].scatter_add_(1, slots.long() % size, weight.repeat_interleave(self.experts.shape[-1], dim=1))
-        return totals
-
-
-class Block:
-    """Rows of several forward passes, one after another, in tensors that have room for `BLOCK_TOKENS`."""
-
-    def __init__(self, first: Rows) -> None:
-        """Take the rows of a pass: as they are if they fill a block."""
-        self.used = first.counts.shape[1]
-        self.rows = first
-        if self.used < BLOCK_TOKENS:
-            self.used = 0
-            self.rows = Rows(*(part.new_empty(part.shape[0], BLOCK_TOKENS, *part.shape[2:]) for part in first))
-            self.append(first)
-
-    def has_room(self, num_tokens: int) -> bool:
-        return self.used + num_tokens <= self.rows.counts.shape[1]
-
-    def append(self, rows: Rows) -> None:
-        for room, part in zip(self.rows, rows, strict=True):
-            room[:, self.used : self.used + part.shape[1]] = part
-        self.used += rows.counts.shape[1]
-
-    def close(self) -> None:
-        """Give back the room that is left."""
-        if self.has_room(1):
-            self.rows = Rows(*(part.clone() for part in self.filled))
-
-    @property
-    def filled(self) -> Rows:
-        return self.rows.between(0, self.used)
-
-
-class Pass:
-    """What the routers decide in one forward pass, while it runs. It belongs to one thread."""
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self.routings: dict[int, Routing] = {}
-        self.logits: dict[int, Tensor] = {}
-
-    def add(self, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
-        """Take in the decisions of one layer, a row for each token of the pass, batch-major.
-
-        `logits` [tokens, experts] are those that they were made on, if these are to be kept: for every layer or none.
-
-        Raises
-        ------
-        RuntimeError
-            If the rows are not the tokens of the pass, or the layer was there already: such records would be wrong.
-        """
-        if layer in self.routings or len(routing.counts) != self.step.valid.numel():
-            raise RuntimeError(
-                f"MoE layer {layer} routed {len(routing.counts)} tokens in a forward pass of "
-                f"{self.step.valid.numel()}{', for the second time' if layer in self.routings else ''}: its decisions "
-                f"cannot be aligned with the tokens. Patch with collect_stats=False to route without recording."
-            )
-        self.routings[layer] = Routing(routing.weights.detach(), routing.experts, routing.counts)
-        if logits is not None:
-            self.logits[layer] = logits.detach()
-
-
-class RecordedPass(NamedTuple):
-    """A forward pass as it is read back: views of a block.
-
-    Attributes
-    ----------
-    rows : Rows
-        Batch-major.
-    layers : sequence of int
-        The layers that ran.
-    shape : (int, int)
-        Batch, length.
-    first_sequence : int
-    generated : bool
-        As in `Step`.
-    """
-
-    rows: Rows
-    layers: Sequence[int]
-    shape: tuple[int, int]
-    first_sequence: int
-    generated: bool
-
-    @property
-    def step(self) -> Step:
-        """The tokens."""
-        valid, position, token_ids = (part.view(self.shape) for part in self.rows[3:6])
-        return Step(valid, position, token_ids, self.first_sequence, self.generated)
-
-    @property
-    def routings(self) -> dict[int, Routing]:
-        """The decisions of each layer that ran."""
-        by_layer = list(map(Routing, *(part.unbind() for part in self.rows[:3])))
-        return {layer: by_layer[layer] for layer in self.layers}
-
-
-class RecordedPasses(Sequence):
-    """The forward passes whose rows are kept, in the order in which they ended."""
-
-    _FIELDS = 6  # block, first row in it, batch, length, first sequence, generated
-
-    def __init__(self, num_layers: int) -> None:
-        self.num_layers = num_layers
-        self.blocks: list[Block] = []
-        self._index = array("q")
-        self._open: dict[tuple, int] = {}
-        self._partial: dict[int, list[int]] = {}
-
-    def __len__(self) -> int:
-        return len(self._index) // self._FIELDS
-
-    def __getitem__(self, number: int) -> RecordedPass:
-        number = range(len(self))[number]
-        at = number * self._FIELDS
-        block, start, batch, length, first_sequence, generated = self._index[at : at + self._FIELDS]
-        rows = self.blocks[block].rows.between(start, start + batch * length)
-        layers = self._partial.get(number, range(self.num_layers))
-        return RecordedPass(rows, layers, (batch, length), first_sequence, bool(generated))
-
-    def append(self, finished: Pass, rows: Rows) -> None:
-        if len(finished.routings) < self.num_layers:
-            self._partial[len(self)] = sorted(finished.routings)
-        kind = (rows.weights.shape[-1], rows.weights.dtype, rows.logits.dtype, rows.weights.device)
-        number = self._open.get(kind)
-        if number is not None and self.blocks[number].has_room(rows.counts.shape[1]):
-            start = self.blocks[number].used
-            self.blocks[number].append(rows)
-        else:
-            if number is not None:
-                self.blocks[number].close()
-            number, start = len(self.blocks), 0
-            self._open[kind] = number
-            self.blocks.append(Block(rows))
-        step = finished.step
-        self._index.extend((number, start, *step.valid.shape, step.first_sequence, step.generated))
 
 
 class Records:
@@ -324,16 +70,16 @@ class Records:
         self.truncated = False
         self._num_passes = self._num_tokens = self._num_rows = 0
 
-    def begin(self, step: Step) -> Pass:
-        """Announce a forward pass; hand its decisions to `Pass.add`, and the pass to `end`."""
-        return Pass(step)
+    def begin(self, tokens: PassTokens) -> RunningPass:
+        """Announce a forward pass; hand its decisions to `RunningPass.add`, and the pass to `end`."""
+        return RunningPass(tokens)
 
     # Made outside of inference mode, tensors can be written to in and out of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def end(self, finished: Pass) -> None:
+    def end(self, finished: RunningPass) -> None:
         """Take in a forward pass that has come to its end."""
-        num_tokens = finished.step.valid.numel()
+        num_tokens = finished.tokens.valid.numel()
         rows = Rows.pack(finished, self.num_layers) if finished.routings else None
         totals = None if rows is None else rows.totals(self.num_experts)
         with self._lock:
@@ -365,11 +111,11 @@ class Records:
 
     def histogram(self) -> np.ndarray:
         """Tokens by number of experts: int64 [layers, experts + 1], entry [l, k] tokens with k experts in layer l."""
-        return self._read_totals(0)[:, : self.num_experts + 1]
+        return self._read_totals()[0]
 
     def expert_load(self) -> np.ndarray:
         """Tokens by expert: int64 [layers, experts]."""
-        return self._read_totals(1)[:, : self.num_experts]
+        return self._read_totals()[1, :, : self.num_experts]
 
     def load_balance(self) -> pd.DataFrame:
         """How evenly the experts were used, one row per layer.
@@ -410,15 +156,14 @@ class Records:
                 experts = experts[rows.valid[0]].long()
                 # One column more for the empty slots. In float64, which autocast leaves alone, products count exactly.
                 used = torch.zeros(len(experts), self.num_experts + 1, dtype=torch.float64, device=experts.device)
-                used.scatter_(1, experts % (self.num_experts + 1), 1.0)
-                used = used[:, : self.num_experts]
+                used = used.scatter_(1, experts + 1, 1.0)[:, 1:]
                 totals[layer] += (used.T @ used).long().cpu().numpy()
         return totals
 
-    def _read_totals(self, kind: int) -> np.ndarray:
+    def _read_totals(self) -> np.ndarray:
         if self._totals is None:
-            return np.zeros((self.num_layers, self.num_experts + 2), dtype=np.int64)
-        return self._totals[kind].cpu().numpy()
+            return np.zeros((2, self.num_layers, self.num_experts + 1), dtype=np.int64)
+        return self._totals.cpu().numpy()[:, :, 1:]
 
     def _warn_if_cut_short(self) -> None:
         if self.truncated:
@@ -432,8 +177,8 @@ class Records:
     def stats(self, would: bool = False) -> RoutingStats:
         """Exact statistics of all tokens; `would` if the rule only watched (analyze mode)."""
         histogram = self.histogram()
-        means, stds = zip(*(_mean_std(row) for row in histogram), strict=True)
-        mean, std = _mean_std(histogram.sum(axis=0))
+        means, stds = zip(*(mean_std(row) for row in histogram), strict=True)
+        mean, std = mean_std(histogram.sum(axis=0))
         gain = 1 - mean / self.top_k
         values = {
             "mean_experts_per_token": float(self.top_k) if would else mean,
@@ -549,7 +294,7 @@ class Records:
         Returns
         -------
         pandas.DataFrame
-            Columns ``sequence`` (numbered through), ``position`` (padding not counted), ``generated`` (False for the
+            Columns ``sequence`` (over all passes), ``position`` (padding not counted), ``generated`` (False for the
             prompt), ``token_id`` (-1 if unknown), ``layer``, ``count``, ``experts`` and ``weights`` (tuples of length
             ``count``, in the order in which the rule ranks them). Drafts that assisted generation rejects are
             among the rows, since they were routed, and tokens checked several at a time are not ``generated``.
@@ -596,13 +341,3 @@ def _frame_rows(one: RecordedPass, batch_rows: Iterable[int | None], first_seque
                     tuple(experts[layer, at, :k].tolist()),
                     tuple(weights[layer, at, :k].tolist()),
                 )
-
-
-def _mean_std(histogram: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of counts given how often each of 0, 1, 2, … occurred; NaN if none did."""
-    total = histogram.sum()
-    if not total:
-        return float("nan"), float("nan")
-    values = np.arange(len(histogram))
-    mean = (values * histogram).sum() / total
-    return float(mean), float(np.sqrt(((values - mean) ** 2 * histogram).sum() / total))

@@ -75,7 +75,7 @@ def simulate_fdr(
     Raises
     ------
     ValueError
-        For an unknown dependence, a matrix that is no correlation matrix, or counts that cannot be.
+        For an unknown dependence, a matrix that is no correlation matrix, or impossible counts.
     """
     _check_counts(num_tests, num_null, repetitions)
     methods = _check_levels_and_methods(alphas, methods)

@@ -19,17 +19,12 @@ from accelerate import PartialState
 from bhlib.comparisons import matched_compute, summarize
 from bhlib.evaluation import sweep
 from bhlib.loading import SPLITS, load_demo, load_heldout, load_olmoe
-from bhlib.rules import BH, ExpertDropRatio, MinP, Rule, Threshold, TopK, TopP
+from bhlib.rules import FAMILIES, Rule, RuleFamily
 
-#: Rules with one number: by the name in a specification, what they are called in the table and how they are made.
-RULES: dict[str, tuple[str, Callable[[float], Rule]]] = {
-    "top-k": ("top-{}", lambda k: TopK(int(k) if k == int(k) else k)),  # TopK says what is wrong with half an expert
-    "bh": ("BH {}", BH),
-    "threshold": ("threshold {}", Threshold),
-    "top-p": ("top-p {}", TopP),
-    "min-p": ("min-p {}", MinP),
-    "drop-ratio": ("drop-ratio {}", ExpertDropRatio),
-}
+
+def rule_families() -> dict[str, RuleFamily]:
+    """The families of rules that one number makes, by the name of each in a specification."""
+    return {family.command: family for family in FAMILIES.values() if family.make}
 
 
 def parse_rules(specification: str) -> dict[str, Rule | None]:
@@ -38,7 +33,7 @@ def parse_rules(specification: str) -> dict[str, Rule | None]:
     Parameters
     ----------
     specification : str
-        Entries with spaces between them, each a name in `RULES`, a colon, and numbers with commas between them;
+        Entries with spaces between them, each a name in `rule_families`, a colon, and numbers with commas between them;
         ``1-8`` stands for all whole numbers from 1 to 8. ``own`` is the model's own routing. For example
         ``"own top-k:1-8 bh:0.01,0.05"``.
 
@@ -52,21 +47,21 @@ def parse_rules(specification: str) -> dict[str, Rule | None]:
     argparse.ArgumentTypeError
         If an entry cannot be read, or its rule refuses a number.
     """
-    rules = {}
+    rules, families = {}, rule_families()
     for entry in specification.split():
         if entry == "own":
             rules["own"] = None
             continue
         name, _, values = entry.partition(":")
-        if name not in RULES:
+        if name not in families:
             raise argparse.ArgumentTypeError(
-                f"{entry!r}: no rule is called {name!r}; there are: own, {', '.join(RULES)}. "
+                f"{entry!r}: no rule is called {name!r}; there are: own, {', '.join(families)}. "
                 f'Write for example "top-k:1-8 bh:0.01,0.05".'
             )
-        label, make = RULES[name]
+        family = families[name]
         try:
             numbers = [number for part in values.split(",") for number in _numbers(part)]
-            rules |= {label.format(_written(number)): make(number) for number in numbers}
+            rules |= {family.written.format(_written(number)): family.make(number) for number in numbers}
         except (TypeError, ValueError) as error:
             raise argparse.ArgumentTypeError(f"{entry!r}: {error}") from error
     if not rules:
@@ -111,7 +106,7 @@ def _at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
         return value
 
-    read.__name__ = "whole number"  # as argparse calls it in its message about a text that is none
+    read.__name__ = "whole number"  # as argparse calls it in its message about a text that is not one
     return read
 
 
@@ -128,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=_at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
     parser.add_argument(
         "--rules", type=parse_rules, default="own top-k:1-8 bh:0.01,0.05,0.1,0.3", metavar="SPEC",
-        help=f'"NAME:NUMBERS ...", NAME one of {", ".join(RULES)} (default: "%(default)s")',
+        help=f'"NAME:NUMBERS ...", NAME one of {", ".join(rule_families())} (default: "%(default)s")',
     )  # fmt: skip
     parser.add_argument(
         "--alphas", type=lambda text: parse_rules(f"bh:{text}"), default={}, metavar="A,B,...",

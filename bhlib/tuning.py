@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate
-from bhlib.patching import find_moe_layers
-from bhlib.rules import BH, Rule, StaticPerLayer, router_scores
+from bhlib.rules import BH, Rule, StaticPerLayer
+from bhlib.weighting import probabilities
 
 
 def mean_experts(rule: Rule, router_logits: Tensor) -> float:
@@ -104,7 +105,7 @@ def entropy_thresholds(
         raise ValueError(f"mean_k must lie strictly between 1 and max_k={max_k}, got {mean_k}.")
     if not 0 < slope < np.inf:
         raise ValueError(f"slope must be a finite number above 0, got {slope}.")
-    entropy = np.sort(torch.special.entr(router_scores(router_logits)).sum(dim=-1).flatten().double().cpu().numpy())
+    entropy = np.sort(torch.special.entr(probabilities(router_logits)).sum(dim=-1).flatten().double().cpu().numpy())
     steps = (np.arange(1, max_k) - mean_k + 0.5) / slope
 
     def mean_at(shift: float) -> float:

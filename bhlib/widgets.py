@@ -27,32 +27,22 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from bhlib.calibration import collect_router_logits, fit_null, name_of
+from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate
 from bhlib.explain import explain
 from bhlib.figures.passage import Passage, PassageCharts, RoutedPassage, draw_passage, passage_html
 from bhlib.loading import DEMO, load_heldout
-from bhlib.patching import RoutingPatch, find_moe_layers
+from bhlib.patching import RoutingPatch
 from bhlib.procedures import PROCEDURES
-from bhlib.pvalues import NULLS, STATISTICS, DirichletNull, PValueMaker, SoftmaxPseudo, TokenGaussian
+from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH
 
-#: Choices of a null: what the menu says, and its name.
-NULL_CHOICES = (
-    ("Dirichlet (no calibration)", "dirichlet"),
-    ("the token's own Gaussian (no calibration)", "gaussian"),
-    ("kernel density, fitted", "kde"),
-    ("conformal, fitted", "conformal"),
-    ("1 − softmax (no p-values)", "softmax"),
-)
 #: Choices of a procedure: what the menu says, and its key in `bhlib.procedures.PROCEDURES`.
 PROCEDURE_CHOICES = tuple((function.__name__.replace("_", " "), name) for name, function in PROCEDURES.items())
 
 _TYPED = "typed below"
 _BUSY = '<b style="color:#D55E00">●</b>'
 _SECONDS_TO_SETTLE = 0.4
-#: Values per layer that a null is fitted on. A density takes time by the value; a conformal null needs many, since its
-#: smallest p-value is one over their number.
-_FIT_SIZES = {"kde": 10_000, "conformal": 50_000}
 
 
 def heldout_texts(split: str = "validation", length: int = 256) -> dict[str, str]:
@@ -131,7 +121,8 @@ class Explorer:
         self.temperature = widgets.FloatLogSlider(
             value=1.0, base=2, min=-2, max=2, step=0.25, readout_format=".2f", description="temperature", **wide
         )
-        self.null = widgets.Dropdown(options=NULL_CHOICES, value="dirichlet", description="null", **wide)
+        nulls = [(entry.label, name) for name, entry in NULLS.items()]
+        self.null = widgets.Dropdown(options=nulls, value="dirichlet", description="null", **wide)
         self.statistic = widgets.Dropdown(options=list(STATISTICS), value="log_prob", description="statistic", **wide)
         self.method = widgets.Dropdown(options=PROCEDURE_CHOICES, value="bh", description="procedure", **wide)
         self.layer = widgets.Dropdown(options=["all", *range(len(self._moe_layers))], description="layer", **wide)
@@ -219,18 +210,14 @@ class Explorer:
 
     def _pvalues(self) -> PValueMaker:
         null, top_k = self.null.value, self._read.top_k
-        if null == "dirichlet":
-            return DirichletNull()
-        if null == "gaussian":
-            return TokenGaussian(exclude_top=top_k)
-        if null == "softmax":
-            return SoftmaxPseudo(self.temperature.value)
+        if not NULLS[null].needs_calibration:
+            return NULLS[null].make(exclude_top=top_k, temperature=self.temperature.value)
         key = null, self.statistic.value
         if key not in self._fitted:
             with self._busy(f"fitting the {null} null of {self.statistic.value} on calibration text"):
                 self._fitted[key] = fit_null(
                     self._logits_to_fit_on(), model_name=name_of(self.model), null=null, statistic=key[1],
-                    exclude_top=top_k, max_values=_FIT_SIZES[null],
+                    exclude_top=top_k, max_values=NULLS[null].max_values,
                 )  # fmt: skip
         return self._fitted[key]
 
@@ -283,7 +270,7 @@ class Explorer:
 
     def redraw(self) -> None:
         """Decide anew on the logits that were read, and show it. Takes no pass over the model."""
-        self.statistic.disabled = self.null.value not in NULLS
+        self.statistic.disabled = not NULLS[self.null.value].needs_calibration
         if self._read is None:
             return
         with self._reporting():

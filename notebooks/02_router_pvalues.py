@@ -31,7 +31,7 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 # The Benjamini–Hochberg procedure turns p-values into decisions. A router has no p-values, only 64 numbers per token
 # called logits. To get from one to the other takes two choices, and nothing else:
 #
-# - a **statistic**, which says in what an expert is to stand out: its logit, its probability, its distance from the
+# - a **statistic**, which says by what an expert is to stand out: its logit, its probability, its distance from the
 #   token's other experts;
 # - a **null**, which says what the statistic looks like for an expert that does *not* stand out.
 #
@@ -79,7 +79,7 @@ for alpha in (0.05, 0.5, 0.9):
 # it is $(N-1)/N = 1 - 1/N$, which exceeds $\alpha$. So no $k \ge 2$ is possible, and $k = 1$ needs $q_{(1)} \ge 1 - \alpha/N$. $\blacksquare$
 #
 # With 64 experts and $\alpha = 0.05$ that single expert needs a probability of 0.9992. In the picture, BH asks for a point on
-# the coloured curves, arithmetic keeps every router below the black line, and they meet nowhere right of $k = 1$.
+# the coloured curves, arithmetic keeps every router below the black line, and they meet nowhere to the right of $k = 1$.
 
 # %%
 figures.draw_softmax_theorem(figures.compute_softmax_theorem(demo))
@@ -197,7 +197,7 @@ summary.round({"KS there": 2, "P(p ≤ 0.01)/0.01": 1, "of a true null": 1, "inf
 # ## What dependence does to the promise
 #
 # The theorem of Benjamini and Hochberg asks for independent p-values. Those of a token are not. So here is the simulation of
-# the last notebook again, now with scores that are as dependent as the experts of the layer where they are most so: rank
+# the last notebook again, now with scores that are as dependent as the experts of the layer where these are most so: rank
 # correlations of all pairs of experts over the calibration text, once of the standardized and once of the raw logits.
 
 # %%
@@ -219,8 +219,8 @@ at.loc[["fixed", "storey", "bh", "by", "bonferroni"], list(realised["dependence"
 # nulls: the larger the p-value of one of them, the larger all the other p-values tend to be).
 # Without the assumption on dependence the bound is larger by a factor of up to 4.74 for 64 experts, and BY restores it. A
 # conformal p-value satisfies the first assumption, at any sample size and on average over calibration samples, *if* the
-# statistic of the null expert is exchangeable with the calibration values. Calibration values that come many from one token
-# are not exchangeable with a new token's, so that this fails here too. A kernel p-value satisfies it as far as the density is
+# statistic of the null expert is exchangeable with the calibration values. Where many calibration values come from one token,
+# they are not exchangeable with a new token's, so this fails here, too. A kernel p-value satisfies it as far as the density is
 # right; the Gaussian and the Dirichlet p-values *if* the token's logits are what these nulls say.
 # For a router, each of these is an approximation at best. "Null" is not a fact about an expert but our definition, by the
 # rank of the very logit that is tested, so that there is no truth against which a discovery could be false. The text to be

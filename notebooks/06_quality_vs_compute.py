@@ -43,7 +43,7 @@ import pandas as pd
 
 from bhlib import figures, load_demo, load_heldout
 from bhlib.evaluation import matched_compute, summarize, sweep
-from bhlib.rules import BH, Threshold, TopK
+from bhlib.rules import BH, Threshold, TopK, families_of
 
 results = pd.read_csv("../figures/loss_vs_experts.csv")
 whole = pd.read_csv("../figures/whole_test_split.csv")
@@ -72,7 +72,7 @@ whole = pd.read_csv("../figures/whole_test_split.csv")
 # ## How
 #
 # - **Three splits.** Nulls, layer weights and levels were chosen on the *calibration* split, the defaults of the library on the
-#   *validation* split, and what follows is from the *test* split. That one was not sealed all the while. Earlier states of this
+#   *validation* split, and what follows is from the *test* split. That one has not been sealed all along. Earlier states of this
 #   workspace published losses on 144 of its 1,008 sequences, of static top-k and of what was then the default, before the
 #   concentration of the default null was set to 4 by its validation loss; other figures show what is routed and written on
 #   some of it; and the fitted null and the fixed cut joined the comparison when results of the others were known. No number of
@@ -89,9 +89,9 @@ whole = pd.read_csv("../figures/whole_test_split.csv")
 figures.draw_loss_vs_experts(results)
 
 # %% [markdown]
-# Seen from far, most rules lie close together, and two lie above: top-p and min-p. Both compare an expert with its neighbours within the token (the sum, the best one). Where a router is sure, they keep
-# very few, although these few carry all of the weight of the layer; where it is not, they keep many that carry
-# little. The differences among the others need a magnifying glass, and more text.
+# Seen from afar, most rules lie close together, and two lie above: top-p and min-p. Both compare an expert with its neighbours
+# within the token (the sum, the best one). Where a router is sure, they keep very few, although these few carry all of the weight
+# of the layer; where it is not, they keep many that carry little. The differences among the others need a magnifying glass, and more text.
 #
 # ## At the same number of experts
 #
@@ -109,7 +109,7 @@ figures.draw_whole_test_split(whole)
 # calibration split to give 3, 4, 5, 6 and 7 experts; what they gave on the test split is at most 0.06 more, and the comparison is at what they gave.
 
 # %%
-families = [name for name in figures.LOOKS if name in set(whole["family"])]
+families = [family.name for family in families_of(whole["family"])]
 
 
 def numbers(columns):
@@ -127,7 +127,7 @@ numbers(["difference", "low", "high"])
 numbers(["threshold_difference", "threshold_low", "threshold_high"])
 
 # %% [markdown]
-# Sentences that the tables have to answer, each checked by a line of code rather than by eye. "Level" needs a margin, or too little
+# Statements that the tables have to bear out, each checked by a line of code rather than by eye. "Level" needs a margin, or too little
 # text would show it best: two rules are called level where the whole interval lies within ± 0.4 thousandths of a nat.
 
 # %%
@@ -154,10 +154,10 @@ print("least loss:", whole.loc[whole.groupby("wanted_k")["difference"].idxmin()]
 # The default does **not** beat the plain probability threshold: it is behind by about a thousandth of a nat, and by less at seven.
 # There is a reason. For a given total number of experts, a common threshold on the probability keeps the most weight; BH's line,
 # which gets more lenient with each expert that it finds, moves a little away from that. The larger the concentration of the
-# Dirichlet null, the less the slope of the line matters, and in the limit BH *is* the threshold. Nor is it far from it as it is: at
+# Dirichlet null, the less the slope of the line matters, and in the limit BH *is* the threshold. And it is not far from it by default: at
 # $\alpha = 0.05$ the default is eight constants on the probability, from 0.0514 for the best expert down to 0.0413 for the eighth
-# (`03_bh_routing` prints them). A level is another name for such constants. What the name is good for is that it follows the number
-# of experts, where a threshold of 0.05 means something else for 16 of them; what it is not is an error rate (`02_router_pvalues`
+# (`03_bh_routing` prints them). A level is another name for such constants. The name is good for one thing: it follows the number
+# of experts, where a threshold of 0.05 means something else for 16 of them. It is not an error rate (`02_router_pvalues`
 # explains why): no share of useless experts is bounded by $\alpha$.
 #
 # **A null fitted to each layer** does beat that threshold where few experts are spent, and comes level where many are. It is the
@@ -206,7 +206,8 @@ figures.draw_families_tried(pd.read_csv("../figures/families_tried.csv"))
 #   of true nulls changes a token's level by a factor that has little to do with what the token needs.
 # - **A null per layer**, a kernel estimate fitted to the log-probabilities of the experts that a layer does not select, gains as
 #   much as the layer weights where few experts are spent, and no search is needed for it: the fit knows that layers differ. That
-#   is why it went into the comparison on the test split. So who has some text to calibrate on should do so. The conformal null does the same until it runs into its smallest
+#   is why it went into the comparison on the test split, and whoever has text to calibrate on should use it. The conformal null does
+#   the same until it runs into its smallest
 #   p-value, 1/(n + 1), which no level below it can use: that is what k = 3 shows.
 # - **A null per expert** adds nothing. It corrects for how often the router likes an expert, which the weight already tells, and not
 #   for how much that expert's output adds to the layer's: experts of the same weight differ in that, and no rule here sees it.

@@ -61,7 +61,7 @@ for column, meaning in COLUMNS.items():
 # %% [markdown]
 # ## The floor
 #
-# A GPU can do two things no faster than it can: move bytes from memory, and multiply matrices. Both rates are measured in the
+# Two things take a GPU time, whatever the program: moving bytes from memory, and multiplying matrices. Both rates are measured in the
 # same run, by a large copy and a large product. Whatever a computation is, its bytes and its operations, each
 # divided by its rate, bound the time from below; the longer of the two is its *floor*.
 #
@@ -159,7 +159,7 @@ rows_of(table, "generate", ("median_us", "speedup", "over_floor", "peak_gib", "g
 # ## On a CPU
 #
 # The embedded model in two threads, a prefill of 4,096 tokens. Where slots are empty and tokens many, the experts are computed one after
-# the other in plain torch (`bhlib.kernels.loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
+# the other in plain torch (`bhlib.expert_loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
 # runs by the model's own forward, bit for bit. So the row of BH with seven of eight experts shows what the loop gains by itself, and
 # the rows below it what skipping adds. Ratios are to the unpatched model in the same round.
 
@@ -170,9 +170,9 @@ cpu[["rule", "mean_k", "experts_ms", "experts_ratio", "model_ms", "model_ratio",
 # %% [markdown]
 # ## What was aimed at, and what was reached
 #
-# These goals were set before the kernels were written. `at_most` is what whoever runs at the floor would reach, `without_experts` what
+# These goals were set before the kernels were written. `at_most` is what running at the floor would reach, `without_experts` what
 # a model reaches that computes no expert at all. Where one of them is below what was wanted, the goal
-# cannot be reached on this GPU by skipping experts, and the number says so before any excuse does.
+# cannot be reached on this GPU by skipping experts.
 
 # %%
 goals = check_goals(table, cpu)

@@ -1,12 +1,15 @@
 """Families of mixtures of experts in transformers: tiny random models, and whether bhlib can patch them.
 
-`markdown_table` is what the README shows; `test_families` checks each of its rows on a real model.
+`test_families` checks each of them on a real model, and ``python tests/families.py`` writes the page that lists them.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bhlib.weighting import WEIGHTINGS
 
 # Names that configurations use for the same few sizes: each family takes those that it knows.
 SIZES = {
@@ -17,12 +20,12 @@ SIZES = {
     "eos_token_id": None,
 }  # fmt: skip
 
-SIGMOID = "its weights are not a softmax of its logits"
+UNKNOWN = "its weights follow from its logits in none of the ways that are known"
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers; `weighting` as in `bhlib.rules.WEIGHTINGS`, or `refused` with the reason."""
+    """A model type of transformers; `weighting` as in `bhlib.weighting.WEIGHTINGS`, or `refused` with the reason."""
 
     model_type: str
     weighting: str | None = None
@@ -51,11 +54,11 @@ PATCHED = [
 ]
 
 REFUSED = [
-    Family("phimoe", refused=SIGMOID, reason="SparseMixer: weights from a masked softmax of its own"),
-    Family("deepseek_v2", refused=SIGMOID, reason="weights times a scaling factor"),
-    Family("deepseek_v3", refused=SIGMOID, reason="sigmoid scores, a bias per expert, groups of experts"),
-    Family("glm4_moe", refused=SIGMOID, reason="sigmoid scores, a bias per expert, groups of experts"),
-    Family("ernie4_5_moe", refused=SIGMOID, reason="a bias per expert, learned in training"),
+    Family("phimoe", refused=UNKNOWN, reason="SparseMixer: weights from a masked softmax of its own"),
+    Family("deepseek_v2", refused=UNKNOWN, reason="weights times a scaling factor"),
+    Family("deepseek_v3", refused=UNKNOWN, reason="sigmoid scores, a bias per expert, groups of experts"),
+    Family("glm4_moe", refused=UNKNOWN, reason="sigmoid scores, a bias per expert, groups of experts"),
+    Family("ernie4_5_moe", refused=UNKNOWN, reason="a bias per expert, learned in training"),
     Family("minimax_m2", refused="it needs more than the hidden states", reason="a bias per expert, passed in"),
     Family("hunyuan_v1_moe", refused="one router with a weight of 16 rows, found 0", reason="router nested deeper"),
     Family("jetmoe", refused="no mixture-of-experts layer", reason="experts written out in the block"),
@@ -64,18 +67,24 @@ REFUSED = [
 ]
 
 
-WEIGHTS = {
-    "softmax": "softmax over all experts",
-    "normalized": "softmax over all experts, divided by the sum of those kept",
-    "softmax_selected": "softmax over those kept",
-}
+PAGE = Path(__file__).resolve().parent.parent / "bhlib" / "models.md"
 
 
-def markdown_table() -> str:
-    """The table of families, as it stands in the README."""
-    lines = ["| `model_type` | patched | weights, or why not |", "|---|---|---|"]
-    lines += [f"| `{family}` | yes | {WEIGHTS[family.weighting]} |" for family in PATCHED]
-    lines += [f"| `{family}` | refused | {family.reason} |" for family in REFUSED]
+def render_page() -> str:
+    """The text of `PAGE`."""
+    lines = [
+        "# Models that can be patched",
+        "",
+        "Layers are recognized by what they do (`bhlib.find_moe_layers`), so a model that is not in this table may be",
+        "patched, too; one that cannot be is refused with the reason. `model_type` is transformers' name of the",
+        "architecture; the weights are those of the experts that a token keeps. `python tests/families.py` writes this",
+        "page, and a test patches a small random model of each row.",
+        "",
+        "| `model_type` | patched | weights, or why not |",
+        "|---|---|---|",
+        *(f"| `{family}` | yes | {WEIGHTINGS[family.weighting].label} |" for family in PATCHED),
+        *(f"| `{family}` | refused | {family.reason} |" for family in REFUSED),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -94,3 +103,7 @@ def tiny(family: Family, seed: int = 0) -> PreTrainedModel:
             elif parameter.dim() == 2 and parameter.shape[0] == 16 and name.endswith(("gate.weight", "router.weight")):
                 torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_page(), encoding="utf-8")

@@ -188,7 +188,7 @@ def test_explorer(page, lab):
         return float(re.match(r"[\d.]+", mean.inner_text())[0]), picture(charts)
 
     def drag(distance):
-        """Drag the handle of alpha to a point so many pixels right of where it was at first."""
+        """Drag the handle of alpha to a point this many pixels to the right of where it was at first."""
         box = handle.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.mouse.down()

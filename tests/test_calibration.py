@@ -8,7 +8,6 @@ from scipy.stats import chisquare, norm
 
 from bhlib import BHRoutingIntegration, benjamini_hochberg_routing, find_moe_layers
 from bhlib.calibration import (
-    Reservoir,
     alpha_for_mean_experts,
     calibrate,
     collect_router_logits,
@@ -19,6 +18,7 @@ from bhlib.calibration import (
 )
 from bhlib.pvalues import STATISTICS, ConformalNull, KDENull, TokenGaussian
 from bhlib.rules import BH
+from bhlib.sampling import Reservoir
 from bhlib.tuning import mean_experts
 
 
@@ -307,7 +307,7 @@ def test_a_null_brings_its_level(null, per_expert, near, model, tmp_path):
 
 
 def test_levels_come_from_a_bounded_sample_of_tokens(monkeypatch):
-    monkeypatch.setattr("bhlib.calibration.TOKENS_FOR_LEVELS", 100)
+    monkeypatch.setattr("bhlib.sampling.TOKENS_FOR_LEVELS", 100)
     logits = 2 * torch.randn(2, 4000, 64)
     few, again, other = (fit_null(logits, model_name="noise", seed=seed).alpha_for(4.0) for seed in (0, 0, 1))
     monkeypatch.undo()

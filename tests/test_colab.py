@@ -116,7 +116,7 @@ def run_in_colab(folder, address, times=1, **tools):
 
 
 def test_setup_in_colab_clones_installs_and_enters(tmp_path):
-    """The commands that it runs, in their order, and where it ends; `make colab` runs them for good."""
+    """The commands that it runs, in their order, and where it ends; `make colab` runs them for real."""
     clone = "mkdir -p engine/bhlib engine/notebooks"
     run, log = run_in_colab(tmp_path, "ada/engine", times=2, git=clone, pip="true")  # the second time it is there
     assert run.stdout.split() == [str(tmp_path / "engine" / "notebooks"), str(tmp_path / "engine")], run.stderr

@@ -17,8 +17,9 @@ from rows import count_rows
 
 from bhlib import BHRoutingIntegration, evaluation
 from bhlib.comparisons import paired_difference, summarize
+from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate, sweep
-from bhlib.patching import RoutingPatch, find_moe_layers
+from bhlib.patching import RoutingPatch
 from bhlib.pvalues import ConformalNull
 from bhlib.rules import BH, Replay, TopK
 

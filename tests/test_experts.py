@@ -10,9 +10,9 @@ from models import tiny_olmoe
 from rows import count_rows
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
+from bhlib.expert_loop import is_plain, loop_forward
 from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
 from bhlib.kernels import on_device
-from bhlib.kernels.loop import is_plain, loop_forward
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, TopK
 

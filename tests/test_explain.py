@@ -11,14 +11,12 @@ import torch
 
 from bhlib.calibration import fit_null
 from bhlib.explain import COLUMNS, explain
-from bhlib.figures.tokens import KeepMass
 from bhlib.procedures import PROCEDURES, critical_values, reject
 from bhlib.pvalues import DirichletNull, SoftmaxPseudo, TokenGaussian
 from bhlib.rules import (
     BH,
-    WEIGHTINGS,
     EntropyK,
-    ExpertDropRatio,
+    KeepMass,
     MinP,
     PrefixRule,
     Rule,
@@ -26,7 +24,9 @@ from bhlib.rules import (
     Threshold,
     TopK,
     TopP,
-)  # fmt: skip
+    WeightRatio,
+)
+from bhlib.weighting import WEIGHTINGS
 
 EXPERTS, LAYER = 16, 1
 CONSTANT = ("bh", "by", "hochberg", "bonferroni", "fixed")
@@ -60,7 +60,7 @@ RULES = {
     "threshold": Threshold(0.08, **BOUNDS),
     "top-p": TopP(0.7, **BOUNDS),
     "min-p": MinP(0.15, **BOUNDS),
-    "drop ratio": ExpertDropRatio(0.1, **BOUNDS),
+    "weight ratio": WeightRatio(0.1, **BOUNDS),
     "entropy": EntropyK((1.5, 2.0), (1, 3, 6)),
     "keep mass": KeepMass(BH(0.2, **BOUNDS), top_k=4),
     "none at all": BH(1e-9, min_k=0, max_k=5),
@@ -97,7 +97,7 @@ def test_every_rule_is_explained_as_it_decides(name, weighting):
     check_agreement(rule, logits, table, **options)
     assert table["pvalue"].isna().all() == (name not in ("keep mass", "none at all"))
     assert table["probability_threshold"].isna().all() == (name not in ("threshold", "keep mass", "none at all"))
-    if name in ("threshold", "top-p", "min-p", "drop ratio"):
+    if name in ("threshold", "top-p", "min-p", "weight ratio"):
         assert set(table["bound"]) == {"min_k", "max_k", "none"}
     elif name in ("top-k", "static per layer", "entropy"):
         assert set(table["bound"]) == {"none"}

@@ -1,12 +1,11 @@
 """Every family of mixtures of experts in transformers: patched with parity, real skipping and restoring, or refused."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from families import PATCHED, REFUSED, markdown_table, tiny
+from families import PAGE, PATCHED, REFUSED, render_page, tiny
 from models import state_of, tokens
 from packaging.version import Version
 from rows import count_rows
@@ -111,6 +110,5 @@ def test_what_cannot_be_patched_is_refused_by_name(row):
     assert state_of(model) == state
 
 
-def test_the_readme_has_the_table():
-    readme = Path(__file__).resolve().parent.parent / "README.md"
-    assert markdown_table() in readme.read_text(encoding="utf-8"), f"README.md lacks:\n{markdown_table()}"
+def test_the_page_lists_these_families():
+    assert PAGE.read_text(encoding="utf-8") == render_page(), "write it anew: python tests/families.py"

@@ -15,9 +15,9 @@ from bhlib.__main__ import main
 from bhlib.comparisons import resample
 from bhlib.figures import registry
 from bhlib.figures.runs import Run, observe, rank_correlation
-from bhlib.figures.tokens import KeepMass
 from bhlib.patching import RoutingPatch
-from bhlib.rules import BH, TopK, router_scores
+from bhlib.rules import BH, FAMILIES, KeepMass, TopK
+from bhlib.weighting import probabilities
 
 
 def test_stepup_table_is_the_papers():
@@ -80,7 +80,7 @@ def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(sma
     table = figures.compute_whole_test_split(demo)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("a finished cell was computed again"))
     pd.testing.assert_frame_equal(figures.compute_whole_test_split(demo), table)
-    assert {"BH, fitted null", "fixed cut, fitted null"} <= set(table["family"]) <= set(figures.LOOKS)
+    assert {"BH, fitted null", "fixed cut, fitted null"} <= set(table["family"]) <= FAMILIES.keys()
     assert table["sequences"].eq(4).all() and len(table) == 5 * table["family"].nunique()
     assert table["units"].eq(4).all() and table["level"].isna().eq(table["family"] == "static per layer").all()
     threshold = table[table["family"] == "threshold"]
@@ -261,7 +261,7 @@ def test_kept_mass_is_that_of_the_models_own_experts():
     plain, scaled = BH(0.05)(logits), KeepMass(BH(0.05))(logits)
     assert torch.equal(plain.experts, scaled.experts) and torch.equal(plain.counts, scaled.counts)
     for row, weights in enumerate(scaled.weights):
-        mass = router_scores(logits)[row].sort(descending=True).values[:8].sum()
+        mass = probabilities(logits)[row].sort(descending=True).values[:8].sum()
         assert weights.sum().item() == pytest.approx(mass.item(), rel=1e-5)
         ratio = weights[: scaled.counts[row]] / plain.weights[row, : plain.counts[row]]
         assert torch.allclose(ratio, ratio[:1].expand_as(ratio))

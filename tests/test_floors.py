@@ -9,16 +9,24 @@ PACKAGE = Path(__file__).resolve().parent.parent / "bhlib"
 
 # The one place that states the order. A new module takes its place here.
 FLOORS = [
+    "looks",  # colours, markers and lines of series in figures
     "procedures",  # multiple testing on tensors of p-values
     "simulations",  # false discovery rate and power by simulation
     "pvalues",  # router logits -> p-values
-    "kernels",  # both by Triton, on a CUDA device; the experts by a loop, on a CPU
+    "weighting",  # router logits -> scores; scores of the kept experts -> weights
+    "expert_loop",  # the experts one after the other, on a CPU
+    "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
     "experts",  # the experts' forward pass over selected pairs only
+    "discovery",  # the MoE layers of a model: find, watch, choose implementations
+    "hooks",  # hooks that copies of a module leave behind
     "passes",  # which tokens of a forward pass are real, and where they stand
+    "recorded_passes",  # decisions about tokens, pass by pass
+    "stats",  # counts -> the statistics of a run
     "records",  # what was routed where
     "explain",  # a rule and a token's logits -> why these experts
-    "patching",  # find the routers; patch, analyze, restore
+    "patching",  # patch, analyze, restore
+    "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
     "comparisons",  # the table of a sweep -> means, differences, intervals

@@ -25,6 +25,7 @@ from bhlib.kernels.vector import vector_forward  # noqa: E402
 from bhlib.procedures import critical_values  # noqa: E402
 from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
 from bhlib.rules import BH  # noqa: E402
+from bhlib.weighting import WEIGHTINGS  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if CUDA else (torch.float32, 1e-5)
@@ -34,9 +35,16 @@ TOKENS = 64 if CUDA else 5
 # ------------------------------------------------------------------------------------------------------- routing
 
 
+@pytest.mark.parametrize("code", [2, None, "softmax"])
+def test_the_kernel_refuses_weights_that_it_does_not_know(code):
+    with pytest.raises(ValueError, match=r"weighting must be 0 \(plain\) or 1 \(normalized\), got "):
+        bh_route(spread_logits(3, 64), torch.zeros(64), weighting=code)
+
+
 def kernel_route(rule, logits, layer=None, **options):
     """The kernel's routing with the decisions that a rule asks for."""
-    thresholds, _ = rule._critical_statistics(logits.shape[-1], layer, logits.device)
+    options["weighting"] = WEIGHTINGS[options.get("weighting", "softmax")].kernel
+    thresholds = rule.thresholds(logits.shape[-1], layer, logits.device)
     statistic, exclude_top, cuts = cut_table(rule.pvalues, thresholds, logits.shape[-1])
     return bh_route(
         logits, cuts, statistic=statistic, exclude_top=exclude_top, min_k=rule.min_k, max_k=rule.max_k, **options

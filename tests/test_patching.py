@@ -10,7 +10,7 @@ from rows import count_rows
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers, patching
+from bhlib import BHRoutingIntegration, RoutingPatch, discovery, find_moe_layers, patching
 from bhlib.rules import BH, Rule, TopK
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -40,7 +40,7 @@ def test_refuses_what_it_cannot_patch():
 
 
 def test_refuses_an_old_transformers(monkeypatch):
-    monkeypatch.setattr(patching.transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(discovery.transformers, "__version__", "4.57.1")
     with pytest.raises(ImportError, match=r"transformers 5.6 or newer, found 4.57.1.*pip install -U"):
         BHRoutingIntegration(tiny_olmoe())
 

@@ -19,6 +19,7 @@ from bhlib.procedures import (
     check_pvalues,
     critical_values,
     reject,
+    round_down,
     storey,
     storey_null_fraction,
 )
@@ -529,3 +530,11 @@ def test_gpu_decides_like_cpu_without_waiting(method, num_tests):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(found.cpu(), reject(on_cpu, 0.05, method))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_down_never_rounds_up(dtype):
+    exact = torch.cat([torch.linspace(-2, 2, 4001, dtype=torch.float64), torch.tensor([0.0, torch.inf])])
+    rounded = round_down(exact, dtype)
+    assert (rounded <= exact).all() and (rounded.nextafter(torch.full_like(rounded, torch.inf)) > exact)[:-1].all()
+    assert torch.equal(round_down(rounded.double(), dtype), rounded)

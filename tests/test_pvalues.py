@@ -286,6 +286,22 @@ def test_float64_critical_values_are_not_rounded_up():
         assert torch.equal(statistics >= critical, exact <= critical_p)
 
 
+def test_makers_say_what_a_kernel_compares():
+    logits, num_experts = random_logits(200, NUM_EXPERTS), NUM_EXPERTS
+    for maker in (DirichletNull(), TokenGaussian(5), standard_normal_table()):
+        thresholds = maker.critical_statistics(critical_values(num_experts, 0.05))
+        statistic, exclude_top, cuts = maker.kernel_form(num_experts, thresholds)
+        if statistic == "rest":
+            values = logits.softmax(-1) - 1
+        else:
+            values = STATISTICS[statistic](logits, exclude_top)
+        passed = values.sort(dim=-1, descending=True).values >= cuts
+        counts = (passed * torch.arange(1, num_experts + 1)).amax(-1)
+        assert counts.tolist() == benjamini_hochberg(maker(logits), 0.05).sum(-1).tolist() and counts.float().std() > 0
+    for maker in (TokenGaussian(estimator="truncated"), softmax_pseudo()):
+        assert maker.kernel_form(num_experts, thresholds) is None
+
+
 @pytest.mark.parametrize("maker", MAKERS)
 def test_ranks_against_critical_statistics_make_bh_decisions(maker):
     """What routing does: sort the statistics, compare with the table, count."""

@@ -1,8 +1,9 @@
-"""Every code block of the README works as it stands there.
+"""Every code block of the README works as it stands there, and so do the contributor's commands and map.
 
 Python blocks run in one fresh interpreter, top to bottom, so that a later block may use what an earlier
 one made. A shell block is read line by line: a make target has to exist, and so has a command of
-`python -m bhlib`. What it says about quality is held against the table that it shows.
+`python -m bhlib`; pytest has to collect what it is asked to run. What the README says about quality is held against
+the table that it shows.
 """
 
 import re
@@ -21,10 +22,12 @@ if not README.exists():
     pytest.skip("there is no README.md yet", allow_module_level=True)
 
 TEXT = README.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = FENCE.findall(TEXT)
 SHELL_LINES = [
     line.partition("#")[0].strip()
-    for language, body in BLOCKS
+    for language, body in BLOCKS + FENCE.findall(CONTRIBUTING)
     if language in ("bash", "sh", "shell", "console")
     for line in body.splitlines()
     if line.partition("#")[0].strip()
@@ -61,6 +64,9 @@ def test_shell_line_is_a_command_that_exists(line):
         command = [sys.executable, *shlex.split(line)[1:], "--help"]
         shown = finish(command)
         assert shown.returncode == 0, shown.stderr
+    elif line.startswith("pytest"):
+        collected = finish([sys.executable, "-m", *shlex.split(line), "--collect-only", "-q"])
+        assert collected.returncode == 0, collected.stdout
     else:
         assert line.startswith(FETCHING), f"no test knows how to run {line!r}"
 
@@ -71,7 +77,13 @@ def test_files_that_the_readme_links_to_exist():
     assert [target for target in local if not (ROOT / target).exists()] == []
 
 
-def test_what_is_said_under_the_main_figure_is_what_its_table_says():
+def test_the_map_has_a_place_for_every_module():
+    mapped = re.findall(r"`bhlib/(\w+)(?:\.py|/)`", CONTRIBUTING.partition("## Recipes")[0])
+    there = [path.stem for path in (ROOT / "bhlib").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))]
+    assert sorted(mapped) == sorted({*there} - {"__init__", "__main__"})
+
+
+def test_what_is_said_of_the_main_figure_is_what_its_table_says():
     """Of BH, the threshold and the weights per layer; in thousandths of a nat."""
     table = 1000 * pd.read_csv(ROOT / "figures/whole_test_split.csv", index_col=["family", "wanted_k"])
     assert (table.loc["BH", "high"] < 0).all(), "BH loses less than static top-k from three to seven"

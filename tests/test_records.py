@@ -11,8 +11,9 @@ import torch
 from models import tiny_olmoe, tokens
 
 from bhlib import BHRoutingIntegration, RoutingPatch
-from bhlib.passes import Step
-from bhlib.records import BLOCK_TOKENS, MAX_RECORDED_TOKENS, Records
+from bhlib.passes import PassTokens
+from bhlib.recorded_passes import BLOCK_TOKENS
+from bhlib.records import MAX_RECORDED_TOKENS, Records
 from bhlib.rules import PrefixRule, Replay, Routing, Rule, TopK
 
 
@@ -183,10 +184,10 @@ def test_memory_is_as_stated(max_k):
 
 
 def random_pass(generator, num_tokens, num_layers, num_experts=64):
-    """A step, and what each of some layers decides: as many slots as the layer with most experts needs."""
+    """The tokens of a pass, and what some layers decide: as many slots as the layer with most experts needs."""
     slots = int(torch.randint(1, 9, (), generator=generator))
     layers = [layer for layer in range(num_layers) if torch.rand((), generator=generator) < 0.9] or [0]
-    step = Step(
+    given = PassTokens(
         torch.rand(1, num_tokens, generator=generator) < 0.8,
         torch.arange(num_tokens, dtype=torch.int32)[None],
         torch.randint(0, 1000, (1, num_tokens), generator=generator, dtype=torch.int32),
@@ -200,7 +201,7 @@ def random_pass(generator, num_tokens, num_layers, num_experts=64):
         order = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=-1)[:, :slots]
         weights = torch.rand(num_tokens, slots, generator=generator).masked_fill(empty, 0.0)
         routings[layer] = Routing(weights, order.masked_fill(empty, -1), counts)
-    return step, routings
+    return given, routings
 
 
 @pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode, torch.no_grad])
@@ -211,24 +212,24 @@ def test_what_is_read_back_is_what_was_recorded(mode):
         num_tokens = (1, 1, 1, 40, 200, 300)[number % 6]
         # In turn in the mode and out of it: blocks that one began, the other fills.
         with mode() if number % 2 else nullcontext():
-            step, routings = random_pass(generator, num_tokens, num_layers=3)
-            current = records.begin(step)
+            given, routings = random_pass(generator, num_tokens, num_layers=3)
+            current = records.begin(given)
             for layer, routing in routings.items():
                 current.add(layer, routing)
             records.end(current)
-        put.append((step, routings))
+        put.append((given, routings))
     assert len(records.passes) == len(put) and len(records.passes.blocks) < 60
     histogram, load = np.zeros((3, 65), np.int64), np.zeros((3, 64), np.int64)
-    for found, (step, routings) in zip(records.passes, put, strict=True):
-        assert (found.step.first_sequence, found.step.generated) == (step.first_sequence, step.generated)
+    for found, (given, routings) in zip(records.passes, put, strict=True):
+        assert (found.tokens.first_sequence, found.tokens.generated) == (given.first_sequence, given.generated)
         for name in ("valid", "position", "token_ids"):
-            assert torch.equal(getattr(found.step, name), getattr(step, name))
+            assert torch.equal(getattr(found.tokens, name), getattr(given, name))
         assert list(found.routings) == list(routings)
         for layer, routing in routings.items():
             back = found.routings[layer]
             assert torch.equal(back.weights, routing.weights)
             assert torch.equal(back.experts.long(), routing.experts) and torch.equal(back.counts.long(), routing.counts)
-            real = step.valid[0]
+            real = given.valid[0]
             histogram[layer] += np.bincount(routing.counts[real], minlength=65)
             load[layer] += np.bincount(routing.experts[real][routing.experts[real] >= 0], minlength=64)
     assert (records.histogram() == histogram).all() and (records.expert_load() == load).all()
@@ -240,7 +241,7 @@ def test_what_is_read_back_is_what_was_recorded(mode):
 def test_coactivation_counts_exactly_in_low_precision(surroundings):
     """Beyond 256, where bfloat16 can no longer tell a number from the next."""
     valid, records = torch.ones(7, 43, dtype=torch.bool), Records(1, 4, 2)
-    current = records.begin(Step(valid, valid.int(), None, 0, generated=False))
+    current = records.begin(PassTokens(valid, valid.int(), None, 0, generated=False))
     experts = torch.tensor([[0, 2], [3, -1]])[[0] * 259 + [1] * 42]
     current.add(0, Routing((experts >= 0).float(), experts, (experts >= 0).sum(dim=-1)))
     records.end(current)

@@ -11,7 +11,7 @@ from models import tiny_olmoe, tokens
 from bhlib.patching import RoutingPatch
 from bhlib.procedures import higher_criticism
 from bhlib.pvalues import DirichletNull
-from bhlib.rules import BH, EntropyK, ExpertDropRatio, MinP, StaticPerLayer, Threshold, TopK, TopP
+from bhlib.rules import BH, EntropyK, MinP, StaticPerLayer, Threshold, TopK, TopP, WeightRatio
 
 
 def logits_of(seed, spread=2.0, rows=300):
@@ -40,7 +40,7 @@ def min_p_by_hand(probs, level):
     return sum(p > level * probs[0] for p in probs)
 
 
-def drop_ratio_by_hand(probs, level):
+def weight_ratio_by_hand(probs, level):
     count = 1
     while count < len(probs) and probs[count] >= level * sum(probs[:count]):
         count += 1
@@ -56,7 +56,7 @@ RIVALS = {
     "threshold": (lambda level, **k: Threshold(level, **k), threshold_by_hand, (0.02, 0.05, 0.1)),
     "top-p": (lambda level, **k: TopP(level, **k), top_p_by_hand, (0.3, 0.5, 0.7)),
     "min-p": (lambda level, **k: MinP(level, **k), min_p_by_hand, (0.1, 0.3, 0.6)),
-    "drop ratio": (lambda level, **k: ExpertDropRatio(level, **k), drop_ratio_by_hand, (0.05, 0.1, 0.3)),
+    "weight ratio": (lambda level, **k: WeightRatio(level, **k), weight_ratio_by_hand, (0.05, 0.1, 0.3)),
     "entropy": (lambda level, **k: EntropyK((level, level + 0.3), (2, 5, 8)), entropy_by_hand, (1.8, 2.2, 2.6)),
 }
 CASES = [(name, level) for name, (_, _, levels) in RIVALS.items() for level in levels]
@@ -89,7 +89,7 @@ def test_temperature_and_weighting_change_weights_and_no_count(name, level, spre
     assert torch.equal(rule(logits + 2.5, weighting="normalized").counts, counts)
 
 
-@pytest.mark.parametrize("name", ["threshold", "min-p", "drop ratio", "top-p"])
+@pytest.mark.parametrize("name", ["threshold", "min-p", "weight ratio", "top-p"])
 def test_the_level_is_a_dial(name):
     """Stricter levels keep fewer experts of every token; top-p keeps more as p rises."""
     make, _, _ = RIVALS[name]
@@ -103,7 +103,7 @@ def test_two_experts_are_dropped_as_in_naee():
     """With two experts the rule is the published one: the second is skipped if w_2 < beta w_1."""
     logits = logits_of(seed=1)[:, :2]
     ratio = torch.exp(logits.min(-1).values - logits.max(-1).values)
-    assert torch.equal(ExpertDropRatio(0.5, max_k=2)(logits).counts, 1 + (ratio >= 0.5).long())
+    assert torch.equal(WeightRatio(0.5, max_k=2)(logits).counts, 1 + (ratio >= 0.5).long())
 
 
 def test_threshold_is_a_fixed_cut_of_dirichlet_pvalues():
@@ -131,7 +131,7 @@ def test_static_per_layer_gives_each_layer_its_own():
     assert not torch.equal(logits, own)
 
 
-@pytest.mark.parametrize("rule", [Threshold(0.05), TopP(0.3), MinP(0.3), ExpertDropRatio(0.15), EntropyK()], ids=repr)
+@pytest.mark.parametrize("rule", [Threshold(0.05), TopP(0.3), MinP(0.3), WeightRatio(0.15), EntropyK()], ids=repr)
 def test_rivals_patch_a_model_and_are_recorded(rule):
     with RoutingPatch(tiny_olmoe(), rule) as patch, torch.no_grad():
         patch.model(tokens(2, 30))
@@ -146,7 +146,7 @@ def test_rivals_patch_a_model_and_are_recorded(rule):
         (lambda: Threshold(1.5), r"threshold must be a number in \[0, 1\], got 1.5"),
         (lambda: TopP(-0.1), r"p must be a number in \[0, 1\], got -0.1"),
         (lambda: MinP("a"), r"ratio must be a number in \[0, 1\], got 'a'"),
-        (lambda: ExpertDropRatio(True), r"beta must be a number in \[0, 1\], got True"),
+        (lambda: WeightRatio(True), r"beta must be a number in \[0, 1\], got True"),
         (lambda: EntropyK((1.0,), (2, 4, 8)), "one entry more than thresholds, got 3 and 1"),
         (lambda: EntropyK((2.0, 1.0), (2, 4, 8)), r"thresholds must be increasing, got \(2.0, 1.0\)"),
         (lambda: EntropyK((1.0, 2.0), (0, 4, 8)), r"ks must hold ints of 1 or more, got \(0, 4, 8\)"),

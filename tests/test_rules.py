@@ -12,14 +12,11 @@ from bhlib.procedures import PROCEDURES, critical_values, reject
 from bhlib.pvalues import DirichletNull, TokenGaussian
 from bhlib.rules import (
     BH,
-    WEIGHTINGS,
     EntropyK,
     StaticPerLayer,
     Threshold,
     TopK,
     compare_max_k,
-    gather_weights,
-    router_scores,
 )
 
 
@@ -115,20 +112,6 @@ def test_empty_slots_at_min_k_zero():
     logits = torch.zeros(3, 64)  # nothing stands out
     weights, experts, counts = benjamini_hochberg_routing(logits, min_k=0)
     assert (counts == 0).all() and (experts == -1).all() and (weights == 0).all()
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_weightings(weighting):
-    logits = random_logits(20, 16)
-    scores = router_scores(logits, weighting)
-    order = logits.argsort(-1, descending=True)[:, :4]
-    weights = gather_weights(scores, order, torch.full((20,), 3), weighting).weights
-    kept = torch.softmax(logits, -1).gather(-1, order[:, :3])
-    expected = kept if weighting == "softmax" else kept / kept.sum(-1, keepdim=True)
-    torch.testing.assert_close(weights[:, :3], expected)
-    assert (weights[:, 3] == 0).all()
-    nothing = gather_weights(scores, order, torch.zeros(20, dtype=torch.int64), weighting)
-    assert (nothing.weights == 0).all() and (nothing.experts == -1).all()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """The GPU benchmark: what can be tested without a GPU, and one short run on a CUDA device."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from models import tiny_olmoe, tokens
 
+from bhlib import find_moe_layers
 from bhlib.__main__ import main
 from bhlib.figures.speed import draw_speed
 from bhlib.rules import TopK
-from bhlib.speed import bench_speed, passes
+from bhlib.speed import bench_speed, whole_model
 from bhlib.speed.goals import check_goals, fastest
 from bhlib.speed.layer import block_floor, exact_counts, random_routing
 from bhlib.speed.results import COLUMNS, Candidate, Results
@@ -68,31 +72,42 @@ def test_floor_of_a_model_counted_by_its_weights(model):
     everything = [torch.arange(config.num_experts)[None]] * config.num_hidden_layers
     moved = 2 * (model.num_parameters() - config.vocab_size * config.hidden_size)
     slow = {"bytes_per_second": 1.0, "operations_per_second": 1e30}
-    assert passes.model_floor(model, everything, 1, 1, 0, slow) == moved
+    assert whole_model.model_floor(model, everything, 1, 1, 0, slow) == moved
     cache = 2 * 2 * config.num_hidden_layers * 3 * 10 * config.hidden_size  # keys and values of 3 x 10 tokens
     assert config.num_key_value_heads == config.num_attention_heads
-    assert passes.model_floor(model, everything, 3, 1, 10, slow) == moved + cache
+    assert whole_model.model_floor(model, everything, 3, 1, 10, slow) == moved + cache
 
 
 def test_rules_give_the_mean_k_that_they_are_named_for(model):
     ids = tokens(4, 64)
-    for k, rule in passes.rules_by_mean_k(model, ids).items():
-        with passes.RoutingPatch(model, rule, kernels=False):
-            selected = passes.watch_experts(model, lambda: model(input_ids=ids))
+    for k, rule in whole_model.rules_by_mean_k(model, ids).items():
+        with whole_model.RoutingPatch(model, rule, kernels=False):
+            selected = whole_model.selected_experts(model, lambda: model(input_ids=ids))
         # The levels were found on the unpatched model: a patched layer changes what the next one sees.
-        assert passes.mean_filled(model, selected) == pytest.approx(k, abs=0.7)
+        assert whole_model.mean_filled(model, selected) == pytest.approx(k, abs=0.7)
 
 
 def test_no_experts_leaves_the_rest_of_the_pass(model):
     ids = tokens(1, 5)
     before = model(input_ids=ids).logits
-    with passes.implementation_set(model, passes.NO_EXPERTS):
+    with whole_model.run_by(find_moe_layers(model), whole_model.NO_EXPERTS):
         without = model(input_ids=ids, output_hidden_states=True)
-        selected = passes.watch_experts(model, lambda: model(input_ids=ids))
-    assert passes.mean_filled(model, selected) == 0
+        selected = whole_model.selected_experts(model, lambda: model(input_ids=ids))
+    assert whole_model.mean_filled(model, selected) == 0
     assert not torch.equal(without.logits, before) and torch.equal(model(input_ids=ids).logits, before)
-    with passes.RoutingPatch(model, TopK(1), kernels=False):
-        assert passes.mean_filled(model, passes.watch_experts(model, lambda: model(input_ids=ids))) == 1
+    with whole_model.RoutingPatch(model, TopK(1), kernels=False):
+        assert whole_model.mean_filled(model, whole_model.selected_experts(model, lambda: model(input_ids=ids))) == 1
+
+
+def test_importing_the_benchmarks_registers_nothing():
+    script = """
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+before = set(ALL_EXPERTS_FUNCTIONS.keys())
+import bhlib.benchmarks, bhlib.speed
+assert set(ALL_EXPERTS_FUNCTIONS.keys()) == before, set(ALL_EXPERTS_FUNCTIONS.keys()) - before
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 # -- the table ---------------------------------------------------------------------------------------------------

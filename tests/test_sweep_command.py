@@ -14,7 +14,7 @@ import torch
 from bhlib import load_demo, load_heldout
 from bhlib.__main__ import main
 from bhlib.evaluation import sweep
-from bhlib.rules import BH, ExpertDropRatio, MinP, Threshold, TopK, TopP
+from bhlib.rules import BH, MinP, Threshold, TopK, TopP, WeightRatio
 from bhlib.sweep_command import parse_rules
 
 SMALL = ["--sequences", "1", "--length", "48"]
@@ -32,11 +32,11 @@ def test_rules_by_name():
             "BH 0.1": BH(0.1),
         }
     )
-    assert parse_rules("threshold:0.05 top-p:0.4 min-p:0.3 drop-ratio:0.2") == {
+    assert parse_rules("threshold:0.05 top-p:0.4 min-p:0.3 weight-ratio:0.2") == {
         "threshold 0.05": Threshold(0.05),
         "top-p 0.4": TopP(0.4),
         "min-p 0.3": MinP(0.3),
-        "drop-ratio 0.2": ExpertDropRatio(0.2),
+        "weight ratio 0.2": WeightRatio(0.2),
     }
 
 

@@ -11,7 +11,7 @@ from bhlib import BHRoutingIntegration, load_demo, load_heldout
 from bhlib.evaluation import evaluate
 from bhlib.loading import load_settings
 from bhlib.procedures import benjamini_hochberg
-from bhlib.rules import BH, EntropyK, ExpertDropRatio, MinP, StaticPerLayer, Threshold, TopP
+from bhlib.rules import BH, EntropyK, MinP, StaticPerLayer, Threshold, TopP, WeightRatio
 from bhlib.tuning import (
     choose_layer_weights,
     choose_static_per_layer,
@@ -33,7 +33,7 @@ def test_mean_experts_counts_every_layer_alike():
     assert mean_experts(BH(0.05), logits) == pytest.approx(counts.double().mean().item())
 
 
-@pytest.mark.parametrize("family", [BH, TopP, MinP, Threshold, ExpertDropRatio, lambda a: BH(a, method="by")])
+@pytest.mark.parametrize("family", [BH, TopP, MinP, Threshold, WeightRatio, lambda a: BH(a, method="by")])
 @pytest.mark.parametrize("mean_k", [2.5, 4, 5.5])
 def test_level_gives_the_mean_whichever_way_it_runs(family, mean_k):
     logits = random_logits(2, 1000, 64)

@@ -13,9 +13,9 @@ from matplotlib import pyplot
 from bhlib import load_demo
 from bhlib.evaluation import evaluate
 from bhlib.procedures import PROCEDURES
-from bhlib.pvalues import STATISTICS
+from bhlib.pvalues import NULLS, STATISTICS
 from bhlib.rules import BH
-from bhlib.widgets import NULL_CHOICES, Explorer, heldout_texts
+from bhlib.widgets import Explorer, heldout_texts
 
 SHORT = {"one": "It was a bright morning, and she had nothing to say.", "two": "def mean(values):\n    return"}
 
@@ -61,7 +61,7 @@ def test_loss_is_that_of_the_patched_model(demo, explorer):
     assert f"<b>{patched:.3f}</b>" in explorer.loss.value and f": {own:.3f} " in explorer.loss.value
 
 
-@pytest.mark.parametrize("null", [name for _, name in NULL_CHOICES])
+@pytest.mark.parametrize("null", NULLS)
 def test_every_null_works_with_every_statistic_that_it_takes(explorer, null):
     before = mean_of(explorer)
     explorer.null.value = null

@@ -32,7 +32,7 @@ SHARED = 50  # tokens: as long a stretch must not occur both in held-out and in 
 
 
 def split(docs: list[str], seed: int) -> dict[str, list[str]]:
-    """Shuffle documents and deal them out: held-out splits until each has text enough, the rest to train."""
+    """Shuffle documents and deal them out: held-out splits until each has enough text, the rest to train."""
     random.Random(seed).shuffle(docs)
     parts = {}
     for name, tokens in HELD_OUT.items():

@@ -208,7 +208,7 @@ def main() -> None:
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(HERE)
     model = OlmoeForCausalLM(make_config(tokenizer, args)).to(args.device, dtype)
-    model.config._experts_implementation = IMPLEMENTATION
+    model.set_experts_implementation(IMPLEMENTATION)
     history = train(model, Corpus(args.corpus, torch.device(args.device), args.exponent), args, began)
     if history["steps"] != history["planned_steps"]:
         print(f"stopped at step {history['steps']} of {history['planned_steps']}; the same command resumes")
@@ -218,9 +218,7 @@ def main() -> None:
                "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
                "parameters": model.num_parameters(), "torch": torch.__version__,
                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    model.config._experts_implementation = None
     model.save_pretrained(args.out, max_shard_size="16MB")
-    model.config._experts_implementation = IMPLEMENTATION
     for split in args.splits:
         metrics[split] = evaluate(model, arrays, split)
         print(split, {k: round(loss["mean"], 4) for k, loss in metrics[split]["loss"].items()}, flush=True)

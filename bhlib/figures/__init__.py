@@ -27,7 +27,6 @@ from bhlib.figures.passage import (
     passage_html,
 )
 from bhlib.figures.quality import (
-    LOOKS,
     compute_families_tried,
     compute_loss_vs_experts,
     compute_matched_compute,

@@ -5,10 +5,7 @@ from io import BytesIO
 import matplotlib
 from matplotlib.figure import Figure
 
-#: Colours that colour-blind readers can tell apart (Okabe & Ito 2008).
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
+from bhlib.looks import COLORS
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -23,7 +20,7 @@ STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
-    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK, YELLOW]),
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
 }
 
 

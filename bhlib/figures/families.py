@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 from torch import Tensor
 
 from bhlib.loading import load_settings
-from bhlib.pvalues import DirichletNull, PValueMaker, TokenGaussian
-from bhlib.rules import BH, EntropyK, ExpertDropRatio, MinP, Rule, StaticPerLayer, Threshold, TopP
+from bhlib.pvalues import NULLS, PValueMaker
+from bhlib.rules import BH, FAMILIES, EntropyK, Rule, RuleFamily, StaticPerLayer
 from bhlib.tuning import entropy_thresholds, level_for_mean_experts
 
 #: Makes a rule from calibration logits [layers, tokens, experts] and the mean number of experts that it is to give.
@@ -34,15 +33,24 @@ def _static_per_layer(logits: Tensor, mean_k: float) -> Rule:
     return StaticPerLayer(tuple(load_settings()["static_per_layer"][f"{mean_k:g}"]))
 
 
-#: What people use, each under the name that figures give it.
-RIVALS: dict[str, Family] = {
-    "threshold": by_level(Threshold),
-    "top-p": by_level(TopP),
-    "min-p": by_level(MinP),
-    "entropy": _entropy,
-    "weight ratio": by_level(ExpertDropRatio),
-    "static per layer": _static_per_layer,
-}
+#: How a family gives a wanted mean, where no level in (0, 1) does it.
+FITTED: dict[str, Family] = {"entropy": _entropy, "static per layer": _static_per_layer}
+
+
+def rivals() -> dict[str, Family]:
+    """What people use, each under the name that figures give it: all rivals in `bhlib.rules.FAMILIES`."""
+    return {name: _way_of(family) for name, family in FAMILIES.items() if family.is_rival}
+
+
+def _way_of(family: RuleFamily) -> Family:
+    if family.name in FITTED:
+        return FITTED[family.name]
+    if family.make is None:
+        raise ValueError(
+            f"nothing says how {family.name!r} gives a wanted number of experts: register it with make=, enter it in "
+            f"bhlib.figures.families.FITTED, or leave it out of comparisons with is_rival=False."
+        )
+    return by_level(family.make)
 
 
 def fitted_families(fitted: PValueMaker) -> dict[str, Family]:
@@ -66,23 +74,9 @@ def tried_families(fitted: dict[str, PValueMaker]) -> dict[str, Family]:
     fitted : dict of PValueMaker
         Nulls fitted on calibration text, by name.
     """
-    tried = {f"BH, Dirichlet {a}": bh(DirichletNull(a)) for a in (1, 2, 4, 8)}
-    tried |= {f"BH, token Gaussian, {kind}": bh(TokenGaussian(estimator=kind)) for kind in ("trimmed", "truncated")}
-    tried |= {f"BH, {name}": bh(maker) for name, maker in fitted.items()}
+    uncalibrated = [entry for entry in NULLS.values() if not entry.needs_calibration]
+    nulls = {label: entry.make(**options) for entry in uncalibrated for label, options in entry.tried.items()}
+    tried = {f"BH, {label}": bh(maker) for label, maker in (nulls | fitted).items()}
     tried |= {f"{method}, Dirichlet 4": bh(method=method) for method in ("by", "storey", "tsbky", "hochberg", "hc")}
-    tried |= weighted_families() | RIVALS
+    tried |= weighted_families() | rivals()
     return tried | {f"entropy, slope {slope:g}": partial(_entropy, slope=slope) for slope in (0.5, 2.0, 4.0)}
-
-
-#: The number by which a family is given more experts or fewer, by the class of its rules.
-_LEVELS = {BH: "alpha", Threshold: "threshold", TopP: "p", MinP: "ratio", ExpertDropRatio: "beta"}
-
-
-def level_of(rule: Rule) -> float:
-    """The level of a rule: alpha, threshold, p, ratio or beta; of `EntropyK` the first threshold, in nats.
-
-    NaN for rules that have none: `TopK`, and `StaticPerLayer`, whose numbers stand in `bhlib/demo/settings.json`.
-    """
-    if isinstance(rule, EntropyK):
-        return rule.thresholds[0]
-    return getattr(rule, _LEVELS[type(rule)]) if type(rule) in _LEVELS else np.nan

@@ -8,8 +8,10 @@ from matplotlib.figure import Figure
 
 from bhlib import evidence
 from bhlib.calibration import name_of
-from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Picture
+from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import Demo, figure
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED
+from bhlib.pvalues import null_looks
 
 
 def compute_softmax_theorem(demo: Demo) -> pd.DataFrame:
@@ -61,22 +63,11 @@ def compute_null_calibration(demo: Demo) -> pd.DataFrame:
         settings = {"sequence_length": demo.window}
         layers = evidence.uniformity(maker, demo.validation_logits, **settings)
         parts.append(layers.assign(kind="ks", null=name, calibration_tokens=logits.shape[1]))
-        if name in NULL_LOOKS:
+        if name in null_looks():
             curve = evidence.level_curve(maker, demo.validation_logits, **settings)
             parts.append(curve.assign(kind="curve", null=name))
     whole = dict.fromkeys(["layer", "tokens", "sequences", "values", "calibration_tokens"], "Int64")
     return pd.concat(parts, ignore_index=True).astype(whole)  # whole numbers, also where some are missing
-
-
-#: The nulls whose distributions are drawn, and how.
-NULL_LOOKS = {
-    "Dirichlet": (PINK, ":"),
-    "Gaussian, trimmed": (ORANGE, "--"),
-    "Gaussian, truncated": (RED, "--"),
-    "KDE, standardized": (BLUE, "-"),
-    "KDE, log_prob": (SKY, "-"),
-    "conformal, standardized": (GREEN, "-"),
-}
 
 
 _TAILS = {"tail_01": 0.01, "tail_001": 0.02, "tail_01_reference": 0.01, "tail_001_reference": 0.02}
@@ -91,7 +82,8 @@ def draw_null_calibration(table: pd.DataFrame) -> Figure:
     curves = table[table["kind"] == "curve"]
     _draw_qq(fig.add_subplot(grid[0, 1]), curves, table[table["kind"] == "ks"])
     _draw_histogram(fig.add_subplot(grid[1, 1]), curves)
-    fig.legend(*fig.axes[-2].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(NULL_LOOKS))
+    names = fig.axes[-2].get_legend_handles_labels()
+    fig.legend(*names, fontsize=8, loc="outside lower center", ncols=len(names[0]))
     return fig
 
 
@@ -124,9 +116,14 @@ def _draw_ks(fig: Figure, axes, layers: pd.DataFrame) -> None:
     fig.colorbar(image, ax=axes, fraction=0.03, ticks=[0.002, 0.01, 0.05, 0.2], format="%g", label="KS distance")
 
 
+def _looks(curves: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Those of the nulls with a look that the table holds: one that was entered later is in a table made later."""
+    return {name: look for name, look in null_looks().items() if name in set(curves["null"])}
+
+
 def _draw_qq(axes, curves: pd.DataFrame, layers: pd.DataFrame) -> None:
     """Fraction of null p-values up to a level, over the level; rings at what a true null gives, by simulation."""
-    for name, (color, style) in NULL_LOOKS.items():
+    for name, (color, style) in _looks(curves).items():
         part = curves[curves["null"] == name]
         level = part["level"]
         axes.plot(level, part["fraction"], color=color, linestyle=style, label=name)
@@ -143,7 +140,7 @@ def _draw_qq(axes, curves: pd.DataFrame, layers: pd.DataFrame) -> None:
 
 
 def _draw_histogram(axes, curves: pd.DataFrame) -> None:
-    for name, (color, style) in NULL_LOOKS.items():
+    for name, (color, style) in _looks(curves).items():
         part = curves[(curves["null"] == name) & (curves["level"] * 32 % 1 == 0)]
         density = np.diff(part["fraction"], prepend=0) * 32
         edges = np.append(0, part["level"])

@@ -27,8 +27,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from bhlib.calibration import collect_router_logits
-from bhlib.figures.drawing import BLACK, BLUE, RED, STYLE, Picture
-from bhlib.patching import find_moe_layers
+from bhlib.discovery import find_moe_layers
+from bhlib.figures.drawing import STYLE, Picture
+from bhlib.looks import BLACK, BLUE, RED
 from bhlib.rules import Rule, TopK
 
 #: The share of tokens that a bar of spread covers: from the 10th to the 90th percentile.
@@ -86,7 +87,7 @@ class Passage:
     top_k : int
         Experts per token of the model itself.
     weighting : str
-        How the model makes weights of scores (`bhlib.rules.WEIGHTINGS`).
+        How the model makes weights of scores (`bhlib.weighting.WEIGHTINGS`).
     """
 
     token_ids: Tensor

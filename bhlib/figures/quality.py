@@ -8,13 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bhlib import comparisons, evaluation, evidence
-from bhlib.calibration import VALUES_PER_LAYER, fit_null, name_of
-from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Picture
-from bhlib.figures.families import RIVALS, Family, bh, fitted_families, level_of, tried_families, weighted_families
+from bhlib.calibration import fit_null, name_of
+from bhlib.figures.drawing import Picture
+from bhlib.figures.families import Family, bh, fitted_families, rivals, tried_families, weighted_families
 from bhlib.figures.registry import ALPHAS, FREE, Demo, figure
 from bhlib.loading import heldout_sequence_documents, load_heldout
-from bhlib.pvalues import STATISTICS, DirichletNull
-from bhlib.rules import BH, Rule, TopK
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+from bhlib.pvalues import NULLS, STATISTICS, DirichletNull
+from bhlib.rules import BH, FAMILIES, Rule, RuleFamily, TopK, families_of
+from bhlib.sampling import VALUES_PER_LAYER
 
 #: Where families are compared.
 MEAN_K = (3, 4, 5, 6, 7)
@@ -35,7 +37,7 @@ def comparison(demo: Demo) -> pd.DataFrame:
     -------
     pandas.DataFrame
         As `sweep` returns it, with the ``document`` of each row's sequence, and ``family``, ``wanted_k`` (the mean that
-        a level was found for) and ``level`` (`level_of`) of its rule.
+        a level was found for) and ``level`` (`RuleFamily.level_of`) of its rule.
     """
     default = [("BH", np.nan, f"BH {alpha:g}", BH(alpha)) for alpha in ALPHAS]
     text, documents = (
@@ -56,7 +58,7 @@ def whole_comparison(demo: Demo) -> pd.DataFrame:
 def _calibrated_families(demo: Demo) -> dict[str, Family]:
     """All families but BH with its default p-values, in the order of tables."""
     fitted = fit_null(demo.calibration_logits, statistic="log_prob", **_fit_options(demo))
-    return fitted_families(fitted) | weighted_families() | RIVALS
+    return fitted_families(fitted) | weighted_families() | rivals()
 
 
 def _at_mean_k(demo: Demo, families: dict[str, Family]) -> list[tuple[str, float, str, Rule]]:
@@ -71,26 +73,19 @@ def _sweep(
     """A sweep of static top-k and of what `_at_mean_k` lists, on sequences by domain, of documents by domain."""
     entries = [("static top-k", np.nan, name, rule) for name, rule in STATIC.items()] + entries
     rules = {name: rule for _, _, name, rule in entries}
-    facts = {name: {"family": family, "wanted_k": k, "level": level_of(rule)} for family, k, name, rule in entries}
+    facts = {
+        name: {"family": family, "wanted_k": k, "level": FAMILIES[family].level_of(rule)}
+        for family, k, name, rule in entries
+    }
     frame = evaluation.sweep(demo.model, rules, text, cache=demo.cache, **options)
     return comparisons.with_documents(frame.join(pd.DataFrame.from_dict(facts, orient="index"), on="rule"), documents)
 
 
-#: Colour, marker and line of each family.
-LOOKS = {
-    "static top-k": (BLACK, "s", "-"),
-    "BH": (BLUE, "o", "-"),
-    "BH, layer weights": (BLUE, "^", "--"),
-    "BH, fitted null": (BLUE, "p", ":"),
-    "fixed cut, fitted null": (GREEN, "d", ":"),
-    "threshold": (GREEN, "D", "-"),
-    "threshold, layer weights": (GREEN, "v", "--"),
-    "top-p": (RED, "P", "-"),
-    "min-p": (ORANGE, "X", "-"),
-    "entropy": (PINK, "h", "-"),
-    "weight ratio": (SKY, "<", "-"),
-    "static per layer": (YELLOW, ">", "--"),
-}
+def _series(family: RuleFamily) -> dict:
+    """How `errorbar` draws a family: BH bolder, and over the others."""
+    first = family.name == "BH"
+    size = {"markersize": 4.5, "linewidth": 2 if first else 1.2, "capsize": 2, "zorder": 3 if first else 2}
+    return family.look._asdict() | size
 
 
 def compute_loss_vs_experts(demo: Demo) -> pd.DataFrame:
@@ -107,15 +102,12 @@ def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
     """Loss minus the loss of the model's own top-8, against experts per token: every rule."""
     fig = Picture(figsize=(7.0, 4.0), layout="constrained")
     axes = fig.subplots()
-    for family, (color, marker, line) in LOOKS.items():
-        part = table[(table["family"] == family) & table["mean_k"].between(2.4, 8)].sort_values("mean_k")
+    for family in families_of(table["family"]):
+        part = table[(table["family"] == family.name) & table["mean_k"].between(2.4, 8)].sort_values("mean_k")
         if part.empty:
             continue
         error = np.stack([part["difference"] - part["low"], part["high"] - part["difference"]])
-        axes.errorbar(
-            part["mean_k"], part["difference"], error, color=color, marker=marker, linestyle=line, markersize=4.5,
-            linewidth=2 if family == "BH" else 1.2, capsize=2, label=family, zorder=3 if family == "BH" else 2,
-        )  # fmt: skip
+        axes.errorbar(part["mean_k"], part["difference"], error, label=family.name, **_series(family))
     axes.axhline(0, color=BLACK, linewidth=0.8)
     half_percent = 0.005 * table.loc[table["rule"] == "top-8", "loss"].iloc[0]
     axes.axhline(half_percent, color=BLACK, linewidth=0.8, linestyle=":")
@@ -182,15 +174,11 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
     table = table[(table["mean_k"] - table["mean_k"].round()).abs() < 0.15]
     fig = Picture(figsize=(7.0, 4.0), layout="constrained")
     axes = fig.subplots()
-    for i, (family, (color, marker, line)) in enumerate(LOOKS.items()):
-        part = table[(table["family"] == family) & table["mean_k"].between(2.6, 7.5)].sort_values("mean_k")
+    for i, family in enumerate(families_of({"static top-k", *table["family"]})):
+        part = table[(table["family"] == family.name) & table["mean_k"].between(2.6, 7.5)].sort_values("mean_k")
         if part.empty:
             continue
-        axes.errorbar(
-            part["mean_k"] + 0.02 * (i - 5), *_joint(part), color=color, marker=marker, linestyle=line,
-            markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2, label=family,
-            zorder=3 if family == "BH" else 2,
-        )  # fmt: skip
+        axes.errorbar(part["mean_k"] + 0.02 * (i - 5), *_joint(part), label=family.name, **_series(family))
     axes.axhline(0, color=BLACK, linewidth=1.2)
     axes.annotate("static top-k", (7.15, 0.3), fontsize=8)
     axes.set_yscale("symlog", linthresh=10, linscale=1.5)
@@ -226,8 +214,9 @@ def compute_whole_test_split(demo: Demo) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        A row per family and wanted mean number of experts: ``family``, ``wanted_k``, ``level`` (`level_of`), the
-        columns of `matched_compute` (losses in nats per token), and three differences of the same form:
+        A row per family and wanted mean number of experts: ``family``, ``wanted_k``, ``level``
+        (`RuleFamily.level_of`), the columns of `matched_compute` (losses in nats per token), and three differences of
+        the same form:
 
         ``threshold_…``: from the probability threshold at the same mean (`matched_difference`), with ``…equal``: within
         ± 0.4 thousandths of a nat by an equivalence test, each row by itself;
@@ -259,17 +248,14 @@ def draw_whole_test_split(table: pd.DataFrame) -> Figure:
     """Left, loss minus that of static top-k at the same mean; right, minus that of the probability threshold."""
     fig = Picture(figsize=(7.4, 4.8), layout="constrained")
     static, threshold = fig.subplots(1, 2, width_ratios=(1.35, 1))
-    families = [family for family in LOOKS if family in set(table["family"])]
-    nearest = [family for family in families if family in {*FIXED_CUTS, *FIXED_CUTS.values()} - {"threshold"}]
+    families = families_of(table["family"])
+    nearest = [family for family in families if family.name in {*FIXED_CUTS, *FIXED_CUTS.values()} - {"threshold"}]
     for axes, shown, prefix in ((static, families, ""), (threshold, nearest, "threshold_")):
         for i, family in enumerate(shown):
-            color, marker, line = LOOKS[family]
-            part = table[table["family"] == family].sort_values("mean_k")
-            axes.errorbar(
-                part["wanted_k"] + 0.04 * (i - len(shown) / 2), *_joint(part, prefix), color=color, marker=marker,
-                linestyle=line, markersize=4.5, linewidth=2 if family == "BH" else 1.2, capsize=2,
-                label=family if axes is static else None, zorder=3 if family == "BH" else 2,
-            )  # fmt: skip
+            part = table[table["family"] == family.name].sort_values("mean_k")
+            label = family.name if axes is static else None
+            x = part["wanted_k"] + 0.04 * (i - len(shown) / 2)
+            axes.errorbar(x, *_joint(part, prefix), label=label, **_series(family))
         axes.axhline(0, color=BLACK, linewidth=1.2)
         axes.set_xticks(MEAN_K)
         axes.set_xlabel("experts per token and layer (mean)")
@@ -329,10 +315,12 @@ def compute_families_tried(
     """Every family that was tried, on the validation split: loss minus static top-k. Takes half an hour."""
     logits = demo.calibration_logits
     fit = _fit_options(demo)
-    fitted = {f"KDE, {name}": fit_null(logits, statistic=name, **fit) for name in STATISTICS}
-    for label, per_expert in {"conformal": False, "conformal per expert": True}.items():
-        null = fit_null(logits, null="conformal", statistic="log_prob", per_expert=per_expert, **fit)
-        fitted[f"{label}, log_prob"] = null
+    fitted = {
+        label: fit_null(logits, null=name, **options, **fit)
+        for name, entry in NULLS.items()
+        if entry.needs_calibration
+        for label, options in entry.tried.items()
+    }
     rules, wanted = dict(STATIC), {}
     for name, family in tried_families(fitted).items():
         for k in mean_k:

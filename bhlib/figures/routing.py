@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 
 from bhlib.calibration import collect_router_logits
 from bhlib.comparisons import resample
-from bhlib.figures.drawing import BLACK, BLUE, RED, Picture
+from bhlib.figures.drawing import Picture
 from bhlib.figures.quality import comparison
 from bhlib.figures.registry import Demo, figure
 from bhlib.figures.runs import Run, interval
+from bhlib.looks import BLACK, BLUE, RED
 from bhlib.patching import BHRoutingIntegration
 from bhlib.rules import BH
 

@@ -5,8 +5,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import BLACK, BLUE, GREEN, RED, Picture
+from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import figure
+from bhlib.looks import BLACK, BLUE, GREEN, RED
 
 #: Rows of panels: stage, sizes from left to right, and what a size counts.
 ROWS = (

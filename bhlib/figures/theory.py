@@ -6,8 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bhlib import evidence
-from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Picture
+from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import Demo, figure
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from bhlib.procedures import critical_values, reject
 from bhlib.simulations import simulate_fdr, simulate_power_1995
 

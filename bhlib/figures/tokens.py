@@ -1,7 +1,6 @@
 """Figures of single tokens: who is given more experts, with which weights, and what text comes of it."""
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -11,17 +10,17 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
 
 from bhlib.calibration import alpha_for_mean_experts
 from bhlib.comparisons import paired_difference, with_documents
 from bhlib.evaluation import sweep
-from bhlib.figures.drawing import BLACK, BLUE, GREEN, ORANGE, RED, SKY, Picture
+from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import FREE, Demo, figure
 from bhlib.figures.runs import interval, rank_correlation
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED, SKY
 from bhlib.patching import RoutingPatch
 from bhlib.pvalues import DirichletNull
-from bhlib.rules import BH, Routing, Rule, TopK
+from bhlib.rules import BH, KeepMass, TopK
 
 # -- are hard tokens given more? ---------------------------------------------------------------------------------------
 
@@ -107,38 +106,6 @@ def _error(part: pd.DataFrame, of: str = "value") -> np.ndarray:
 
 
 # -- renormalization and temperature -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KeepMass(Rule):
-    """The experts of another rule, with weights that add up to what those of the model's own top-k would.
-
-    Parameters
-    ----------
-    rule : Rule
-        Which experts; at least one per token.
-    top_k : int
-        Experts per token of the model itself.
-    """
-
-    rule: Rule
-    top_k: int = 8
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "min_k", self.rule.min_k)
-        object.__setattr__(self, "max_k", self.rule.max_k)
-        super().__post_init__()
-
-    def __call__(
-        self, router_logits: Tensor, layer: int | None = None, *, weighting: str = "softmax", temperature: float = 1.0
-    ) -> Routing:
-        routing = self.rule(router_logits, layer, weighting=weighting, temperature=temperature)
-        own = TopK(self.top_k)(router_logits, layer, weighting=weighting, temperature=temperature)
-        factor = own.weights.sum(dim=-1, keepdim=True) / routing.weights.sum(dim=-1, keepdim=True)
-        return routing._replace(weights=routing.weights * factor)
-
-    def check_model(self, num_layers: int, num_experts: int) -> None:
-        self.rule.check_model(num_layers, num_experts)
 
 
 #: What is done to the weights of the kept experts, and the options of `RoutingPatch` that do it.

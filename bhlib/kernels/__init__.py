@@ -10,7 +10,8 @@ tested against it. Shapes depend on the number of tokens and slots alone, never 
 nothing waits for the device: hence CUDA graphs and ``torch.compile`` hold while the counts change from token to token.
 Nothing is added up by atomic operations, so the same inputs give the same bits.
 
-On a CPU there is `bhlib.kernels.loop`, in plain torch: the experts alone, on as many pairs as there are.
+Whether they can compute something here is asked of this module: of the machine by `available`, of a module by
+`module_fits`, of its inputs by `inputs_fit`. On a CPU there is `bhlib.expert_loop`, in plain torch.
 
 Importing this package is free; its other modules import Triton, which is there where torch was installed for CUDA on
 Linux. With ``TRITON_INTERPRET=1`` in the environment these run on the CPU, slowly: that is how they are tested without
@@ -20,14 +21,29 @@ a GPU.
 import functools
 import importlib.util
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor, nn
 
-__all__ = ["available", "installed", "interpreted", "on_device"]
+from bhlib.expert_loop import is_plain
+
+__all__ = [
+    "available",
+    "demand",
+    "inputs_fit",
+    "installed",
+    "interpreted",
+    "module_fits",
+    "on_device",
+    "run_on",
+]
 
 #: What the kernels are compiled for: bfloat16 products came with Ampere.
 OLDEST_CAPABILITY = (8, 0)
+
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -48,6 +64,63 @@ def available() -> bool:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     fits = [torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY for device in devices]
     return interpreted() or (bool(fits) and all(fits))
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of a device."""
+    return (device.type == "cuda" or interpreted()) and available()
+
+
+def module_fits(module: nn.Module) -> bool:
+    """Whether an experts module is of the kind that the kernels compute, wherever its weights are now.
+
+    That is: SiLU-gated experts without biases, whose weights lie in rows (OLMoE, Qwen3-MoE, Mixtral).
+    """
+    # Imported late: an old transformers, which is refused with an error of its own, has no such module.
+    from transformers.activations import ACT2FN
+    from transformers.integrations import moe
+
+    return (
+        is_plain(module)
+        and type(module)._apply_gate is moe._default_apply_gate
+        and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
+        and module.num_experts <= 256
+        and all(
+            matrices.is_contiguous() and matrices.shape[2] % 8 == 0  # rows start at multiples of 16 bytes
+            for matrices in (module.gate_up_proj, module.down_proj)
+        )
+    )
+
+
+def inputs_fit(module: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether the kernels compute a module that fits on these inputs.
+
+    That is: in half precision on a CUDA device, with no gradient wanted, since the kernels have none. Asked in every
+    forward pass, so it asks nothing that ``torch.compile`` cannot see.
+    """
+    gate_up, down = module.gate_up_proj, module.down_proj
+    wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.requires_grad or down.requires_grad)
+    return (
+        (hidden_states.is_cuda or interpreted())
+        and hidden_states.dtype in DTYPES
+        and gate_up.dtype == down.dtype == hidden_states.dtype
+        and not wanted
+    )
+
+
+def demand(experts: Mapping[str, nn.Module]) -> None:
+    """Raise unless the kernels can compute experts modules on this machine; each comes under its router's name."""
+    if not available():
+        raise RuntimeError(
+            "kernels=True needs Triton and a CUDA device of compute capability 8.0 or newer: install torch for "
+            "CUDA, or leave kernels='auto'."
+        )
+    unfit = [name for name, module in experts.items() if not module_fits(module)]
+    if unfit:
+        raise ValueError(
+            f"kernels=True is not possible: the experts beside {unfit[0]!r} are not SiLU-gated matrices without "
+            f"biases in one piece. Leave kernels='auto' to use the model's own implementation."
+        )
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

@@ -1,53 +1,14 @@
-"""The experts' forward pass by kernels: which modules they can compute, and which kernel suits a shape."""
+"""The experts' forward pass by kernels: which of them suits a shape."""
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.integrations import moe
 
-from bhlib.kernels import interpreted, on_device
+from bhlib.kernels import on_device
 from bhlib.kernels.grouped import grouped_forward
-from bhlib.kernels.loop import is_plain
 from bhlib.kernels.vector import vector_forward
 
 #: Up to so many tokens an expert is read by each token that selected it.
 VECTOR_TOKENS = 1
-
-DTYPES = (torch.bfloat16, torch.float16)
-
-
-def module_fits(module: nn.Module) -> bool:
-    """Whether an experts module is of the kind that the kernels compute, wherever its weights are now.
-
-    That is: SiLU-gated experts without biases, whose weights lie in rows (OLMoE, Qwen3-MoE, Mixtral).
-    """
-    return (
-        is_plain(module)
-        and type(module)._apply_gate is moe._default_apply_gate
-        and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
-        and module.num_experts <= 256
-        and all(
-            matrices.is_contiguous()
-            and matrices.shape[2] % 8 == 0  # rows start at multiples of 16 bytes
-            for matrices in (module.gate_up_proj, module.down_proj)
-        )
-    )
-
-
-def inputs_fit(module: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether the kernels compute a module that fits on these inputs.
-
-    That is: in half precision on a CUDA device, with no gradient wanted, since the kernels have none. Asked in every
-    forward pass, so it asks nothing that ``torch.compile`` cannot see.
-    """
-    gate_up, down = module.gate_up_proj, module.down_proj
-    wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.requires_grad or down.requires_grad)
-    return (
-        (hidden_states.is_cuda or interpreted())
-        and hidden_states.dtype in DTYPES
-        and gate_up.dtype == down.dtype == hidden_states.dtype
-        and not wanted
-    )
 
 
 def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -56,7 +17,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     Parameters
     ----------
     module : nn.Module
-        An experts module for which `module_fits` and `inputs_fit` hold.
+        An experts module for which `bhlib.kernels.module_fits` and `inputs_fit` hold.
     hidden_states : Tensor [tokens, hidden]
     top_k_index : Tensor [tokens, slots], int64
         Anything outside ``0..num_experts - 1`` marks an empty slot.

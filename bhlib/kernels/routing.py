@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bhlib.kernels import on_device
-from bhlib.pvalues import DirichletNull, FittedNull, PValueMaker, TokenGaussian
+from bhlib.pvalues import KernelForm, PValueMaker
+from bhlib.weighting import KERNEL_NORMALIZED, KERNEL_PLAIN
 
 MOST_EXPERTS = 256
 
@@ -19,7 +20,7 @@ MOST_EXPERTS = 256
 _STATISTICS = {"rest": 0, "log_prob": 1, "logit": 2, "centered": 3, "standardized": 4}
 
 
-def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> tuple[str, int, Tensor] | None:
+def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> KernelForm | None:
     """What the kernel compares with what, so that it decides as the critical statistics of a p-value maker do.
 
     Parameters
@@ -32,23 +33,13 @@ def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> tup
 
     Returns
     -------
-    statistic : str
-    exclude_top : int
-    cuts : Tensor [experts], float32
-        Rank k passes if its statistic is at least ``cuts[k - 1]``. For ``DirichletNull`` the statistic is minus the
-        probability of all other experts, which the kernel has without a logarithm.
-
-    None if the kernel does not know the statistic.
+    KernelForm or None
+        None if the maker has no such form, or the kernel does not know its statistic.
     """
     if not pvalues.shared or num_experts > MOST_EXPERTS:
         return None
-    if isinstance(pvalues, DirichletNull):
-        return "rest", 0, (pvalues.probability(thresholds, num_experts) - 1).float()
-    if isinstance(pvalues, TokenGaussian) and pvalues.estimator == "trimmed":
-        return "standardized", pvalues.exclude_top, thresholds
-    if isinstance(pvalues, FittedNull) and pvalues.statistic in _STATISTICS:
-        return pvalues.statistic, pvalues.exclude_top, thresholds
-    return None
+    form = pvalues.kernel_form(num_experts, thresholds)
+    return form if form is not None and form.statistic in _STATISTICS else None
 
 
 def bh_route(
@@ -59,7 +50,7 @@ def bh_route(
     exclude_top: int = 0,
     min_k: int = 1,
     max_k: int = 8,
-    weighting: str = "softmax",
+    weighting: int = KERNEL_PLAIN,
     temperature: float = 1.0,
     weights_dtype: torch.dtype = torch.float32,
     empty: int = -1,
@@ -75,8 +66,8 @@ def bh_route(
         See `cut_table`, which gives all three.
     min_k, max_k : int
         Bounds on the number of experts per token; `max_k` cuts after the procedure has looked at all experts.
-    weighting : str
-        One of `bhlib.rules.WEIGHTINGS`.
+    weighting : int
+        `bhlib.weighting.KERNEL_PLAIN` or `KERNEL_NORMALIZED`, as ``Weighting.kernel`` says it.
     temperature : float
         Divides the logits in the softmax of the weights.
     weights_dtype : torch.dtype
@@ -90,12 +81,22 @@ def bh_route(
     experts : Tensor [tokens, max_k], int64
         Largest logit first; of equal logits the lower index, where ``torch.topk`` leaves the order open.
     counts : Tensor [tokens], int64
+
+    Raises
+    ------
+    ValueError
+        If `weighting` is no code that the kernel knows.
     """
+    if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED):
+        raise ValueError(
+            f"weighting must be {KERNEL_PLAIN} (plain) or {KERNEL_NORMALIZED} (normalized), got {weighting!r}: the "
+            f"kernel computes no other weights. Call the rule itself, which routes in plain torch."
+        )
     # See `bhlib.kernels.forward.experts_forward`.
     route = _route_operator if torch.compiler.is_compiling() else _launch
     return route(
-        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting != "softmax", temperature,
-        weights_dtype, empty,
+        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED,
+        temperature, weights_dtype, empty,
     )  # fmt: skip
 
 

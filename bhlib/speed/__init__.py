@@ -19,9 +19,9 @@ import torch
 
 from bhlib.speed.generation import bench_generate
 from bhlib.speed.layer import bench_block, bench_router
-from bhlib.speed.passes import bench_decode, bench_prefill
 from bhlib.speed.results import Results
 from bhlib.speed.timing import ceilings, describe_machine
+from bhlib.speed.whole_model import bench_decode, bench_prefill
 
 #: What can be measured, in this order: functions of (results, limits, quick, name).
 STAGES = {

@@ -6,26 +6,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from bhlib.speed.passes import (
+from bhlib.discovery import implementation_of
+from bhlib.speed.results import Candidate, Results
+from bhlib.speed.whole_model import (
+    KEPT,
     NO_EXPERTS,
     load_model,
     mean_filled,
     model_floor,
     random_ids,
     rules_by_mean_k,
+    selected_experts,
     variants,
-    watch_experts,
 )
-from bhlib.speed.results import Candidate, Results
 
 #: Steps at the start of a generation that are not counted.
 WARM_UP = 8
-
-#: grouped_mm under a name of its own: where it finds the literal name, `generate()` decodes by batched_mm.
-KEPT = "kept_grouped_mm"
-ALL_EXPERTS_FUNCTIONS.register(KEPT, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 class StepClock(StoppingCriteria):
@@ -37,7 +34,7 @@ class StepClock(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         self.events.append(torch.cuda.Event(enable_timing=True))
         self.events[-1].record()
-        self.ran.add(self.model.config._experts_implementation)
+        self.ran.add(implementation_of(self.model))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def seconds(self) -> np.ndarray:
@@ -103,7 +100,7 @@ def _time_steps(
         peak = torch.cuda.max_memory_allocated() / 2**30
         recompiled = counters["stats"]["unique_graphs"] - graphs
         # The routers see what they saw, if all that was generated goes through the model at once.
-        selected = watch_experts(model, lambda: model(input_ids=sequences, use_cache=False, logits_to_keep=1))
+        selected = selected_experts(model, lambda: model(input_ids=sequences, use_cache=False, logits_to_keep=1))
     steps = [index.view(batch, -1, index.shape[-1])[:, prompt + WARM_UP : -1] for index in selected]
     floors = [
         model_floor(model, [index[:, step] for index in steps], batch, 1, prompt + WARM_UP + step, limits)

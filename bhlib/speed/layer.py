@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from bhlib.discovery import set_implementation
 from bhlib.rules import BH
 from bhlib.speed.results import Candidate, Results
 from bhlib.speed.timing import captured, in_turn, measure
@@ -74,12 +75,11 @@ def bench_router(
     results: Results, limits: dict[str, float], quick: bool = False, name: str | None = None, max_k: int = 8
 ) -> None:
     """Softmax and top-k of torch, the rule in plain torch, and the kernel; beside them, a kernel that does nothing."""
-    from bhlib.kernels.routing import bh_route, cut_table  # imports Triton, which not everybody has
+    from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
 
     num_experts, repeats = 64, 20  # a graph holds several calls: one alone takes less than starting a graph
     rule = BH(alpha=0.05, max_k=max_k)
-    thresholds, _ = rule._critical_statistics(num_experts, None, torch.device("cuda"))
-    statistic, exclude_top, cuts = cut_table(rule.pvalues, thresholds, num_experts)
+    statistic, exclude_top, cuts = rule.kernel_cuts(num_experts, None, torch.device("cuda"))
     one = torch.zeros(1, device="cuda")
     for tokens in (1, 512, 16_384):
         logits = (ROUTER_STD * torch.randn(tokens, num_experts, device="cuda")).to(torch.bfloat16)
@@ -145,7 +145,7 @@ def _own_forward(module: nn.Module, implementation: str, compiled: bool) -> Call
     run = torch.compile(module, dynamic=False) if compiled else module
 
     def forward(hidden, index, weights):
-        module.config._experts_implementation = implementation
+        set_implementation(module, implementation)
         return run(hidden, index, weights)
 
     return forward

@@ -19,15 +19,15 @@ CONTEXT_WORDS = 40
 CONTINUATION_WORDS = 10
 NUM_CHOICES = 4
 
-#: What counts as a last word: letters, behind which punctuation may follow.
+#: What counts as a last word: letters, after which punctuation may follow.
 _LAST_WORD = re.compile(r"([A-Za-z]{3,})[.,;:!?]*")
 
 
 def _passages(document: str, num_words: int) -> Iterator[tuple[str, str]]:
     """Cut a document into passages of 40 words or more, each with `num_words` words that follow it.
 
-    A passage is lengthened until a single space and a word (`_LAST_WORD`) follow, and the next one starts behind what
-    follows. Passages with characters that are broken, since the text was cut into tokens, are left out.
+    A passage is lengthened until a single space and a word (`_LAST_WORD`) follow, and the next one starts after what
+    follows. Passages with broken characters, where the text was cut between the tokens of one, are left out.
     """
     words = list(re.finditer(r"\S+", document))
     start = 0

@@ -1,6 +1,6 @@
 """The whole model: prompts, and single steps of decoding, each against every implementation of transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from bhlib.patching import RoutingPatch, find_moe_layers
+from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, implementations_changed, watch
+from bhlib.patching import RoutingPatch
 from bhlib.rules import BH
 from bhlib.speed.layer import MEAN_K, ROUTER_STD
 from bhlib.speed.results import Candidate, Results
@@ -17,7 +18,9 @@ from bhlib.speed.timing import captured, measure
 
 #: An experts implementation that computes nothing: what is left of a pass is the most that skipping experts can save.
 NO_EXPERTS = "no experts"
-ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, lambda module, hidden_states, *routing: torch.zeros_like(hidden_states))
+
+#: grouped_mm under a name of its own: where it finds the literal name, `generate()` decodes by batched_mm.
+KEPT = "kept_grouped_mm"
 
 Contexts = dict[Candidate, Callable[[], AbstractContextManager]]
 
@@ -47,36 +50,30 @@ def random_ids(model: nn.Module, batch: int, length: int) -> Tensor:
 
 
 @contextmanager
-def implementation_set(model: nn.Module, name: str):
-    """An experts implementation of a model, for a while."""
-    before = model.config._experts_implementation
-    model.set_experts_implementation(name)
-    try:
+def run_by(layers: list[MoELayer], name: str) -> Iterator[None]:
+    """Within the block, the experts of layers run by an implementation: of transformers, `NO_EXPERTS` or `KEPT`."""
+    if name == NO_EXPERTS:
+        ALL_EXPERTS_FUNCTIONS.register(name, lambda module, hidden_states, *routing: torch.zeros_like(hidden_states))
+    elif name == KEPT:
+        ALL_EXPERTS_FUNCTIONS.register(name, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+    with implementations_changed(layers, lambda _: name):
         yield
-    finally:
-        model.set_experts_implementation(before)
 
 
-def watch(model: nn.Module, call: Callable, index: int) -> list[Tensor]:
+def router_outputs(model: nn.Module, call: Callable, index: int) -> list[Tensor]:
     """Output number `index` (0 logits, 1 weights, 2 experts) of every router during a call, other hooks applied."""
     seen = []
-    handles = [
-        layer.router.register_forward_hook(lambda module, args, output: seen.append(output[index]))
-        for layer in find_moe_layers(model)
-    ]
-    try:
+    with watch(find_moe_layers(model), lambda layer, output: seen.append(output[index])):
         call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
-def watch_experts(model: nn.Module, call: Callable) -> list[Tensor]:
+def selected_experts(model: nn.Module, call: Callable) -> list[Tensor]:
     """Indices [tokens, slots] by which every layer's experts work during a call; `num_experts` is an empty slot."""
-    if model.config._experts_implementation == NO_EXPERTS:
-        return [torch.full_like(index, model.config.num_experts) for index in watch(model, call, 2)]
-    return watch(model, call, 2)
+    selected = router_outputs(model, call, 2)
+    if implementation_of(model) == NO_EXPERTS:
+        return [torch.full_like(index, model.config.num_experts) for index in selected]
+    return selected
 
 
 def mean_filled(model: nn.Module, selected: list[Tensor]) -> float:
@@ -86,7 +83,9 @@ def mean_filled(model: nn.Module, selected: list[Tensor]) -> float:
 
 def rules_by_mean_k(model: nn.Module, ids: Tensor) -> dict[int, BH]:
     """BH rules at the levels that give `MEAN_K` experts per token and layer, on the unpatched model's logits."""
-    logits = torch.cat(watch(model, lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), 0)).float()
+    logits = torch.cat(
+        router_outputs(model, lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), 0)
+    ).float()
     max_k = find_moe_layers(model)[0].top_k
 
     def rule_at(score):
@@ -110,14 +109,13 @@ def rules_by_mean_k(model: nn.Module, ids: Tensor) -> dict[int, BH]:
 
 def variants(model: nn.Module, rules: dict[int, BH], implementations: tuple[str, ...]) -> Contexts:
     """What is compared, and functions that make the context in which the model is run for it."""
-    top_k = find_moe_layers(model)[0].top_k
-    contexts = {
-        Candidate(name, "transformers", top_k): partial(implementation_set, model, name) for name in implementations
-    }
+    layers = find_moe_layers(model)
+    top_k = layers[0].top_k
+    contexts = {Candidate(name, "transformers", top_k): partial(run_by, layers, name) for name in implementations}
     for k, rule in rules.items():
         patch = RoutingPatch(model, rule, collect_stats=False, kernels=True)
         contexts[Candidate("patched", "bhlib", k)] = lambda patch=patch: patch
-    return contexts | {Candidate(NO_EXPERTS, "neither", 0): partial(implementation_set, model, NO_EXPERTS)}
+    return contexts | {Candidate(NO_EXPERTS, "neither", 0): partial(run_by, layers, NO_EXPERTS)}
 
 
 def model_floor(
@@ -178,7 +176,7 @@ def compare_passes(
     facts, graphs = {}, {}
     for candidate, context in contexts.items():
         with results.attempt(stage, "eager", tokens, candidate), context():
-            selected = watch_experts(model, lambda: forward(model))
+            selected = selected_experts(model, lambda: forward(model))
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             forward(model)

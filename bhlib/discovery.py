@@ -1,0 +1,305 @@
+"""The mixture-of-experts layers of a model: find them, watch them, choose the implementation of their experts.
+
+    for layer in find_moe_layers(model):
+        print(layer.name, layer.num_experts, layer.top_k, layer.weighting)
+
+    with watch(layers, lambda layer, output: print(layer.name, output[0].shape)):
+        model(**inputs)
+
+This is the only module that reads or writes the attribute ``_experts_implementation`` of a configuration: transformers
+has a public way to set it, for a whole model and for names that it knows, and none to ask for it.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+from bhlib.rules import TopK
+from bhlib.weighting import WEIGHTINGS
+
+#: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
+OLDEST_TRANSFORMERS = "5.6"
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """A mixture-of-experts layer that can be patched.
+
+    Attributes
+    ----------
+    index : int
+        Number of the layer among the model's MoE layers, from 0.
+    name : str
+        Dotted name of its router in the model.
+    router, experts : nn.Module
+    num_experts, top_k : int
+        Experts in the layer, and how many the model itself gives to a token.
+    weighting : str
+        How the router makes weights of its logits, one of `bhlib.weighting.WEIGHTINGS`.
+    narrows : bool
+        Whether the router takes float64 logits, those of a float64 model, to float32 first, as most do.
+    """
+
+    index: int
+    name: str
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    top_k: int
+    weighting: str
+    narrows: bool
+
+
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """Every MoE layer of a transformers model, in order of depth.
+
+    Layers are recognized by what they do, not by the names of their classes: an experts module that dispatches
+    through transformers' `ExpertsInterface`, beside it a router with one row of weights per expert, which returns
+    (logits, weights, indices) with weights that one of `bhlib.weighting.WEIGHTINGS` gives bit for bit on a probe of
+    random inputs.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no ``nn.Module``.
+    ImportError
+        If the installed transformers is older than `OLDEST_TRANSFORMERS`.
+    ValueError
+        If the model has no MoE layer, or one that cannot be patched; the message says which and why.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module such as OlmoeForCausalLM, got {type(model).__name__}: "
+            f"load one with bhlib.load_demo() or bhlib.load_olmoe()."
+        )
+    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+        raise ImportError(
+            f"bhlib needs transformers {OLDEST_TRANSFORMERS} or newer, found {transformers.__version__}: "
+            f"earlier routers do not return their logits. "
+            f"Upgrade with: pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
+        )
+    layers = []
+    for name, module in model.named_modules():
+        if not _dispatches_experts(module):
+            continue
+        router_name, router = _find_router(model, name, module)
+        probed = _probe(router, router_name, module.num_experts)
+        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, *probed))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no mixture-of-experts layer that bhlib can patch: no module of it dispatches "
+            f"through transformers' ExpertsInterface. BH routing needs a model such as OLMoE: bhlib.load_demo()."
+        )
+    shapes = {(layer.num_experts, layer.top_k) for layer in layers}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: its MoE layers differ in (experts, top-k): {sorted(shapes)}."
+        )
+    return layers
+
+
+def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, nn.Module]:
+    """The router that goes with an experts module, and its dotted name: it stands beside it, or one level above.
+
+    One level above, if an adapter is wrapped around the experts.
+    """
+    prefix = name
+    if _is_expert_parallel(model, experts):
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched under expert parallelism (EP): {name!r} holds the "
+            f"{experts.num_experts} experts of one process, and the gate beside it chooses among those of all. "
+            f"Load the model without ep_size and enable_expert_parallel; device_map='auto' spreads whole layers over "
+            f"several devices."
+        )
+    for _ in range(2):
+        prefix = prefix.rpartition(".")[0]
+        beside = {
+            child_name: child
+            for child_name, child in model.get_submodule(prefix).named_children()
+            if not any(module is experts for module in child.modules())
+        }
+        found = [child_name for child_name, child in beside.items() if _num_rows(child) == experts.num_experts]
+        if found:
+            break
+    if len(found) != 1:
+        seen = ", ".join(f"{child_name} ({type(child).__name__})" for child_name, child in beside.items())
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: beside {name!r} ({type(experts).__name__}) there should be "
+            f"one router with a weight of {experts.num_experts} rows, found {len(found)} among: {seen or 'nothing'}."
+        )
+    return f"{prefix}.{found[0]}".lstrip("."), beside[found[0]]
+
+
+def _is_expert_parallel(model: nn.Module, experts: nn.Module) -> bool:
+    """Whether the experts of a layer are spread over processes: their module says so, in older versions the model."""
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    asked = getattr(distributed, "enable_expert_parallel", False)
+    return getattr(experts, "_is_expert_parallel", asked)
+
+
+def _dispatches_experts(module: nn.Module) -> bool:
+    """Whether transformers' `use_experts_implementation` decorated the module's class."""
+    return (
+        hasattr(module, "num_experts")
+        and hasattr(module, "has_gate")
+        and hasattr(module, "is_transposed")
+        and hasattr(type(module).forward, "__wrapped__")
+    )
+
+
+def _num_rows(module: nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+
+@torch.no_grad()
+def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bool]:
+    """Run a router on random inputs: its top-k, which weighting gives its weights to the last bit, whether it narrows.
+
+    The last two as in `MoELayer`.
+    """
+    refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
+    logits, weights, index = _run_alone(router, refusal)
+    if logits.shape[-1] != num_experts or weights.shape != index.shape or index.is_floating_point():
+        raise ValueError(
+            f"{refusal}it returns shapes {tuple(logits.shape)}, {tuple(weights.shape)}, {tuple(index.shape)}, "
+            f"not [tokens, {num_experts}] logits with weights and indices [tokens, top_k]."
+        )
+    if not torch.isfinite(logits).all():
+        raise ValueError(f"{refusal}its logits are not finite on finite inputs; look at its weights.")
+    top_k = index.shape[-1]
+    for narrows, weighting in itertools.product((True, False), WEIGHTINGS):
+        routing = TopK(top_k)(as_scored(logits, narrows), weighting=weighting)
+        if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
+            _refuse_corrections(router, refusal, num_experts)
+            return top_k, weighting, narrows
+    raise ValueError(
+        f"{refusal}its weights follow from its logits in none of the ways that are known: {', '.join(WEIGHTINGS)} "
+        f"(correction biases, groups and scaling factors are not supported). Another way is one more "
+        f"bhlib.weighting.Weighting."
+    )
+
+
+def _run_alone(router: nn.Module, refusal: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What a router makes of random hidden states: three tensors, or an error that begins with `refusal`."""
+    if hasattr(router.weight, "device_mesh"):
+        raise ValueError(
+            f"{refusal}its weight is sharded over processes (a DTensor, as fully_shard or a tensor-parallel plan makes "
+            f"it). Load the model whole and patch it first, then call fully_shard inside the patch."
+        )
+    device = router.weight.device if router.weight.device.type != "meta" else "cpu"
+    if router.weight.device.type == "meta" and "forward" not in vars(router):  # where accelerate brings them in
+        raise ValueError(f"{refusal}its weights are on the meta device, without values. Load the model first.")
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(256, router.weight.shape[1], generator=generator, device="cpu")
+    training = router.training
+    try:
+        # Noise that a router adds in training would hide its rule. `forward` leaves other people's hooks alone.
+        router.training = False
+        output = router.forward(noise.to(device, router.weight.dtype))
+    except TypeError as error:
+        raise ValueError(f"{refusal}it needs more than the hidden states ({error}).") from error
+    finally:
+        router.training = training
+    if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(x, Tensor) for x in output)):
+        raise ValueError(f"{refusal}it does not return (router_logits, top_k_weights, top_k_index).")
+    return output
+
+
+def as_scored(router_logits: Tensor, narrows: bool) -> Tensor:
+    """Logits [tokens, experts] in the precision in which the router scores them (`MoELayer.narrows`)."""
+    return router_logits.float() if narrows and router_logits.dtype == torch.float64 else router_logits
+
+
+def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> None:
+    """Raise if the router holds one number more per expert: so small as not to show in the probe, it shows in use."""
+    for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+        if name not in ("weight", "bias") and tensor.numel() == num_experts and tensor.any():
+            raise ValueError(f"{refusal}it corrects the scores of its experts ({name}).")
+
+
+def find_body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
+    """The innermost module that holds all routers and takes token ids: it sees the attention mask of every pass."""
+    routers = {id(layer.router) for layer in layers}
+    body = model
+    for module in model.modules():  # parents come before their children
+        takes_ids = "input_ids" in inspect.signature(module.forward).parameters
+        if takes_ids and routers <= {id(child) for child in module.modules()}:
+            body = module
+    return body
+
+
+# -- watching --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watch(
+    layers: Iterable[MoELayer],
+    call: Callable[[MoELayer, object], object],
+    *,
+    module: str = "router",
+    before: Callable[[MoELayer], object] | None = None,
+) -> Iterator[None]:
+    """Within the block, look at what modules of MoE layers return; outputs and other people's hooks stay as they are.
+
+    Parameters
+    ----------
+    layers : iterable of MoELayer
+    call : function of (layer, output)
+        Called whenever the module of a layer has run. A router's output is (logits, weights, indices).
+    module : {"router", "experts"}
+        Which module of each layer.
+    before : function of a layer, optional
+        Called whenever the module is about to run.
+    """
+
+    def enter(layer: MoELayer, *_) -> None:
+        before(layer)
+
+    def leave(layer: MoELayer, module: nn.Module, args: tuple, output: object) -> None:
+        call(layer, output)
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            watched = getattr(layer, module)
+            if before is not None:
+                hooks.callback(watched.register_forward_pre_hook(partial(enter, layer)).remove)
+            hooks.callback(watched.register_forward_hook(partial(leave, layer)).remove)
+        yield
+
+
+# -- the implementation of the experts ---------------------------------------------------------------------------
+
+
+def implementation_of(module: nn.Module) -> str | None:
+    """Name of the experts implementation that a model or an experts module runs by; None, like ``"eager"``, is eager.
+
+    What the names stand for is in transformers' `ExpertsInterface`.
+    """
+    return module.config._experts_implementation
+
+
+def set_implementation(experts: nn.Module, name: str | None) -> None:
+    """Let an experts module, and all that share its configuration, run by an implementation, known or not."""
+    experts.config._experts_implementation = name
+
+
+@contextmanager
+def implementations_changed(layers: Iterable[MoELayer], change: Callable[[str | None], str | None]) -> Iterator[None]:
+    """Within the block, the experts of layers run by other implementations: by ``change(name)`` instead of ``name``."""
+    one_per_config = {id(layer.experts.config): layer.experts for layer in layers}.values()
+    with ExitStack() as restore:
+        for experts in one_per_config:
+            name = implementation_of(experts)
+            changed = change(name)
+            restore.callback(set_implementation, experts, name)
+            set_implementation(experts, changed)
+        yield

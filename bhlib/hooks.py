@@ -1,0 +1,40 @@
+"""Hooks that copies do not carry: a copy, a pickle or a saved checkpoint of a hooked module is the plain module."""
+
+import copyreg
+from collections import OrderedDict
+from functools import partial
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class PrivateHooks:
+    """Hooks on modules, which whoever copies or pickles a module leaves behind. True as long as there are any."""
+
+    def __init__(self) -> None:
+        self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
+    def add(self, module: nn.Module, handle: RemovableHandle) -> None:
+        """Take over a hook that was registered on a module."""
+        self._hooks.append((module, handle))
+        # Looked up on the instance by copy.deepcopy and by pickle, so by torch.save and by other processes.
+        vars(module)["__reduce_ex__"] = partial(self._reduce_plain, module)
+
+    def remove(self) -> None:
+        """Remove all of them, the last first."""
+        while self._hooks:
+            module, handle = self._hooks.pop()
+            handle.remove()
+            vars(module).pop("__reduce_ex__", None)
+
+    def _reduce_plain(self, module: nn.Module, protocol: int) -> tuple:
+        """What `object.__reduce_ex__` would give for a hooked module without these hooks."""
+        hidden = {handle.id for _, handle in self._hooks}
+        state = {name: value for name, value in vars(module).items() if name != "__reduce_ex__"}
+        for name, value in state.items():
+            if isinstance(value, OrderedDict) and hidden & value.keys() and "hooks" in name:
+                state[name] = OrderedDict((key, hook) for key, hook in value.items() if key not in hidden)
+        return copyreg.__newobj__, (type(module),), state

@@ -1,0 +1,216 @@
+"""Rows of decisions, forward pass by forward pass, in blocks that many short passes share."""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bhlib.passes import PassTokens
+from bhlib.rules import Routing
+
+#: Tokens that a block of rows has room for, unless it was made for one longer pass.
+BLOCK_TOKENS = 256
+
+
+class Rows(NamedTuple):
+    """Decisions about tokens, and which tokens they are: one tensor of each kind, for all layers.
+
+    Attributes
+    ----------
+    weights : Tensor [layers, tokens, slots], float32
+        As in `Routing`; float64 where a rule computes in it. 0 in an empty slot.
+    experts : Tensor [layers, tokens, slots], int16
+        -1 in an empty slot.
+    counts : Tensor [layers, tokens], int16
+        -1 where a layer did not run.
+    valid, position, token_ids : Tensor [1, tokens], bool, int32, int32
+        As in `PassTokens`; -1 for an unknown id.
+    logits : Tensor [layers, tokens, experts]
+        Router logits that the decisions were made on, in the dtype in which they were; 0 where a layer did not run.
+        Without columns if they were not recorded.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    counts: Tensor
+    valid: Tensor
+    position: Tensor
+    token_ids: Tensor
+    logits: Tensor
+
+    @classmethod
+    def pack(cls, finished: "RunningPass", num_layers: int) -> "Rows":
+        """Rows of one forward pass, from the decisions of the layers that ran."""
+        tokens, routings = finished.tokens, finished.routings
+        some = next(iter(routings.values()))
+        slots = max(routing.experts.shape[-1] for routing in routings.values())
+        absent = Routing(torch.zeros_like(some.weights), *(torch.full_like(part, -1) for part in some[1:]))
+        layers = [routings.get(layer, absent) for layer in range(num_layers)]
+        no_logits = torch.zeros_like(next(iter(finished.logits.values()), some.weights[:, :0]))
+
+        def stack(parts: Iterable[Tensor], empty: float) -> Tensor:
+            parts = [part.to(some.counts.device) for part in parts]
+            missing = [slots - part.shape[-1] for part in parts]
+            return torch.stack([pad(x, (0, n), value=empty) if n else x for x, n in zip(parts, missing, strict=True)])
+
+        ids = torch.full_like(tokens.position, -1) if tokens.token_ids is None else tokens.token_ids
+        return cls(
+            stack((routing.weights for routing in layers), 0.0),
+            stack((routing.experts for routing in layers), -1).to(torch.int16),
+            torch.stack([routing.counts.to(some.counts.device) for routing in layers]).to(torch.int16),
+            *(part.reshape(1, -1).to(some.counts.device) for part in (tokens.valid, tokens.position, ids)),
+            torch.stack([finished.logits.get(layer, no_logits).to(some.counts.device) for layer in range(num_layers)]),
+        )
+
+    def between(self, start: int, stop: int) -> "Rows":
+        """The rows of some of the tokens, as views."""
+        return Rows(*(part[:, start:stop] for part in self))
+
+    def totals(self, num_experts: int) -> Tensor:
+        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the first column void."""
+        weight = self.valid.long().expand(len(self.counts), -1)
+        totals = weight.new_zeros(2, len(self.counts), num_experts + 2)
+        # What did not run, or is empty, is -1: one is added everywhere, and it falls into the void.
+        totals[0].scatter_add_(1, self.counts.long() + 1, weight)
+        weight = weight[:, :, None].expand(self.experts.shape)
+        totals[1].scatter_add_(1, (self.experts.long() + 1).flatten(1), weight.flatten(1))
+        return totals
+
+
+class Block:
+    """Rows of several forward passes, one after another, in tensors that have room for `BLOCK_TOKENS`."""
+
+    def __init__(self, first: Rows) -> None:
+        """Take the rows of a pass: as they are if they fill a block."""
+        self.used = first.counts.shape[1]
+        self.rows = first
+        if self.used < BLOCK_TOKENS:
+            self.used = 0
+            self.rows = Rows(*(part.new_empty(part.shape[0], BLOCK_TOKENS, *part.shape[2:]) for part in first))
+            self.append(first)
+
+    def has_room(self, num_tokens: int) -> bool:
+        return self.used + num_tokens <= self.rows.counts.shape[1]
+
+    def append(self, rows: Rows) -> None:
+        for room, part in zip(self.rows, rows, strict=True):
+            room[:, self.used : self.used + part.shape[1]] = part
+        self.used += rows.counts.shape[1]
+
+    def close(self) -> None:
+        """Give back the room that is left."""
+        if self.has_room(1):
+            self.rows = Rows(*(part.clone() for part in self.filled))
+
+    @property
+    def filled(self) -> Rows:
+        return self.rows.between(0, self.used)
+
+
+class RunningPass:
+    """What the routers decide in one forward pass, while it runs. It belongs to one thread."""
+
+    def __init__(self, tokens: PassTokens) -> None:
+        self.tokens = tokens
+        self.routings: dict[int, Routing] = {}
+        self.logits: dict[int, Tensor] = {}
+
+    def add(self, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
+        """Take in the decisions of one layer, a row for each token of the pass, batch-major.
+
+        `logits` [tokens, experts] are those that they were made on, if these are to be kept: for every layer or none.
+
+        Raises
+        ------
+        RuntimeError
+            If the rows are not the tokens of the pass, or the layer was there already: such records would be wrong.
+        """
+        if layer in self.routings or len(routing.counts) != self.tokens.valid.numel():
+            again = ", for the second time" if layer in self.routings else ""
+            raise RuntimeError(
+                f"MoE layer {layer} routed {len(routing.counts)} tokens in a forward pass of "
+                f"{self.tokens.valid.numel()}{again}: its decisions cannot be aligned with the tokens. Patch with "
+                f"collect_stats=False to route without recording."
+            )
+        self.routings[layer] = Routing(routing.weights.detach(), routing.experts, routing.counts)
+        if logits is not None:
+            self.logits[layer] = logits.detach()
+
+
+class RecordedPass(NamedTuple):
+    """A forward pass as it is read back: views of a block.
+
+    Attributes
+    ----------
+    rows : Rows
+        Batch-major.
+    layers : sequence of int
+        The layers that ran.
+    shape : (int, int)
+        Batch, length.
+    first_sequence : int
+    generated : bool
+        As in `PassTokens`.
+    """
+
+    rows: Rows
+    layers: Sequence[int]
+    shape: tuple[int, int]
+    first_sequence: int
+    generated: bool
+
+    @property
+    def tokens(self) -> PassTokens:
+        """The tokens."""
+        valid, position, token_ids = (part.view(self.shape) for part in self.rows[3:6])
+        return PassTokens(valid, position, token_ids, self.first_sequence, self.generated)
+
+    @property
+    def routings(self) -> dict[int, Routing]:
+        """The decisions of each layer that ran."""
+        by_layer = list(map(Routing, *(part.unbind() for part in self.rows[:3])))
+        return {layer: by_layer[layer] for layer in self.layers}
+
+
+class RecordedPasses(Sequence):
+    """The forward passes whose rows are kept, in the order in which they ended."""
+
+    _FIELDS = 6  # block, first row in it, batch, length, first sequence, generated
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.blocks: list[Block] = []
+        self._index = array("q")
+        self._open: dict[tuple, int] = {}
+        self._partial: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._index) // self._FIELDS
+
+    def __getitem__(self, number: int) -> RecordedPass:
+        number = range(len(self))[number]
+        at = number * self._FIELDS
+        block, start, batch, length, first_sequence, generated = self._index[at : at + self._FIELDS]
+        rows = self.blocks[block].rows.between(start, start + batch * length)
+        layers = self._partial.get(number, range(self.num_layers))
+        return RecordedPass(rows, layers, (batch, length), first_sequence, bool(generated))
+
+    def append(self, finished: RunningPass, rows: Rows) -> None:
+        if len(finished.routings) < self.num_layers:
+            self._partial[len(self)] = sorted(finished.routings)
+        kind = (rows.weights.shape[-1], rows.weights.dtype, rows.logits.dtype, rows.weights.device)
+        number = self._open.get(kind)
+        if number is not None and self.blocks[number].has_room(rows.counts.shape[1]):
+            start = self.blocks[number].used
+            self.blocks[number].append(rows)
+        else:
+            if number is not None:
+                self.blocks[number].close()
+            number, start = len(self.blocks), 0
+            self._open[kind] = number
+            self.blocks.append(Block(rows))
+        tokens = finished.tokens
+        self._index.extend((number, start, *tokens.valid.shape, tokens.first_sequence, tokens.generated))

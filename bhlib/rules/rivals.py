@@ -1,0 +1,207 @@
+"""Rivals: what people use, under the same interface. Each but `KeepMass` keeps a prefix of the token's best experts."""
+
+import numbers
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bhlib.procedures import is_whole
+from bhlib.rules.base import PrefixRule, ProbabilityRule, Routing, Rule, TopK
+
+
+@dataclass(frozen=True)
+class StaticPerLayer(PrefixRule):
+    """Static top-k with a `k` of its own in each layer, chosen on calibration data.
+
+    The idea of LExI (Chitty-Venkata et al. 2025, arXiv:2509.02753), which measures each layer's sensitivity on random
+    inputs. `bhlib.tuning.choose_static_per_layer` measures it as loss on text instead.
+
+    Parameters
+    ----------
+    ks : sequence of int
+        Experts per token in each MoE layer, in order of depth.
+    """
+
+    ks: tuple[int, ...] = ()
+
+    _upper_bound = "ks"
+
+    def __post_init__(self) -> None:
+        ks = tuple(self.ks)
+        if not ks or not all(is_whole(k) and k >= 1 for k in ks):
+            raise ValueError(f"ks must hold one int of 1 or more per MoE layer, got {self.ks!r}.")
+        ks = tuple(map(int, ks))
+        for name, value in (("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
+            object.__setattr__(self, name, value)
+
+    def check_model(self, num_layers: int, num_experts: int) -> None:
+        super().check_model(num_layers, num_experts)
+        if num_layers != len(self.ks):
+            raise ValueError(
+                f"ks has {len(self.ks)} entries for a model of {num_layers} MoE layers: give one for each layer."
+            )
+
+    def count(self, top: Tensor, scores: Tensor, layer: int | None) -> Tensor:
+        if layer is None or not 0 <= layer < len(self.ks):
+            raise ValueError(f"layer must lie in 0..{len(self.ks) - 1} for ks={self.ks}, got {layer}.")
+        return torch.full(top.shape[:1], self.ks[layer], device=top.device)
+
+
+@dataclass(frozen=True)
+class Threshold(ProbabilityRule):
+    """Keep every expert with a probability of at least `threshold`.
+
+    One constant for all tokens, where the top-any gating of DynMoE (Guo et al. 2024, arXiv:2405.14297) trains one per
+    expert. It is also `BH` with ``method="fixed"`` and ``DirichletNull(1)``, at alpha = (1 - threshold)^(experts - 1).
+    """
+
+    threshold: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("threshold", self.threshold)
+
+    def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
+        return (top >= self.threshold).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class TopP(ProbabilityRule):
+    """Keep the fewest experts whose probabilities add up to at least `p`.
+
+    Huang et al. 2024, "Harder tasks need more experts: dynamic routing in MoE models" (arXiv:2403.07652), there with a
+    router that is trained for it.
+    """
+
+    p: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("p", self.p)
+
+    def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
+        mass_before = top.cumsum(dim=-1) - top
+        return (mass_before < self.p).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class MinP(ProbabilityRule):
+    """Keep the experts with a probability above `ratio` times that of the best one, and at least `min_k`.
+
+    The min-p of sampling (Nguyen et al. 2024, arXiv:2407.01082), applied to experts as "smart expert reduction" in
+    ik_llama.cpp (pull request 239, 2025), whose ``-ser K,t`` is ``MinP(t, min_k=K)``.
+    """
+
+    ratio: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("ratio", self.ratio)
+
+    def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
+        return (top > self.ratio * top[:, :1]).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class WeightRatio(ProbabilityRule):
+    """Keep the next expert while its probability is at least `beta` times the sum of those kept before it.
+
+    Expert skipping of NAEE (Lu et al. 2024, "Not all experts are equal", arXiv:2402.14800) is defined for two experts:
+    the second is skipped if w_2 < beta w_1. Comparing with the sum of all that are kept already says the same for two
+    and extends it to any number. The ratio falls with the rank, so that the experts kept are a prefix.
+    """
+
+    beta: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("beta", self.beta)
+
+    def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
+        kept_before = top.cumsum(dim=-1) - top
+        return (top >= self.beta * kept_before).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class EntropyK(ProbabilityRule):
+    """More experts where the router hesitates: k is a step function of the entropy of its probabilities.
+
+    Adaptive-K (Balsamo 2026, doi:10.5281/zenodo.18282008): per token, k = 1 below the first entropy threshold and a
+    larger k beyond each further one. Its thresholds are tuned per model; here, `bhlib.tuning.entropy_thresholds`
+    takes them from calibration data.
+
+    Parameters
+    ----------
+    thresholds : sequence of float, increasing
+        Entropies in nats, at most log(experts).
+    ks : sequence of int, one more than `thresholds`
+        Experts of a token whose entropy exceeds so many thresholds: ``ks[0]`` if none, ``ks[-1]`` if all.
+    """
+
+    thresholds: tuple[float, ...] = (2.0, 2.5)
+    ks: tuple[int, ...] = (2, 4, 8)
+
+    _upper_bound = "ks"
+
+    def __post_init__(self) -> None:
+        thresholds, ks = tuple(self.thresholds), tuple(self.ks)
+        if len(ks) != len(thresholds) + 1:
+            raise ValueError(
+                f"ks must have one entry more than thresholds, got {len(ks)} and {len(thresholds)}: ks={ks}, "
+                f"thresholds={thresholds}."
+            )
+        if list(thresholds) != sorted(thresholds):
+            raise ValueError(f"thresholds must be increasing, got {thresholds}.")
+        if not all(is_whole(k) and k >= 1 for k in ks):
+            raise ValueError(f"ks must hold ints of 1 or more, got {ks}.")
+        ks = tuple(map(int, ks))
+        for name, value in (("thresholds", thresholds), ("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
+            object.__setattr__(self, name, value)
+
+    @property
+    def first_threshold(self) -> float:
+        """The least entropy that gives more than ``ks[0]`` experts, in nats: the level of the family in tables."""
+        return self.thresholds[0]
+
+    def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
+        entropy = torch.special.entr(probs).sum(dim=-1)
+        thresholds = torch.tensor(self.thresholds, dtype=entropy.dtype, device=entropy.device)
+        return torch.tensor(self.ks, device=entropy.device)[torch.searchsorted(thresholds, entropy)]
+
+
+@dataclass(frozen=True)
+class KeepMass(Rule):
+    """The experts of another rule, with weights that add up to what those of the model's own top-k would.
+
+    Parameters
+    ----------
+    rule : Rule
+        Which experts; at least one per token.
+    top_k : int
+        Experts per token of the model itself.
+    """
+
+    rule: Rule
+    top_k: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "min_k", self.rule.min_k)
+        object.__setattr__(self, "max_k", self.rule.max_k)
+        super().__post_init__()
+
+    def __call__(
+        self, router_logits: Tensor, layer: int | None = None, *, weighting: str = "softmax", temperature: float = 1.0
+    ) -> Routing:
+        routing = self.rule(router_logits, layer, weighting=weighting, temperature=temperature)
+        own = TopK(self.top_k)(router_logits, layer, weighting=weighting, temperature=temperature)
+        factor = own.weights.sum(dim=-1, keepdim=True) / routing.weights.sum(dim=-1, keepdim=True)
+        return routing._replace(weights=routing.weights * factor)
+
+    def check_model(self, num_layers: int, num_experts: int) -> None:
+        self.rule.check_model(num_layers, num_experts)
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")
