@@ -28,6 +28,9 @@ class Rows(NamedTuple):
         -1 where a layer did not run.
     valid, position, token_ids : Tensor [1, tokens], bool, int32, int32
         As in `PassTokens`; -1 for an unknown id.
+    logits : Tensor [layers, tokens, experts]
+        Router logits that the decisions were made on, in the dtype in which they were; 0 where a layer did not run.
+        Without columns if they were not recorded.
     """
 
     weights: Tensor
@@ -36,14 +39,17 @@ class Rows(NamedTuple):
     valid: Tensor
     position: Tensor
     token_ids: Tensor
+    logits: Tensor
 
     @classmethod
-    def pack(cls, tokens: PassTokens, routings: dict[int, Routing], num_layers: int) -> "Rows":
+    def pack(cls, finished: "RunningPass", num_layers: int) -> "Rows":
         """Rows of one forward pass, from the decisions of the layers that ran."""
+        tokens, routings = finished.tokens, finished.routings
         some = next(iter(routings.values()))
         slots = max(routing.experts.shape[-1] for routing in routings.values())
         absent = Routing(torch.zeros_like(some.weights), *(torch.full_like(part, -1) for part in some[1:]))
         layers = [routings.get(layer, absent) for layer in range(num_layers)]
+        no_logits = torch.zeros_like(next(iter(finished.logits.values()), some.weights[:, :0]))
 
         def stack(parts: Iterable[Tensor], empty: float) -> Tensor:
             parts = [part.to(some.counts.device) for part in parts]
@@ -56,6 +62,7 @@ class Rows(NamedTuple):
             stack((routing.experts for routing in layers), -1).to(torch.int16),
             torch.stack([routing.counts.to(some.counts.device) for routing in layers]).to(torch.int16),
             *(part.reshape(1, -1).to(some.counts.device) for part in (tokens.valid, tokens.position, ids)),
+            torch.stack([finished.logits.get(layer, no_logits).to(some.counts.device) for layer in range(num_layers)]),
         )
 
     def between(self, start: int, stop: int) -> "Rows":
@@ -109,9 +116,12 @@ class RunningPass:
     def __init__(self, tokens: PassTokens) -> None:
         self.tokens = tokens
         self.routings: dict[int, Routing] = {}
+        self.logits: dict[int, Tensor] = {}
 
-    def add(self, layer: int, routing: Routing) -> None:
+    def add(self, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
         """Take in the decisions of one layer, a row for each token of the pass, batch-major.
+
+        `logits` [tokens, experts] are those that they were made on, if these are to be kept: for every layer or none.
 
         Raises
         ------
@@ -126,6 +136,8 @@ class RunningPass:
                 f"collect_stats=False to route without recording."
             )
         self.routings[layer] = Routing(routing.weights.detach(), routing.experts, routing.counts)
+        if logits is not None:
+            self.logits[layer] = logits.detach()
 
 
 class RecordedPass(NamedTuple):
@@ -153,7 +165,7 @@ class RecordedPass(NamedTuple):
     @property
     def tokens(self) -> PassTokens:
         """The tokens."""
-        valid, position, token_ids = (part.view(self.shape) for part in self.rows[3:])
+        valid, position, token_ids = (part.view(self.shape) for part in self.rows[3:6])
         return PassTokens(valid, position, token_ids, self.first_sequence, self.generated)
 
     @property
@@ -189,7 +201,7 @@ class RecordedPasses(Sequence):
     def append(self, finished: RunningPass, rows: Rows) -> None:
         if len(finished.routings) < self.num_layers:
             self._partial[len(self)] = sorted(finished.routings)
-        kind = (rows.weights.shape[-1], rows.weights.dtype, rows.weights.device)
+        kind = (rows.weights.shape[-1], rows.weights.dtype, rows.logits.dtype, rows.weights.device)
         number = self._open.get(kind)
         if number is not None and self.blocks[number].has_room(rows.counts.shape[1]):
             start = self.blocks[number].used

@@ -34,14 +34,11 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 # every token?
 
 # %%
-import pandas as pd
-import torch
-
 from bhlib import benjamini_hochberg_routing, figures
 from bhlib.calibration import alpha_for_mean_experts, fit_null
 from bhlib.evaluation import evaluate
 from bhlib.evidence import compare_at_equal_cost, kept_mass
-from bhlib.procedures import critical_values
+from bhlib.explain import explain
 from bhlib.pvalues import STATISTICS, DirichletNull
 from bhlib.rules import BH, TopK
 
@@ -52,39 +49,27 @@ model, logits = demo.model, demo.calibration_logits
 # %% [markdown]
 # ## One token
 #
-# Here are the logits of one token in one layer, its largest first, with the probabilities that softmax makes of them, the
-# p-values of the default null, and the thresholds of BH at $\alpha = 0.05$. The procedure looks for the *last* row in which the
-# p-value is below its threshold, and selects that row and all above it.
+# `explain` shows what a rule looks at when it decides about a token: here the logits of one token in one layer, its largest
+# first, with the probabilities that softmax makes of them, the p-values of the default null, and the thresholds of BH at
+# $\alpha = 0.05$. The procedure looks for the *last* row in which the p-value is at most its threshold; that row and all above
+# it are found. Of those the token keeps at most `max_k`, and it gets at least `min_k`; the last column says whether one of the two
+# bounds decided.
 
 # %%
 layer, token, alpha = 4, 1019, 0.05
 x = logits[layer, token]
-order = x.argsort(descending=True)
-pvalues = DirichletNull()(x)[order]
-threshold = critical_values(64, alpha)
-selected = int((pvalues <= threshold).nonzero().max()) + 1
-
-pd.DataFrame(
-    {
-        "expert": order,
-        "logit": x[order],
-        "probability": torch.softmax(x, -1)[order],
-        "p-value": pvalues,
-        "threshold": threshold,
-        "selected": torch.arange(64) < selected,
-    }
-).head(9).round(4)
+table = explain(BH(alpha), x, layer)
+table.head(9).round(4)
 
 # %% [markdown]
 # The default p-value depends on nothing but the expert's probability, and falls as that rises. So every threshold for a p-value is
 # a threshold for a probability, and the default rule at $\alpha = 0.05$ *is* these eight constants. The best expert's probability
-# is compared with the first, the second best's with the second, and so on, and the last one that passes counts. (There are 64 of
-# them; those from the ninth on matter only for a token of which nine or more experts pass, and that gets eight, the most allowed.)
+# is compared with the first, the second best's with the second, and so on, and the last one that passes counts: the table has them
+# as `probability_threshold`. (There are 64 of them; those from the ninth on matter only for a token of which nine or more experts pass, and that gets eight, the most allowed.)
 
 # %%
-null = DirichletNull()
-constants = null.probability(null.critical_statistics(threshold), 64)[:8]
-print("probability needed, best expert first:", " ".join(f"{constant:.4f}" for constant in constants.tolist()))
+constants = table["probability_threshold"].head(8)
+print("probability needed, best expert first:", " ".join(f"{constant:.4f}" for constant in constants))
 
 # %% [markdown]
 # That is all that the default does: a threshold of about 0.05 on the probability, somewhat lower for each further expert. Another

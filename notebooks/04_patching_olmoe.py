@@ -148,6 +148,25 @@ print("fewest:", ", ".join(by_token.index[:12]))
 print("most:  ", ", ".join(by_token.index[-12:]))
 
 # %% [markdown]
+# ## Why did this token get six experts?
+#
+# With `record_logits=True` a patch keeps the logits that it decided on, too (more memory than the decisions themselves), and
+# `explain` answers for any token that was routed. A row of the data frame names it: by its sequence, its position and the
+# layer. Here the first generated token that was given six experts.
+
+# %% tags=["nbval-ignore-output"]
+with BHRoutingIntegration(model, alpha=0.05, record_logits=True) as explained:
+    continue_text(prompts["code"])
+
+row = explained.records.to_frame().query("generated and count == 6").iloc[0]
+print(f"position {row['position']}, {tokenizer.decode([row['token_id']])!r}, layer {row['layer']}: {row['count']} experts")
+explained.explain((row["sequence"], row["position"]), row["layer"]).head(9).round(4)
+
+# %% [markdown]
+# The token gets every expert down to the last whose p-value is at most the threshold of its rank; with the default null that is
+# the same as a threshold on its probability. `found` says what the procedure rejected, `kept` what was left of it, and
+# `bound` whether `min_k` or `max_k` made the difference. `bhlib.explain.explain` gives the same table for any rule and any logits.
+#
 # ## A picture of one passage
 #
 # Rows are layers, columns are tokens; the colour is the number of experts. Look for vertical stripes: tokens that are

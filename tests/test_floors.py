@@ -24,6 +24,7 @@ FLOORS = [
     "recorded_passes",  # decisions about tokens, pass by pass
     "stats",  # counts -> the statistics of a run
     "records",  # what was routed where
+    "explain",  # a rule and a token's logits -> why these experts
     "patching",  # patch, analyze, restore
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
