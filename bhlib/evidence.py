@@ -14,9 +14,10 @@ from scipy.special import ndtri
 from scipy.stats import binom, rankdata
 from torch import Tensor, nn
 
-from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, alpha_for_mean_experts, fit_null
+from bhlib.calibration import VALUES_PER_EXPERT, VALUES_PER_LAYER, fit_null
 from bhlib.comparisons import matched_compute, with_documents
 from bhlib.evaluation import sweep
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
 

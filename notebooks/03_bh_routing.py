@@ -38,9 +38,10 @@ import pandas as pd
 import torch
 
 from bhlib import benjamini_hochberg_routing, figures
-from bhlib.calibration import alpha_for_mean_experts, fit_null
+from bhlib.calibration import fit_null
 from bhlib.evaluation import evaluate
 from bhlib.evidence import compare_at_equal_cost, kept_mass
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.procedures import critical_values
 from bhlib.pvalues import STATISTICS, DirichletNull
 from bhlib.rules import BH, TopK

@@ -5,10 +5,10 @@ from functools import partial
 
 from torch import Tensor
 
+from bhlib.levels import entropy_thresholds, level_for_mean_experts
 from bhlib.loading import load_settings
 from bhlib.pvalues import NULLS, PValueMaker
 from bhlib.rules import BH, FAMILIES, EntropyK, Rule, StaticPerLayer
-from bhlib.tuning import entropy_thresholds, level_for_mean_experts
 
 #: Makes a rule from calibration logits [layers, tokens, experts] and the mean number of experts that it is to give.
 Family = Callable[[Tensor, float], Rule]

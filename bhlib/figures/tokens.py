@@ -5,13 +5,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bhlib.calibration import alpha_for_mean_experts
 from bhlib.comparisons import paired_difference, with_documents
 from bhlib.evaluation import sweep
 from bhlib.figures.drawing import Picture, error_bars, signed_ticks
 from bhlib.figures.registry import figure
 from bhlib.figures.runs import interval, rank_correlation
 from bhlib.figures.study import Study
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED, SKY
 from bhlib.pvalues import DirichletNull
 from bhlib.rules import BH, KeepMass, TopK
