@@ -212,7 +212,11 @@ def _fractions(pvals: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def _bootstrap_weights(router_logits: Tensor, sequence_length: int, resamples: int, seed: int) -> np.ndarray:
-    """[resamples, sequences]: how much each sequence counts in each resample."""
+    """[resamples, sequences]: how much each sequence counts in each resample.
+
+    Not those of `bhlib.comparisons.resample`, which are made for means: the interval of a distance, which has no
+    negative values, is read off the quantiles of the resamples themselves.
+    """
     num_tokens = router_logits.shape[1]
     if num_tokens % sequence_length:
         raise ValueError(

@@ -7,7 +7,7 @@ import pandas as pd
 
 from bhlib.comparisons import with_documents
 from bhlib.evaluation import sweep
-from bhlib.figures.families import Family, bh, fitted_families, rivals, weighted_families
+from bhlib.figures.families import AtMean, bh, fitted_families, rivals, weighted_families
 from bhlib.figures.study import Study
 from bhlib.rules import BH, FAMILIES, Rule
 
@@ -45,13 +45,13 @@ def whole_comparison(study: Study) -> pd.DataFrame:
     return _sweep(study, _at_mean_k(study, families), study.whole_test, study.whole_test_documents, batch_size=16)
 
 
-def _calibrated_families(study: Study) -> dict[str, Family]:
+def _calibrated_families(study: Study) -> dict[str, AtMean]:
     """All families but BH with its default p-values, in the order of tables."""
     return fitted_families(study.fit_null(statistic="log_prob")) | weighted_families() | rivals()
 
 
-def _at_mean_k(study: Study, families: dict[str, Family]) -> list[tuple[str, float, str, Rule]]:
-    """Family, wanted mean, name and rule, of each family at each of `Study.mean_ks`."""
+def _at_mean_k(study: Study, families: dict[str, AtMean]) -> list[tuple[str, float, str, Rule]]:
+    """AtMean, wanted mean, name and rule, of each family at each of `Study.mean_ks`."""
     logits = study.calibration_logits[:, ::THIN]
     return [(name, k, f"{name}, k = {k}", make(logits, k)) for k in study.mean_ks for name, make in families.items()]
 
