@@ -84,7 +84,7 @@ def resample(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Resamples:
-    """Bootstrap of units within domains: the one behind every interval of this package.
+    """Bootstrap of units within domains: the one behind every interval of a mean, a difference or a ratio.
 
     A resample draws whole units, with all sequences that belong to them, so that it does not matter how alike the
     sequences of a document are. Domains are strata: each keeps its share, and of its n units n - 1 are drawn, which

@@ -30,7 +30,9 @@ from bhlib.calibration import collect_router_logits, fit_null, name_of
 from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate
 from bhlib.explain import explain
-from bhlib.figures.passage import Passage, PassageCharts, RoutedPassage, draw_passage, passage_html
+from bhlib.figures.passage import Passage, RoutedPassage
+from bhlib.figures.passage_charts import PassageCharts, draw_passage
+from bhlib.figures.passage_text import passage_html
 from bhlib.loading import DEMO, load_heldout
 from bhlib.patching import RoutingPatch
 from bhlib.procedures import PROCEDURES

@@ -35,16 +35,17 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 
 # %%
 from bhlib import benjamini_hochberg_routing, figures
-from bhlib.calibration import alpha_for_mean_experts, fit_null
+from bhlib.calibration import fit_null
 from bhlib.evaluation import evaluate
 from bhlib.evidence import compare_at_equal_cost, kept_mass
 from bhlib.explain import explain
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import STATISTICS, DirichletNull
 from bhlib.rules import BH, TopK
 
-demo = figures.Demo()
-demo.sequences_per_domain = 6  # the notebook takes less text than `make figures`
-model, logits = demo.model, demo.calibration_logits
+study = figures.Study()
+study.sequences_per_domain = 6  # the notebook takes less text than `make figures`
+model, logits = study.model, study.calibration_logits
 
 # %% [markdown]
 # ## One token
@@ -117,7 +118,7 @@ for name, maker in makers.items():
 # of static top-k with the same mean number of experts (interpolated between whole numbers), paired by sequence.
 
 # %%
-table = compare_at_equal_cost(model, makers, logits, demo.validation, mean_experts=(4.0,), static_k=(3, 4, 5))
+table = compare_at_equal_cost(model, makers, logits, study.validation, mean_experts=(4.0,), static_k=(3, 4, 5))
 figures.draw_statistic_matters(table)
 
 # %%
@@ -175,7 +176,7 @@ for name, maker in makers.items():
 
 # %%
 three = makers["log_prob"]
-less = {name: ids[:2] for name, ids in demo.validation.items()}
+less = {name: ids[:2] for name, ids in study.validation.items()}
 row = compare_at_equal_cost(
     model, {"log_prob": three}, logits, less, mean_experts=(3.0,), static_k=(2, 3, 4)
 ).iloc[0]
@@ -208,7 +209,7 @@ for name, maker in {"one null": one, "null per layer": three}.items():
 # than the noise: the experts after the eighth have next to no weight.
 
 # %%
-few = {name: ids[:1] for name, ids in demo.validation.items()}
+few = {name: ids[:1] for name, ids in study.validation.items()}
 own = evaluate(model, few)["loss"].mean()
 for max_k in (8, 16):
     frame = evaluate(model, few, BH(alpha=0.2, pvalues=three, max_k=max_k))

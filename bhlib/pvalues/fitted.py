@@ -184,19 +184,19 @@ class FittedNull(PValueMaker):
         ------
         ValueError
             If the null brings no levels, since it was made of samples or a table alone, or none for so many experts.
-            `bhlib.calibration.alpha_for_mean_experts` finds the level for any p-values, bounds and procedure.
+            `bhlib.levels.alpha_for_mean_experts` finds the level for any p-values, bounds and procedure.
         """
         levels = self.header.get("levels")
         if levels is None:
             raise ValueError(
                 f"{self!r} brings no levels; find one with "
-                f"bhlib.calibration.alpha_for_mean_experts(null, router_logits, {mean_experts:g})"
+                f"bhlib.levels.alpha_for_mean_experts(null, router_logits, {mean_experts:g})"
             )
         means, alphas = np.array(levels["mean_experts"]), np.array(levels["alpha"])
         if not means[0] <= mean_experts <= means[-1]:
             raise ValueError(
                 f"mean_experts is {mean_experts:g}, but the levels of this null are for {means[0]:g} to {means[-1]:g} "
-                "experts; bhlib.calibration.alpha_for_mean_experts takes other bounds"
+                "experts; bhlib.levels.alpha_for_mean_experts takes other bounds"
             )
         return float(expit(np.interp(mean_experts, means, logit_of(alphas))))
 

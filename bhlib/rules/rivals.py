@@ -128,7 +128,7 @@ class EntropyK(ProbabilityRule):
     """More experts where the router hesitates: k is a step function of the entropy of its probabilities.
 
     Adaptive-K (Balsamo 2026, doi:10.5281/zenodo.18282008): per token, k = 1 below the first entropy threshold and a
-    larger k beyond each further one. Its thresholds are tuned per model; here, `bhlib.tuning.entropy_thresholds`
+    larger k beyond each further one. Its thresholds are tuned per model; here, `bhlib.levels.entropy_thresholds`
     takes them from calibration data.
 
     Parameters
