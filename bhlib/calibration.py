@@ -49,7 +49,7 @@ def calibrate(
     ----------
     model : nn.Module
         A transformers MoE model (`find_moe_layers`), not patched, in evaluation mode, on any device. Its hooks and
-        outputs are afterwards what they were before, also after an error.
+        outputs are afterwards what they were before, even after an error.
     token_ids : Tensor [sequences, length], int64, or a mapping of names to such tensors
         For instance ``load_heldout("calibration")``. Not the text that results are reported on.
     null : str or subclass of FittedNull
@@ -194,12 +194,12 @@ def name_of(model: nn.Module) -> str:
 
 
 def _with_levels(null: FittedNull, router_logits: list[Tensor]) -> FittedNull:
-    """The null, its header holding the levels that `FittedNull.alpha_for` reads."""
+    """The null, with the levels that `FittedNull.alpha_for` reads in its header."""
     min_k, max_k = 1, min(8, null.num_experts)
     means = np.arange(min_k + 0.5, max_k, 0.5)
     alphas = np.quantile(undecided_pvalues(null, router_logits, "bh", min_k, max_k), (means - min_k) / (max_k - min_k))
     alphas = np.array([float(f"{alpha:.4g}") for alpha in alphas])  # the sample knows no more digits
-    # P-values of few values have steps: of numbers of experts with the same level the first is kept.
+    # P-values from few values have steps: of several numbers of experts at one level the first is kept.
     usable = (alphas > np.append(0, alphas[:-1])) & (alphas < 1)
     if usable.any():
         null.header["levels"] = {"mean_experts": means[usable].tolist(), "alpha": alphas[usable].tolist()}
@@ -222,7 +222,7 @@ def tail_factors(
     router_logits : Tensor [layers, tokens, experts]
         As `collect_router_logits` returns them; of other text than the null was fitted on, for an honest answer.
     levels : sequence of float
-        How far down to look; below some ten over the number of values it is the sample that is off.
+        How far down to look; below ten or so over the number of values it is the sample that is off.
     statistic, exclude_top
         Which values count as null (`bhlib.pvalues.null_values`): those of the experts outside each token's top.
 

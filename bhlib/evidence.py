@@ -279,7 +279,7 @@ def compare_at_equal_cost(
     documents: Mapping[str, np.ndarray] | None = None,
     **sweep_options,
 ) -> pd.DataFrame:
-    """Loss of BH with different p-values, each at the levels that give so many experts, against static top-k.
+    """Loss of BH with different p-values, each at the levels for a wanted number of experts, against static top-k.
 
     Parameters
     ----------

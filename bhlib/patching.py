@@ -84,10 +84,10 @@ class RoutingPatch:
     kernels : bool or "auto"
         Whether `bhlib.kernels` may compute: the routing and the experts on a CUDA device, in half precision and without
         gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
-        model's own k, or the model's experts implementation is none of `bhlib.experts.REPLACEABLE`. False multiplies by
-        the model's own implementation always, so that a pass in which the rule selects exactly the model's own experts
+        model's own k, or the model's experts implementation is not in `bhlib.experts.REPLACEABLE`. False always uses
+        the model's own implementation, so that a pass in which the rule selects exactly the model's own experts
         gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to rounding. True
-        demands those for CUDA, and refuses a machine or a model that has no use for them.
+        demands those for CUDA, and refuses a machine or a model that cannot use them.
 
     Attributes
     ----------
@@ -196,7 +196,7 @@ class RoutingPatch:
                 del _patched_routers[layer.router]
 
     def _choose_kernels(self, wanted: bool | str) -> bool:
-        """Whether to use the kernels; raises if they are wanted and there is no use for them."""
+        """Whether to use the kernels; raises if they are demanded and cannot be used."""
         if wanted == "auto":
             own_k = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
             experts = [layer.experts for layer in self.layers]
@@ -447,6 +447,6 @@ def _is_running(module: nn.Module) -> bool:
 
 
 def _forget_compiled_code() -> None:
-    """Compiled code does not look whether hooks have come or gone since, so it must be compiled anew."""
+    """Compiled code does not check whether hooks have come or gone since, so it must be compiled anew."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

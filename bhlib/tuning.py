@@ -84,10 +84,10 @@ def choose_layer_weights(
     rounds: int = 4,
     batch_size: int = 8,
 ) -> tuple[float, ...]:
-    """Weights of the layers for `BH`, so that an expert more is worth as much in one layer as in another.
+    """Weights of the layers for `BH`, so that one more expert is worth as much in one layer as in another.
 
     Each round multiplies and divides the weight of one layer after the other by `factor`, and sees what the loss of the
-    model gains per expert that the layer gets more. Layers that gain more than the (geometric) mean of all get a larger
+    model gains per additional expert of the layer. Layers that gain more than the (geometric) mean of all get a larger
     weight, the others a smaller one.
 
     Parameters

@@ -87,7 +87,7 @@ print("weights:", [round(w, 2) for w in weights[0, experts[0, : counts[0]]].toli
 # %% [markdown]
 # ## Many tokens
 #
-# The number of experts is no setting any more: it comes out of the logits, token by token. What is set is $\alpha$.
+# The number of experts is no longer a setting: it comes out of the logits, token by token. What is set is $\alpha$.
 
 # %%
 for alpha in (0.01, 0.05, 0.3):
@@ -96,7 +96,7 @@ for alpha in (0.01, 0.05, 0.3):
     print(f"alpha = {alpha:4}: mean {counts.mean():.1f}, standard deviation {counts.std():.1f}; % with 1 ... 8: {shares}")
 
 # %% [markdown]
-# To compare different kinds of p-values, $\alpha$ must not be the same but the *cost* must: `alpha_for_mean_experts` finds the
+# To compare different kinds of p-values, not $\alpha$ but the *cost* must be the same: `alpha_for_mean_experts` finds the
 # level at which a rule spends, say, 4 experts per token on average. Different nulls need very different levels, since "one
 # chance in a hundred" means something else under each. Below: a kernel density estimate of each statistic over the experts
 # that the model does not select, one of the raw logit over *all* experts, and the default.
@@ -165,8 +165,8 @@ for name, maker in makers.items():
 # ## What it is worth
 #
 # At 4 of 8 experts the gain over static top-k is of the order of a hundredth of a nat, on this small model, and the default
-# null reaches it without any calibration. It is not much, and it is the right comparison: a rule that is better than its own
-# top-8 at no cost does not exist, and a rule that is compared with a static rule of *another* cost proves nothing.
+# null reaches it without any calibration. It is not much, and it is the right comparison: no rule is better
+# than the model's own top-8 at no cost, and a rule that is compared with a static rule of *another* cost proves nothing.
 #
 # ## Exercises
 #
@@ -189,7 +189,7 @@ print(f"{row['mean_k']:.1f} experts: {row['difference']:+.2f} nats, 95 % interva
 # *Answer.* Next to nothing. With one null for all layers (Dirichlet) a fixed cut *is* one threshold on the probability, which keeps
 # the most weight of all; BH, whose threshold loosens with each expert found, keeps almost as much. With a null per layer a
 # fixed cut is a threshold of its own in each layer: it keeps less than the one threshold, and as much as BH with the same null.
-# (Bonferroni's is a fixed cut, too, under another name of the level.) In loss it is the same: with the same null the fixed cut is
+# (Bonferroni's is a fixed cut, too, with its level under another name.) In loss it is the same: with the same null the fixed cut is
 # level with BH or better (next notebooks, `06_quality_vs_compute`). Nor does the line add a guarantee. For p-values that are
 # uniform under a null that one can check, BH's $\alpha$ bounds the expected share of false discoveries among what is selected. Here
 # "null" is our own convention, and no share of useless experts is bounded by it: $\alpha$ is a dial.

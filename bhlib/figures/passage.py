@@ -50,7 +50,7 @@ class RoutedPassage:
         return max(self.weights.shape[-1], self.own_weights.shape[-1])
 
     def layers(self, layer: int | None) -> list[int]:
-        """Indices of the layers that a view shows: one, or all for None. Raises ValueError if there is none such."""
+        """Indices of the layers that a view shows: one, or all for None. ValueError if there is no such layer."""
         if layer is not None and not 0 <= layer < len(self.counts):
             raise ValueError(f"layer must lie in 0..{len(self.counts) - 1}, or be None for all layers, got {layer}.")
         return list(range(len(self.counts))) if layer is None else [layer]

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def compute_token_loss(study: Study, num_bins: int = 10) -> pd.DataFrame:
-    """Experts that BH gives to the token that predicts another, against how hard that other is.
+    """Experts that BH gives to the token that predicts another, against how hard the other is to predict.
 
     The difficulty is the loss under the model's own top-8, the experts are a mean over the layers.
 

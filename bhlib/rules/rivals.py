@@ -136,7 +136,7 @@ class EntropyK(ProbabilityRule):
     thresholds : sequence of float, increasing
         Entropies in nats, at most log(experts).
     ks : sequence of int, one more than `thresholds`
-        Experts of a token whose entropy exceeds so many thresholds: ``ks[0]`` if none, ``ks[-1]`` if all.
+        ``ks[i]`` experts for a token whose entropy exceeds i of the thresholds: ``ks[-1]`` if all.
     """
 
     thresholds: tuple[float, ...] = (2.0, 2.5)

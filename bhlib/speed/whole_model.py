@@ -222,7 +222,7 @@ def bench_decode(
     rules = rules_by_mean_k(model, random_ids(model, 1, 4096))
     for batch in (1, 8, 32):
         ids = random_ids(model, batch, prompt)
-        # Every call goes on by a token where the cache counts on the host, and wherever it is, room costs little.
+        # With room to spare: a cache that counts on the host grows by a token with every call, and room costs little.
         cache = StaticCache(config=model.config, max_cache_len=prompt + 128)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = ids[:, -1:].contiguous()
