@@ -35,7 +35,6 @@ FLOORS = [
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
     "comparisons",  # the table of a sweep -> means, differences, intervals
-    "fingerprints",  # what a number depends on -> a hash
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
     "tuning",  # what each layer gets, from calibration text
