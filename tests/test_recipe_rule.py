@@ -11,10 +11,10 @@ from matplotlib.colors import to_hex
 from bhlib import figures
 from bhlib.__main__ import main
 from bhlib.figures.families import rivals, tried_families
+from bhlib.levels import mean_experts
 from bhlib.looks import Look, free_look
 from bhlib.rules import FAMILIES, ProbabilityRule, RuleFamily, register
 from bhlib.sweep_command import parse_rules
-from bhlib.tuning import mean_experts
 
 TABLES = Path(__file__).resolve().parent.parent / "figures"
 
