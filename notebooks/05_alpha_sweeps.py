@@ -36,7 +36,7 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 import pandas as pd
 
 from bhlib import figures, load_demo
-from bhlib.calibration import alpha_for_mean_experts
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import DirichletNull, TokenGaussian
 from bhlib.rules import BH
 from bhlib.widgets import Explorer, heldout_texts
