@@ -3,6 +3,8 @@
     digest = Fingerprint()
     digest.add(rule)
     digest.hexdigest()
+
+Equal hashes mean that nothing that was added has changed.
 """
 
 import copyreg
@@ -19,6 +21,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +89,7 @@ class Fingerprint:
         except (pickle.PicklingError, AttributeError, RuntimeError) as error:  # also of recursion without end
             raise TypeError(str(error)) from error
 
-    def _add(self, value: object) -> None:
+    def _add(self, value: Any) -> None:
         kind = type(value)
         if kind in _PLAIN:
             self._write(kind.__name__, repr(value))
@@ -122,7 +125,7 @@ class Fingerprint:
         self._seen[key] = len(self._seen), value
         return True
 
-    def _add_new(self, value: object) -> None:
+    def _add_new(self, value: Any) -> None:
         if isinstance(value, _IN_C):
             self._write("C", value.__qualname__)
             owner = getattr(value, "__self__", None)
@@ -353,7 +356,8 @@ def add_model(digest: Fingerprint, model: nn.Module, sample: int = 4096) -> None
     TypeError
         If part of the model cannot be told: a hook or a ``forward`` of somebody's own, a tensor without values.
     """
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    settings_of_model: Any = model.config
+    config = {key: value for key, value in settings_of_model.to_dict().items() if key not in _NOT_THE_MODEL}
     digest.add(json.dumps(config, sort_keys=True, default=str))
     for layer in find_moe_layers(model):
         digest.add((layer.name, layer.num_experts, layer.top_k, layer.weighting))

@@ -179,7 +179,7 @@ class RecordedPasses(Sequence):
     def __len__(self) -> int:
         return len(self._index) // self._FIELDS
 
-    def __getitem__(self, number: int) -> RecordedPass:
+    def __getitem__(self, number: int) -> RecordedPass:  # type: ignore[override]  # no slices
         number = range(len(self))[number]
         at = number * self._FIELDS
         block, start, batch, length, first_sequence, generated = self._index[at : at + self._FIELDS]

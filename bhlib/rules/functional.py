@@ -1,6 +1,7 @@
 """Routing outside any model: logits of any leading shape in, weights with a column per expert out."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -21,7 +22,7 @@ def benjamini_hochberg_routing(
     method: str = "bh",
     layer: int | None = None,
     return_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, dict]:
+) -> tuple[Any, ...]:
     """Route tokens by the Benjamini–Hochberg procedure, outside any model.
 
     Parameters
@@ -66,9 +67,7 @@ def benjamini_hochberg_routing(
     (3, [0, 1, 2])
     """
     check_temperature(temperature)
-    if pvalues == "softmax":
-        pvalues = make_pvalues("softmax", temperature=temperature)
-    rule = BH(alpha=alpha, pvalues=pvalues, method=method, min_k=min_k, max_k=max_k)
+    rule = BH(alpha=alpha, pvalues=make_pvalues(pvalues, temperature), method=method, min_k=min_k, max_k=max_k)
     weights, experts, counts = _dense(rule, router_logits, temperature, layer)
     if not return_stats:
         return weights, experts, counts
