@@ -61,7 +61,8 @@ def benjamini_hochberg_routing(
 
     Examples
     --------
-    >>> logits = torch.zeros(1, 64); logits[0, :3] = 9.0; logits[0, 3:] = torch.linspace(-1, 1, 61)
+    >>> import torch
+    >>> logits = torch.cat([torch.full((1, 3), 9.0), torch.linspace(-1, 1, 61)[None]], dim=1)
     >>> weights, experts, counts = benjamini_hochberg_routing(logits, alpha=0.05)
     >>> int(counts[0]), sorted(experts[0, :3].tolist())
     (3, [0, 1, 2])
