@@ -16,7 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("MPLBACKEND", None)
 
 
-# Where examples in docstrings (`>>>`) are not looked for, since that imports a file: in the scripts of notebooks, in what
+# The package of this clone, installed or not, for the kernels of notebooks and whatever else tests start.
+ROOT = os.path.dirname(os.path.abspath(__file__))
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+# Where no examples (`>>>`) are looked for, since that imports a file: in the scripts of notebooks, in what
 # lm-evaluation-harness calls, and in kernels where there is no Triton.
 collect_ignore_glob = ["notebooks/*.py", "bhlib/tasks/read_items.py"]
 if find_spec("triton") is None:
