@@ -38,12 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     sweep_command.add_arguments(sweep)
     arguments = parser.parse_args(argv)
     if arguments.command == "figures":
-        from bhlib.figures import registry  # imports matplotlib, which other commands do not need
+        from bhlib.figures import registry, tables  # imports matplotlib, which other commands do not need
 
         if arguments.check:
             moved = registry.check_figures(arguments.folder, arguments.only)
             if len(moved):
-                raise SystemExit(registry.report(moved))
+                raise SystemExit(tables.report(moved))
             print(f"{arguments.folder}: every number is as it was, within its tolerance")
         else:
             make = registry.redraw_figures if arguments.redraw else registry.make_figures

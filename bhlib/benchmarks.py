@@ -53,7 +53,7 @@ def bench_routing(
     max_k : int
         Experts per token of the baseline, and the bound of the rules.
     loop_tokens : int
-        Tokens for the loops, which are timed on so many only: their time per token does not depend on it.
+        Tokens for the loops, which are timed on no more than these: their time per token does not depend on it.
     min_run_time : float
         Seconds to spend on each row.
     devices : list of str, optional

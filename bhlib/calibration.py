@@ -12,7 +12,7 @@ sample of fixed size, drawn without replacement and uniformly from all values th
 bounded however long the text is. The draw depends on the seed and on the order of the tokens, not on the batch size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, watch
 from bhlib.experts import is_twin
-from bhlib.procedures import adjusted_pvalues
+from bhlib.levels import undecided_pvalues
 from bhlib.pvalues import FittedNull, PValueMaker, check_logits, fitted_nulls, load_null, null_values
 from bhlib.sampling import LogitSampler
 
@@ -49,7 +49,7 @@ def calibrate(
     ----------
     model : nn.Module
         A transformers MoE model (`find_moe_layers`), not patched, in evaluation mode, on any device. Its hooks and
-        outputs are afterwards what they were before, also after an error.
+        outputs are afterwards what they were before, even after an error.
     token_ids : Tensor [sequences, length], int64, or a mapping of names to such tensors
         For instance ``load_heldout("calibration")``. Not the text that results are reported on.
     null : str or subclass of FittedNull
@@ -193,79 +193,13 @@ def name_of(model: nn.Module) -> str:
     return source or type(model).__name__
 
 
-def alpha_for_mean_experts(
-    pvalues: PValueMaker,
-    router_logits: Tensor,
-    mean_experts: float,
-    *,
-    method: str = "bh",
-    min_k: int = 1,
-    max_k: int = 8,
-) -> float:
-    """The level at which `BH` gives tokens so many experts on average: how to compare p-values at equal cost.
-
-    For any other rule there is `bhlib.tuning.level_for_mean_experts`, which searches.
-
-    Parameters
-    ----------
-    pvalues : PValueMaker
-    router_logits : Tensor [layers, tokens, experts]
-        As `collect_router_logits` returns them. A patched model sees somewhat other logits, so its mean will be close
-        to `mean_experts`, not equal.
-    mean_experts : float
-        Strictly between `min_k` and `max_k`.
-    method : str
-        A procedure that has adjusted p-values.
-    min_k, max_k : int
-        Bounds on the number of experts of a token, as in the rule.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        If the mean is not between the bounds, or no level below 1 gives so many.
-
-    Notes
-    -----
-    A procedure rejects at the level alpha what has an adjusted p-value of at most alpha. The mean number is therefore
-    `min_k` plus the expected number of adjusted p-values up to alpha among the (min_k + 1)-th to max_k-th smallest of a
-    token, and the level that is sought is a quantile of these.
-    """
-    if not min_k < mean_experts < max_k:
-        raise ValueError(
-            f"mean_experts is {mean_experts}, but must lie strictly between min_k={min_k} and max_k={max_k}"
-        )
-    share = (mean_experts - min_k) / (max_k - min_k)
-    alpha = float(np.quantile(_undecided(pvalues, router_logits, method, min_k, max_k), share))
-    if not 0 < alpha < 1:
-        raise ValueError(
-            f"no alpha strictly between 0 and 1 gives {mean_experts} experts on average with {pvalues!r} (it would be "
-            f"{alpha:g}); choose a number further from the bounds, or another null"
-        )
-    return alpha
-
-
-def _undecided(
-    pvalues: PValueMaker, router_logits: Iterable[Tensor], method: str, min_k: int, max_k: int
-) -> np.ndarray:
-    """The (min_k + 1)-th to max_k-th smallest adjusted p-values of every token."""
-    adjusted = [
-        adjusted_pvalues(pvalues(logits, layer), method, check=False).topk(max_k, largest=False).values[:, min_k:]
-        for layer, logits in enumerate(router_logits)
-    ]
-    return torch.cat(adjusted).flatten().double().cpu().numpy()
-
-
 def _with_levels(null: FittedNull, router_logits: list[Tensor]) -> FittedNull:
-    """The null, its header holding the levels that `FittedNull.alpha_for` reads."""
+    """The null, with the levels that `FittedNull.alpha_for` reads in its header."""
     min_k, max_k = 1, min(8, null.num_experts)
     means = np.arange(min_k + 0.5, max_k, 0.5)
-    alphas = np.quantile(_undecided(null, router_logits, "bh", min_k, max_k), (means - min_k) / (max_k - min_k))
+    alphas = np.quantile(undecided_pvalues(null, router_logits, "bh", min_k, max_k), (means - min_k) / (max_k - min_k))
     alphas = np.array([float(f"{alpha:.4g}") for alpha in alphas])  # the sample knows no more digits
-    # P-values of few values have steps: of numbers of experts with the same level the first is kept.
+    # P-values from few values have steps: of several numbers of experts at one level the first is kept.
     usable = (alphas > np.append(0, alphas[:-1])) & (alphas < 1)
     if usable.any():
         null.header["levels"] = {"mean_experts": means[usable].tolist(), "alpha": alphas[usable].tolist()}
@@ -288,7 +222,7 @@ def tail_factors(
     router_logits : Tensor [layers, tokens, experts]
         As `collect_router_logits` returns them; of other text than the null was fitted on, for an honest answer.
     levels : sequence of float
-        How far down to look; below some ten over the number of values it is the sample that is off.
+        How far down to look; below ten or so over the number of values it is the sample that is off.
     statistic, exclude_top
         Which values count as null (`bhlib.pvalues.null_values`): those of the experts outside each token's top.
 

@@ -84,7 +84,7 @@ def resample(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Resamples:
-    """Bootstrap of units within domains: the one behind every interval of this package.
+    """Bootstrap of units within domains: the one behind every interval of a mean, a difference or a ratio.
 
     A resample draws whole units, with all sequences that belong to them, so that it does not matter how alike the
     sequences of a document are. Domains are strata: each keeps its share, and of its n units n - 1 are drawn, which
@@ -189,8 +189,8 @@ def matched_compute(
     """Each rule against static top-k at the same mean number of experts, with bootstrap intervals.
 
     Static top-k exists at integer k only. Between them its loss is interpolated linearly, at the mean number of
-    experts of the rule over all tokens, layers and sequences: what a mixture of top-k and top-(k+1) would lose that
-    decides at random, so a cost that can be had without looking at the token. All means are over tokens.
+    experts of the rule over all tokens, layers and sequences: what is lost by choosing between top-k and top-(k+1)
+    at random, which can be done without looking at the token. All means are over tokens.
 
     Parameters
     ----------

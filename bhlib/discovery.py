@@ -230,7 +230,7 @@ def as_scored(router_logits: Tensor, narrows: bool) -> Tensor:
 
 
 def _refuse_corrections(router: "RouterModule", refusal: str, num_experts: int) -> None:
-    """Raise if the router holds one number more per expert: so small as not to show in the probe, it shows in use."""
+    """Raise if the router holds one more number per expert: too small to show in the probe, it would show in use."""
     for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
         if name not in ("weight", "bias") and tensor.numel() == num_experts and tensor.any():
             raise ValueError(f"{refusal}it corrects the scores of its experts ({name}).")

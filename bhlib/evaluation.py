@@ -20,12 +20,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.cells import cell_path, open_folder, read_cell, write_cell
+from bhlib.cells import cell_path, open_folder, read_cell, sweep_key, write_cell
 
 # What is made of the tables below is reached from here too.
 from bhlib.comparisons import matched_compute, paired_difference, summarize  # noqa: F401
 from bhlib.discovery import find_moe_layers
-from bhlib.fingerprints import Fingerprint, add_model
 from bhlib.patching import RoutingPatch
 from bhlib.records import Records
 from bhlib.rules import Rule, TopK
@@ -259,9 +258,9 @@ def sweep(
         What to measure, by the name that it gets in the table; None is the model's own routing.
     cache : path, optional
         Folder of finished cells, one CSV per rule. A cell that is there is read instead of computed, so that a sweep
-        that was stopped goes on where it was. A cell's file is named after its rule, with a hash of everything that
-        its numbers depend on (`bhlib.cells.cell_path`), code included; one that was damaged is computed again, with a
-        warning that names it.
+        that was stopped goes on where it was. A cell's file is named after its rule, with a hash of what its
+        numbers depend on, bhlib's code included (`bhlib.cells`); one that was damaged is computed again, with a
+        warning that names it. Rules and p-values of your own are not stored: sweep them without a cache.
 
     Returns
     -------
@@ -275,7 +274,9 @@ def sweep(
     TypeError
         As `evaluate`.
     ValueError
-        If there is a `cache`, and a rule or the model depends on something that a cell's name cannot tell.
+        If there is a `cache`, and a rule or its p-values are not bhlib's, or a `Replay`.
+    RuntimeError
+        If there is a `cache`, and bhlib's files have changed after they were imported.
     OSError
         If the folder `cache` cannot be made or written to, or a cell not be read.
 
@@ -291,10 +292,8 @@ def sweep(
     paths = {}
     if cache is not None:
         open_folder(cache)
-        key = _fingerprint(model, data, {"agreement": agreement} | patch_options)
-        for name, rule in rules.items():
-            counts_passes = rule is not None and type(rule).rewind is not Rule.rewind
-            paths[name] = cell_path(cache, name, rule, f"{key} {batch_size}" if counts_passes else key)
+        key = sweep_key(model, data, {"agreement": agreement} | patch_options)
+        paths = {name: cell_path(cache, name, rule, key) for name, rule in rules.items()}
     # One process looks what is finished, so that all divide the same rest.
     parts = {}
     if state.is_main_process:
@@ -321,18 +320,3 @@ def sweep(
     parts = dict(gather_object(list(parts.items())))
     frame = pd.concat([parts[name].assign(rule=name) for name in rules], ignore_index=True)
     return frame[["rule", *frame.columns.drop(["rule", "error"]), "error"]]
-
-
-def _fingerprint(model: nn.Module, data: Mapping[str, Tensor], options: Mapping[str, object]) -> str:
-    """Hash of what the numbers of a sweep depend on, but for the rule."""
-    digest = Fingerprint()
-    digest.add({domain: data[domain] for domain in data})
-    digest.add(sorted(options.items()))
-    try:
-        add_model(digest, model)
-    except TypeError as reason:
-        raise ValueError(
-            f"this sweep cannot be stored, since it depends on what a file's name cannot tell ({reason}): sweep "
-            f"without a cache, sweep(..., cache=None)."
-        ) from reason
-    return digest.hexdigest()

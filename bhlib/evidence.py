@@ -15,9 +15,10 @@ from scipy.special import ndtri
 from scipy.stats import binom, rankdata
 from torch import Tensor, nn
 
-from bhlib.calibration import alpha_for_mean_experts, fit_null
+from bhlib.calibration import fit_null
 from bhlib.comparisons import matched_compute, with_documents
 from bhlib.evaluation import sweep
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
 from bhlib.sampling import VALUES_PER_EXPERT, VALUES_PER_LAYER
@@ -212,7 +213,11 @@ def _fractions(pvals: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def _bootstrap_weights(router_logits: Tensor, sequence_length: int, resamples: int, seed: int) -> np.ndarray:
-    """[resamples, sequences]: how much each sequence counts in each resample."""
+    """[resamples, sequences]: how much each sequence counts in each resample.
+
+    Not those of `bhlib.comparisons.resample`, which are made for means: the interval of a distance, which has no
+    negative values, is read off the quantiles of the resamples themselves.
+    """
     num_tokens = router_logits.shape[1]
     if num_tokens % sequence_length:
         raise ValueError(
@@ -274,7 +279,7 @@ def compare_at_equal_cost(
     documents: Mapping[str, np.ndarray] | None = None,
     **sweep_options,
 ) -> pd.DataFrame:
-    """Loss of BH with different p-values, each at the levels that give so many experts, against static top-k.
+    """Loss of BH with different p-values, each at the levels for a wanted number of experts, against static top-k.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ KERNELS = "kernels_"
 #: Implementations of transformers that compute what the kernels compute, by name; any other was chosen for a reason.
 REPLACEABLE = (None, "eager", "grouped_mm", "batched_mm")
 
-#: On a CPU, from so many bytes of gathered hidden states on, the loop over experts is faster (measured on the demo's
+#: On a CPU, from this many bytes of gathered hidden states on, the loop over experts is faster (measured on the demo's
 #: layers; on OLMoE's the two are equal). Smaller buffers are used again and again, and cost no page faults.
 LOOP_BYTES = 3 * 2**20
 

@@ -33,7 +33,7 @@ def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreT
     """The embedded OLMoE (`bhlib/demo`), in evaluation mode, on the CPU, with its tokenizer. Needs no network.
 
     It stays on the CPU where there is a GPU, too: it is small, and its numbers then do not depend on the machine's GPU.
-    ``model.to("cuda")`` moves it, as `bhlib.figures.Demo` does, which runs it over far more text.
+    ``model.to("cuda")`` moves it, as `bhlib.figures.Study` does, which runs it over far more text.
 
     Parameters
     ----------

@@ -197,7 +197,8 @@ def special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
     found: list[list[int]] = []
     for name in ("pad_token_id", "eos_token_id"):
         configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
-        tokens: list[int] | int = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
+        values = [getattr(config, name, None) for config in configs]
+        tokens: list[int] | int = next((value for value in values if value is not None), [])
         found.append(tokens if isinstance(tokens, list) else [tokens])
     padding, ends = found
     return padding, ends

@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from types import FrameType
 from weakref import WeakKeyDictionary
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from bhlib.discovery import (
     implementation_of,
     implementations_changed,
 )
+from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
 from bhlib.passes import PassReader, find_cache, special_tokens
 from bhlib.procedures import check_alpha
@@ -75,15 +77,18 @@ class RoutingPatch:
     max_recorded_tokens : int or None
         Bound on the tokens whose decisions are kept row by row (`bhlib.records`); None keeps all, 0 none. What comes
         after is in the statistics, which are complete anyway, and reading the rows warns that they are not.
+    record_logits : bool
+        Whether to keep the router logits with the rows, for `explain`. They take the room of all experts: 2 kB more
+        per token for 16 layers of 64 experts in bfloat16, 4 kB in float32 (`bhlib.records`).
     weights : str
         ``"model"`` (the default) for the model's own convention, or one of `bhlib.weighting.WEIGHTINGS`.
     kernels : bool or "auto"
         Whether `bhlib.kernels` may compute: the routing and the experts on a CUDA device, in half precision and without
         gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
-        model's own k, or the model's experts implementation is none of `bhlib.experts.REPLACEABLE`. False multiplies by
-        the model's own implementation always, so that a pass in which the rule selects exactly the model's own experts
+        model's own k, or the model's experts implementation is not in `bhlib.experts.REPLACEABLE`. False always uses
+        the model's own implementation, so that a pass in which the rule selects exactly the model's own experts
         gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to rounding. True
-        demands those for CUDA, and refuses a machine or a model that has no use for them.
+        demands those for CUDA, and refuses a machine or a model that cannot use them.
 
     Attributes
     ----------
@@ -100,6 +105,7 @@ class RoutingPatch:
         mode: str = "patch",
         collect_stats: bool = True,
         max_recorded_tokens: int | None = MAX_RECORDED_TOKENS,
+        record_logits: bool = False,
         weights: str = "model",
         kernels: bool | str = "auto",
     ) -> None:
@@ -111,9 +117,11 @@ class RoutingPatch:
             )
         if weights not in ("model", *WEIGHTINGS):
             raise ValueError(f"weights must be 'model' or one of {tuple(WEIGHTINGS)}, got {weights!r}.")
+        if record_logits and not collect_stats:
+            raise ValueError("record_logits=True keeps the logits with the records: leave collect_stats=True.")
         check_temperature(temperature)
         self.model, self.rule, self.temperature, self.mode = model, rule, temperature, mode
-        self.collect_stats, self.weights = collect_stats, weights
+        self.collect_stats, self.record_logits, self.weights = collect_stats, record_logits, weights
         self.layers = find_moe_layers(model)
         for layer in self.layers:
             rule.check_model(len(self.layers), layer.num_experts)
@@ -189,7 +197,7 @@ class RoutingPatch:
                 del _patched_routers[layer.router]
 
     def _choose_kernels(self, wanted: bool | str) -> bool:
-        """Whether to use the kernels; raises if they are wanted and there is no use for them."""
+        """Whether to use the kernels; raises if they are demanded and cannot be used."""
         if wanted == "auto":
             own_k = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
             experts = [layer.experts for layer in self.layers]
@@ -211,10 +219,12 @@ class RoutingPatch:
         """Apply the rule to one layer's logits [tokens, experts]."""
         if router_logits.device.type == "cpu":  # elsewhere the check would wait for the device
             check_logits(router_logits)
-        weighting = layer.weighting if self.weights == "model" else self.weights
         rule = self.rule.fused if self.kernels else self.rule
         logits = as_scored(router_logits, layer.narrows)
-        return rule(logits, layer.index, weighting=weighting, temperature=self.temperature)
+        return rule(logits, layer.index, weighting=self._weighting(layer), temperature=self.temperature)
+
+    def _weighting(self, layer: MoELayer) -> str:
+        return layer.weighting if self.weights == "model" else self.weights
 
     def check_open(self) -> None:
         """Raise a RuntimeError if the patch was taken back since the forward pass began."""
@@ -262,12 +272,13 @@ class RoutingPatch:
                 self._reader.follow(finished.tokens, cache)
 
     @torch.compiler.disable
-    def _record(self, layer: MoELayer, routing: Routing) -> None:
+    def _record(self, layer: MoELayer, routing: Routing, router_logits: Tensor) -> None:
         current = getattr(self._local, "current", None)
         if current is not None and layer.index in current.routings and not _is_running(self._body):
             current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
-            current.add(layer.index, routing)
+            logits = as_scored(router_logits, layer.narrows) if self.record_logits else None
+            current.add(layer.index, routing, logits)
         elif torch._C._current_graph_task_id() < 0:  # else gradient checkpointing repeats a pass that has been counted
             warnings.warn(
                 f"{layer.name!r} was run outside a forward pass of {type(self._body).__name__}: its tokens are routed, "
@@ -281,6 +292,38 @@ class RoutingPatch:
         """Exact statistics of every token routed since the last reset, padding not counted."""
         about = {"mode": self.mode, "alpha": getattr(self.rule, "alpha", None)}
         return RoutingStats(self.records.stats(would=self.mode == "analyze") | about)
+
+    def explain(self, token: int | tuple[int, int], layer: int) -> pd.DataFrame:
+        """Why a recorded token got its experts in a layer: the table of `bhlib.explain.explain`, a row per expert.
+
+        What is kept, and with which weights, is as it was routed; what the rule looked at is computed again from the
+        logits of that moment, which ``record_logits=True`` has kept.
+
+        Parameters
+        ----------
+        token : (int, int) or int
+            ``(sequence, position)``, as in a row of ``records.to_frame()``: ``(0, 12)`` is the thirteenth token of the
+            first sequence. Or the token's number among the rows of ``records.counts()``; -1 is the last one routed.
+        layer : int
+            MoE layer, from 0.
+
+        Raises
+        ------
+        IndexError
+            If there is no such token or layer.
+        ValueError
+            If logits were not recorded, the layer did not run, or several recorded tokens have that place (then their
+            numbers are named).
+        """
+        logits, routing = self.records.find(token, layer)
+        return explain(
+            self.rule,
+            logits,
+            layer,
+            weighting=self._weighting(self.layers[layer]),
+            temperature=self.temperature,
+            routing=routing,
+        )
 
     def reset_stats(self) -> None:
         """Forget what was recorded."""
@@ -312,7 +355,7 @@ class BHRoutingIntegration(RoutingPatch):
         Multiple-testing procedure (`bhlib.procedures`).
     layer_weights : sequence of float, optional
         A factor per MoE layer on the odds of `alpha` (`bhlib.tuning.choose_layer_weights`).
-    weights, max_recorded_tokens, kernels
+    weights, max_recorded_tokens, record_logits, kernels
         See `RoutingPatch`.
 
     Examples
@@ -343,6 +386,7 @@ class BHRoutingIntegration(RoutingPatch):
         layer_weights: Sequence[float] | None = None,
         weights: str = "model",
         max_recorded_tokens: int | None = MAX_RECORDED_TOKENS,
+        record_logits: bool = False,
         kernels: bool | str = "auto",
     ) -> None:
         check_alpha(alpha)
@@ -355,6 +399,7 @@ class BHRoutingIntegration(RoutingPatch):
             collect_stats=collect_stats,
             weights=weights,
             max_recorded_tokens=max_recorded_tokens,
+            record_logits=record_logits,
             kernels=kernels,
         )
 
@@ -383,7 +428,7 @@ class _RouterHook:
         router_logits, top_k_weights, _ = output
         routing = patch.route(layer, router_logits)
         if patch.collect_stats:
-            patch._record(layer, routing)
+            patch._record(layer, routing, router_logits)
         if patch.mode == "analyze":
             return None
         implementation = implementation_of(layer.experts)
@@ -405,6 +450,6 @@ def _is_running(module: nn.Module) -> bool:
 
 
 def _forget_compiled_code() -> None:
-    """Compiled code does not look whether hooks have come or gone since, so it must be compiled anew."""
+    """Compiled code does not check whether hooks have come or gone since, so it must be compiled anew."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

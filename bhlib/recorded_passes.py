@@ -28,6 +28,9 @@ class Rows(NamedTuple):
         -1 where a layer did not run.
     valid, position, token_ids : Tensor [1, tokens], bool, int32, int32
         As in `PassTokens`; -1 for an unknown id.
+    logits : Tensor [layers, tokens, experts]
+        Router logits that the decisions were made on, in the dtype in which they were; 0 where a layer did not run.
+        Without columns if they were not recorded.
     """
 
     weights: Tensor
@@ -36,14 +39,17 @@ class Rows(NamedTuple):
     valid: Tensor
     position: Tensor
     token_ids: Tensor
+    logits: Tensor
 
     @classmethod
-    def pack(cls, tokens: PassTokens, routings: dict[int, Routing], num_layers: int) -> "Rows":
+    def pack(cls, finished: "RunningPass", num_layers: int) -> "Rows":
         """Rows of one forward pass, from the decisions of the layers that ran."""
+        tokens, routings = finished.tokens, finished.routings
         some = next(iter(routings.values()))
         slots = max(routing.experts.shape[-1] for routing in routings.values())
         absent = Routing(torch.zeros_like(some.weights), *(torch.full_like(part, -1) for part in some[1:]))
         layers = [routings.get(layer, absent) for layer in range(num_layers)]
+        no_logits = torch.zeros_like(next(iter(finished.logits.values()), some.weights[:, :0]))
 
         def stack(parts: Iterable[Tensor], empty: float) -> Tensor:
             parts = [part.to(some.counts.device) for part in parts]
@@ -51,11 +57,16 @@ class Rows(NamedTuple):
             return torch.stack([pad(x, (0, n), value=empty) if n else x for x, n in zip(parts, missing, strict=True)])
 
         ids = torch.full_like(tokens.position, -1) if tokens.token_ids is None else tokens.token_ids
+        known = (part.reshape(1, -1).to(some.counts.device) for part in (tokens.valid, tokens.position, ids))
+        valid, position, token_ids = known
         return cls(
             stack((routing.weights for routing in layers), 0.0),
             stack((routing.experts for routing in layers), -1).to(torch.int16),
             torch.stack([routing.counts.to(some.counts.device) for routing in layers]).to(torch.int16),
-            *(part.reshape(1, -1).to(some.counts.device) for part in (tokens.valid, tokens.position, ids)),
+            valid,
+            position,
+            token_ids,
+            torch.stack([finished.logits.get(layer, no_logits).to(some.counts.device) for layer in range(num_layers)]),
         )
 
     def between(self, start: int, stop: int) -> "Rows":
@@ -63,14 +74,13 @@ class Rows(NamedTuple):
         return Rows(*(part[:, start:stop] for part in self))
 
     def totals(self, num_experts: int) -> Tensor:
-        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the last column void."""
-        size = num_experts + 2
+        """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the first column void."""
         weight = self.valid.long().expand(len(self.counts), -1)
-        slots = self.experts.flatten(1)
-        totals = weight.new_zeros(2, len(self.counts), size)
-        # A remainder makes the last column of -1, for what did not run or is empty.
-        totals[0].scatter_add_(1, self.counts.long() % size, weight)
-        totals[1].scatter_add_(1, slots.long() % size, weight.repeat_interleave(self.experts.shape[-1], dim=1))
+        totals = weight.new_zeros(2, len(self.counts), num_experts + 2)
+        # What did not run, or is empty, is -1: one is added everywhere, and it falls into the void.
+        totals[0].scatter_add_(1, self.counts.long() + 1, weight)
+        weight = weight[:, :, None].expand(self.experts.shape)
+        totals[1].scatter_add_(1, (self.experts.long() + 1).flatten(1), weight.flatten(1))
         return totals
 
 
@@ -110,9 +120,12 @@ class RunningPass:
     def __init__(self, tokens: PassTokens) -> None:
         self.tokens = tokens
         self.routings: dict[int, Routing] = {}
+        self.logits: dict[int, Tensor] = {}
 
-    def add(self, layer: int, routing: Routing) -> None:
+    def add(self, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
         """Take in the decisions of one layer, a row for each token of the pass, batch-major.
+
+        `logits` [tokens, experts] are those that they were made on, if these are to be kept: for every layer or none.
 
         Raises
         ------
@@ -127,6 +140,8 @@ class RunningPass:
                 f"collect_stats=False to route without recording."
             )
         self.routings[layer] = Routing(routing.weights.detach(), routing.experts, routing.counts)
+        if logits is not None:
+            self.logits[layer] = logits.detach()
 
 
 class RecordedPass(NamedTuple):
@@ -154,7 +169,7 @@ class RecordedPass(NamedTuple):
     @property
     def tokens(self) -> PassTokens:
         """The tokens."""
-        valid, position, token_ids = (part.view(self.shape) for part in self.rows[3:])
+        valid, position, token_ids = (part.view(self.shape) for part in self.rows[3:6])
         return PassTokens(valid, position, token_ids, self.first_sequence, self.generated)
 
     @property
@@ -190,7 +205,7 @@ class RecordedPasses(Sequence):
     def append(self, finished: RunningPass, rows: Rows) -> None:
         if len(finished.routings) < self.num_layers:
             self._partial[len(self)] = sorted(finished.routings)
-        kind = (rows.weights.shape[-1], rows.weights.dtype, rows.weights.device)
+        kind = (rows.weights.shape[-1], rows.weights.dtype, rows.logits.dtype, rows.weights.device)
         number = self._open.get(kind)
         if number is not None and self.blocks[number].has_room(rows.counts.shape[1]):
             start = self.blocks[number].used

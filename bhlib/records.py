@@ -5,9 +5,10 @@ k experts, how often each expert was used), of constant size however long the ru
 themselves, one per token and layer, aligned with the tokens through the attention mask. Padding is in neither.
 
 Memory of the rows: ``6 * slots + 2`` bytes per token and layer (int16 expert, float32 weight, int16 count), 9 bytes
-per token and 48 per forward pass, so 0.8 kB per token for 16 layers of 8 slots, on the device of the layers. Short
-passes share a block (`bhlib.recorded_passes`). `max_tokens` bounds the rows, and 0 keeps totals only; whatever reads
-rows that were cut short says so in a warning.
+per token and 48 per forward pass, so 0.8 kB per token for 16 layers of 8 slots, on the device of the layers. Router
+logits, if they are kept too, take their own size per expert: for 16 layers of 64 experts 2 kB more per token in
+bfloat16, 4 kB in float32. Short passes share a block (`bhlib.recorded_passes`). `max_tokens` bounds the rows, and 0
+keeps totals only; whatever reads rows that were cut short says so in a warning.
 """
 
 import threading
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from bhlib.passes import PassTokens
 from bhlib.recorded_passes import RecordedPass, RecordedPasses, Rows, RunningPass
+from bhlib.rules import Routing
 from bhlib.stats import RoutingStats, mean_std
 
 #: Tokens whose rows are kept unless more are asked for: 8 MB for OLMoE.
@@ -78,7 +80,7 @@ class Records:
     def end(self, finished: RunningPass) -> None:
         """Take in a forward pass that has come to its end."""
         num_tokens = finished.tokens.valid.numel()
-        rows = Rows.pack(finished.tokens, finished.routings, self.num_layers) if finished.routings else None
+        rows = Rows.pack(finished, self.num_layers) if finished.routings else None
         totals = None if rows is None else rows.totals(self.num_experts)
         with self._lock:
             self._num_passes += 1
@@ -100,17 +102,20 @@ class Records:
         """Bytes that the rows hold; the block that passes are added to may have room for some tokens more."""
         return sum(part.nbytes for block in self.passes.blocks for part in block.filled)
 
-    def bytes_per_token(self, slots: int) -> int:
-        """Bytes that the rows need per token, padding included, at this many slots (the rule's `max_k`)."""
-        return self.num_layers * (6 * slots + 2) + 9
+    def bytes_per_token(self, slots: int, logit_bytes: int = 0) -> int:
+        """Bytes that the rows need per token, padding included, at this many slots (the rule's `max_k`).
+
+        `logit_bytes` is the size of a recorded logit: 2 in half precision, 4 in float32, 0 if none are recorded.
+        """
+        return self.num_layers * (6 * slots + 2 + logit_bytes * self.num_experts) + 9
 
     def histogram(self) -> np.ndarray:
         """Tokens by number of experts: int64 [layers, experts + 1], entry [l, k] tokens with k experts in layer l."""
-        return self._read_totals(0)[:, : self.num_experts + 1]
+        return self._read_totals()[0]
 
     def expert_load(self) -> np.ndarray:
         """Tokens by expert: int64 [layers, experts]."""
-        return self._read_totals(1)[:, : self.num_experts]
+        return self._read_totals()[1, :, : self.num_experts]
 
     def load_balance(self) -> pd.DataFrame:
         """How evenly the experts were used, one row per layer.
@@ -151,15 +156,14 @@ class Records:
                 experts = experts[rows.valid[0]].long()
                 # One column more for the empty slots. In float64, which autocast leaves alone, products count exactly.
                 used = torch.zeros(len(experts), self.num_experts + 1, dtype=torch.float64, device=experts.device)
-                used.scatter_(1, experts % (self.num_experts + 1), 1.0)
-                used = used[:, : self.num_experts]
+                used = used.scatter_(1, experts + 1, 1.0)[:, 1:]
                 totals[layer] += (used.T @ used).long().cpu().numpy()
         return totals
 
-    def _read_totals(self, kind: int) -> np.ndarray:
+    def _read_totals(self) -> np.ndarray:
         if self._totals is None:
-            return np.zeros((self.num_layers, self.num_experts + 2), dtype=np.int64)
-        return self._totals[kind].cpu().numpy()
+            return np.zeros((2, self.num_layers, self.num_experts + 1), dtype=np.int64)
+        return self._totals.cpu().numpy()[:, :, 1:]
 
     def _warn_if_cut_short(self) -> None:
         if self.truncated:
@@ -205,6 +209,74 @@ class Records:
         for one in self.passes:
             parts.append(one.rows.counts.T[one.rows.valid[0]].cpu().numpy().astype(np.int64))
         return np.concatenate(parts)
+
+    def find(self, token: int | tuple[int, int], layer: int) -> tuple[Tensor, Routing]:
+        """The recorded logits of a token in a layer, and what was decided on them.
+
+        Parameters
+        ----------
+        token : (int, int) or int
+            Its ``(sequence, position)``, as in a row of `to_frame`; or its number among the rows of `counts`, from the
+            end if negative.
+        layer : int
+
+        Returns
+        -------
+        logits : Tensor [experts]
+        routing : Routing
+            Of one row.
+
+        Raises
+        ------
+        IndexError
+            If there is no such token or layer among the rows.
+        ValueError
+            If the place is that of several tokens, the layer did not run for it, or no logits were recorded.
+        """
+        if layer not in range(self.num_layers):
+            raise IndexError(f"layer must lie in 0..{self.num_layers - 1}, got {layer!r}.")
+        number = self._number_of(token)
+        for one in self.passes:
+            real = one.rows.valid[0].nonzero()[:, 0]
+            if number < len(real):
+                break
+            number -= len(real)
+        if layer not in one.layers:
+            raise ValueError(f"MoE layer {layer} did not run in the forward pass of token {token}.")
+        if not one.rows.logits.shape[-1]:
+            raise ValueError("The logits were not recorded: patch with record_logits=True, and run the model again.")
+        row = slice(int(real[number]), int(real[number]) + 1)
+        weights, experts, counts = (part[layer, row] for part in one.rows[:3])
+        return one.rows.logits[layer, row][0], Routing(weights, experts.long(), counts.long())
+
+    def _number_of(self, token: int | tuple[int, int]) -> int:
+        """Number of a token among the rows of `counts`, from 0."""
+        cut = f" (max_recorded_tokens={self.max_tokens} left out later ones)" if self.truncated else ""
+        if not isinstance(token, tuple):
+            total = sum(int(one.rows.valid.sum()) for one in self.passes)
+            if not -total <= token < total:
+                raise IndexError(
+                    f"token must lie in {-total}..{total - 1}, for the {total} recorded tokens{cut}, got {token!r}."
+                    if total
+                    else f"token is {token!r}, but no token is recorded{cut}: run the model inside the patch first."
+                )
+            return token % total
+        places = [np.zeros((0, 2), np.int64)]
+        for one in self.passes:
+            valid, position = (part.view(one.shape) for part in one.rows[3:5])
+            rows = torch.arange(one.shape[0], device=valid.device)[:, None].expand(one.shape) + one.first_sequence
+            places.append(torch.stack([rows[valid], position[valid]], dim=-1).cpu().numpy())
+        numbers = np.flatnonzero((np.concatenate(places) == token).all(axis=1)).tolist()
+        if not numbers:
+            raise IndexError(
+                f"token {token} is not recorded{cut}: give (sequence, position) as in a row of records.to_frame()."
+            )
+        if len(numbers) > 1:
+            raise ValueError(
+                f"Sequence {token[0]}, position {token[1]} is the place of several recorded tokens (packed sequences, "
+                f"or drafts that were rejected): give one by its number in records.counts(), among {numbers}."
+            )
+        return numbers[0]
 
     def to_frame(self, beam_indices: Tensor | None = None) -> pd.DataFrame:
         """One row per token and layer.
@@ -252,7 +324,7 @@ class Records:
 
 def _frame_rows(one: RecordedPass, batch_rows: Iterable[int | None], first_sequence: int) -> Iterator[tuple]:
     """Rows of `Records.to_frame` for some rows of a pass's batch, numbered from `first_sequence`."""
-    weights, experts, counts, *tokens = (part.cpu().numpy() for part in one.rows)
+    weights, experts, counts, *tokens = (part.cpu().numpy() for part in one.rows[:6])
     valid, position, ids = (part.reshape(one.shape) for part in tokens)
     for layer in one.layers:
         for offset, row in enumerate(batch_rows):

@@ -36,7 +36,7 @@ class LogitSampler:
         self.settings: dict[str, Any] = dict(
             statistic=statistic, exclude_top=exclude_top, num_experts=num_experts, per_expert=per_expert, seed=seed
         )
-        # Refuses what cannot be, before the pass.
+        # Raises for a statistic or a number that is impossible, before the pass.
         null_values(torch.zeros(0, num_experts, device="cpu"), statistic, exclude_top)
         # One stream of random numbers per layer: the draw does not depend on the order in which layers run.
         self._rngs = [np.random.default_rng([seed, layer]) for layer in range(num_layers)]

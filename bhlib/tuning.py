@@ -1,127 +1,21 @@
-"""Settings of rules, chosen on calibration text: levels that give so many experts, and what each layer gets.
+"""What each layer gets, chosen on calibration text: whole numbers of experts, or weights for `BH`.
 
-    logits = collect_router_logits(model, load_heldout("calibration"))
-    level = level_for_mean_experts(TopP, logits, 4.0)
     weights = choose_layer_weights(model, load_heldout("calibration"), BH(0.01))
     BH(0.01, layer_weights=weights)
 
 Nothing here looks at the test split.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate
-from bhlib.rules import BH, Rule, StaticPerLayer
-from bhlib.weighting import probabilities
-
-
-def mean_experts(rule: Rule, router_logits: Tensor) -> float:
-    """Mean number of experts that a rule gives to tokens with these logits [layers, tokens, experts]."""
-    counts = [rule(logits, layer).counts.double().mean() for layer, logits in enumerate(router_logits)]
-    return float(sum(counts) / len(counts))
-
-
-def level_for_mean_experts(family: Callable[[float], Rule], router_logits: Tensor, mean_k: float) -> float:
-    """The level at which a family of rules gives so many experts on average: how to compare rules at equal cost.
-
-    For any rule. For `BH` without layer weights `bhlib.calibration.alpha_for_mean_experts` finds it in one pass.
-
-    Parameters
-    ----------
-    family : callable
-        Makes a rule of a level in (0, 1), for instance ``TopP`` or ``lambda alpha: BH(alpha, method="by")``. Its number
-        of experts has to rise with the level everywhere, or to fall.
-    router_logits : Tensor [layers, tokens, experts]
-        As `bhlib.calibration.collect_router_logits` returns them. A patched model sees somewhat other logits, so its
-        mean will be close to `mean_k`, not equal.
-    mean_k : float
-        Wanted mean over tokens and layers.
-
-    Returns
-    -------
-    float
-        By bisection of its log-odds; of a step function the side with at least `mean_k`.
-
-    Raises
-    ------
-    ValueError
-        If no level gives so many.
-    """
-
-    def at(log_odds: float) -> tuple[float, float]:
-        level = float(1 / (1 + np.exp(-log_odds)))
-        return level, mean_experts(family(level), router_logits)
-
-    low, high = -30.0, 30.0
-    (_, few), (best, many) = at(low), at(high)
-    if few > many:
-        low, high, few, many, best = high, low, many, few, at(low)[0]
-    if not few <= mean_k <= many:
-        raise ValueError(f"no level gives {mean_k} experts on average: these rules give from {few:.2f} to {many:.2f}.")
-    for _ in range(24):
-        middle = (low + high) / 2
-        level, mean = at(middle)
-        if mean >= mean_k:
-            best, high = level, middle
-        else:
-            low = middle
-    return best
-
-
-def entropy_thresholds(
-    router_logits: Tensor, mean_k: float, *, slope: float = 1.0, max_k: int = 8
-) -> tuple[float, ...]:
-    """Thresholds for `EntropyK` with ks = 1, 2, ..., `max_k` that give `mean_k` experts on calibration logits.
-
-    k is the offset plus `slope` times the entropy, rounded and cut to 1..`max_k`; the offset is found by bisection.
-
-    Parameters
-    ----------
-    router_logits : Tensor [..., experts]
-        Of any tokens and layers (`bhlib.calibration.collect_router_logits`).
-    mean_k : float
-        Wanted mean, strictly between 1 and `max_k`.
-    slope : float
-        Experts per nat of entropy, > 0.
-    max_k : int
-        Most experts of a token.
-
-    Returns
-    -------
-    tuple of float
-        ``max_k - 1`` entropies in nats, 1 / slope apart: ``EntropyK(thresholds, range(1, max_k + 1))``.
-
-    Raises
-    ------
-    ValueError
-        If `mean_k` or `slope` is out of range.
-    """
-    if not 1 < mean_k < max_k:
-        raise ValueError(f"mean_k must lie strictly between 1 and max_k={max_k}, got {mean_k}.")
-    if not 0 < slope < np.inf:
-        raise ValueError(f"slope must be a finite number above 0, got {slope}.")
-    entropy = np.sort(torch.special.entr(probabilities(router_logits)).sum(dim=-1).flatten().double().cpu().numpy())
-    steps = (np.arange(1, max_k) - mean_k + 0.5) / slope
-
-    def mean_at(shift: float) -> float:
-        return 1 + (1 - np.searchsorted(entropy, steps + shift, side="right") / len(entropy)).sum()
-
-    reach = max_k / slope + 1
-    low, high = entropy[0] - reach, entropy[-1] + reach  # max_k experts for every token, and 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean_at(middle) > mean_k else (low, middle)
-    return tuple((steps + high).tolist())
-
-
-# -- by layer ----------------------------------------------------------------------------------------------------
+from bhlib.rules import BH, StaticPerLayer
 
 
 def choose_static_per_layer(
@@ -192,10 +86,10 @@ def choose_layer_weights(
     rounds: int = 4,
     batch_size: int = 8,
 ) -> tuple[float, ...]:
-    """Weights of the layers for `BH`, so that an expert more is worth as much in one layer as in another.
+    """Weights of the layers for `BH`, so that one more expert is worth as much in one layer as in another.
 
     Each round multiplies and divides the weight of one layer after the other by `factor`, and sees what the loss of the
-    model gains per expert that the layer gets more. Layers that gain more than the (geometric) mean of all get a larger
+    model gains per additional expert of the layer. Layers that gain more than the (geometric) mean of all get a larger
     weight, the others a smaller one.
 
     Parameters
@@ -218,7 +112,7 @@ def choose_layer_weights(
     -------
     tuple of float
         One weight per MoE layer; their geometric mean is 1. (The arithmetic mean is then above 1, and `rule.alpha` is
-        the level of no layer in particular: find it anew for a wanted number of experts, `level_for_mean_experts`.)
+        the level of no layer in particular: find it anew for a wanted number of experts, `bhlib.levels`.)
 
     Notes
     -----

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from html import escape
 
 import ipywidgets as widgets
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
@@ -28,7 +29,10 @@ from transformers import AutoTokenizer
 from bhlib.calibration import collect_router_logits, fit_null, name_of
 from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import evaluate
-from bhlib.figures.passage import Passage, PassageCharts, RoutedPassage, draw_passage, passage_html
+from bhlib.explain import explain
+from bhlib.figures.passage import Passage, RoutedPassage
+from bhlib.figures.passage_charts import PassageCharts, draw_passage
+from bhlib.figures.passage_text import passage_html
 from bhlib.loading import DEMO, load_heldout
 from bhlib.patching import RoutingPatch
 from bhlib.procedures import PROCEDURES
@@ -72,7 +76,7 @@ class Explorer:
 
     Attributes
     ----------
-    alpha, temperature, null, statistic, method, layer, min_k, max_k, passage, text, button : widgets
+    alpha, temperature, null, statistic, method, layer, min_k, max_k, token, passage, text, button : widgets
         The controls. To move one from code, set its ``value``.
     widget : widgets.VBox
         All of it. Its parts carry CSS classes that begin with ``bh-``.
@@ -128,6 +132,7 @@ class Explorer:
         most = min(2 * top_k, num_experts)
         self.min_k = widgets.Dropdown(options=range(top_k + 1), value=1, description="min_k", **wide)
         self.max_k = widgets.Dropdown(options=range(1, most + 1), value=top_k, description="max_k", **wide)
+        self.token = widgets.IntSlider(value=0, min=0, max=0, description="why? token", **wide)
         self.button = widgets.Button(description="Generate with both", button_style="primary")
 
     def _make_views(self) -> None:
@@ -136,6 +141,7 @@ class Explorer:
         self.charts = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", object_fit="contain"))
         scroll = widgets.Layout(max_height="24em", overflow="auto", border="1px solid #cccccc", padding="0.3em")
         self.colored = widgets.HTML(layout=scroll)
+        self.why = widgets.HTML()
         half = widgets.Layout(width="49%")
         self.bh_text, self.own_text = widgets.HTML(layout=half), widgets.HTML(layout=half)
 
@@ -144,8 +150,8 @@ class Explorer:
             "passage": self.passage, "input": self.text, "alpha": self.alpha, "temperature": self.temperature,
             "null": self.null, "statistic": self.statistic, "method": self.method, "layer": self.layer,
             "min-k": self.min_k, "max-k": self.max_k, "mean": self.mean, "loss": self.loss, "busy": self.busy,
-            "message": self.message, "charts": self.charts, "colored": self.colored, "generate": self.button,
-            "text": self.bh_text, "own-text": self.own_text,
+            "message": self.message, "charts": self.charts, "colored": self.colored, "token": self.token,
+            "why": self.why, "generate": self.button, "text": self.bh_text, "own-text": self.own_text,
         }  # fmt: skip
         for name, part in names.items():
             part.add_class(f"bh-{name}")
@@ -157,7 +163,8 @@ class Explorer:
         self.widget = widgets.VBox(
             [self.passage, self.text]
             + [widgets.HBox(row, layout=wrap) for row in rows]
-            + [self.mean, self.loss, self.busy, self.message, self.charts, self.colored, self.button]
+            + [self.mean, self.loss, self.busy, self.message, self.charts, self.colored, self.token, self.why]
+            + [self.button]
             + [widgets.HBox([self.bh_text, self.own_text], layout=wrap)]
         )
         self.widget.add_class("bh-explorer")
@@ -170,6 +177,7 @@ class Explorer:
         ):  # fmt: skip
             control.observe(self._move, "value")
         self.layer.observe(lambda change: self.redraw(), "value")
+        self.token.observe(lambda change: self._answer(), "value")
         self.button.on_click(lambda button: self.generate())
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
@@ -237,7 +245,9 @@ class Explorer:
             self._own_loss = evaluate(self.model, {"passage": read.token_ids})["loss"].item()
             self._read = read
         if self._read is None:
-            self.colored.value = ""
+            self.colored.value = self.why.value = ""
+        else:
+            self.token.max = len(self._read.tokens) - 1
         self.charts.layout.display = "none" if self._read is None else ""
         self.redraw()
         self.settle()
@@ -266,7 +276,8 @@ class Explorer:
         if self._read is None:
             return
         with self._reporting():
-            self.routed = self._read.route(self.rule, self.temperature.value)
+            rule = self.rule
+            self.routed = self._read.route(rule, self.temperature.value)
             layer, top_k = self._shown_layer, self._read.top_k
             chosen = self.routed.counts[self.routed.layers(layer)]
             self.mean.value = (
@@ -275,6 +286,24 @@ class Explorer:
             )
             self.charts.value = self._charts.png(self.routed, layer)
             self.colored.value = passage_html(self.routed, layer)
+            self.why.value = self._explanation(rule)
+
+    def _answer(self) -> None:
+        """Another token was asked about."""
+        if self.routed is not None:
+            with self._reporting():
+                self.why.value = self._explanation(self.rule)
+
+    def _explanation(self, rule: BH) -> str:
+        """Why the token of the slider gets its experts: the table of the layer shown, or what it gets in each layer."""
+        read, layer, token = self._read, self._shown_layer, self.token.value
+        name = f"token {token}, <code>{escape(repr(read.tokens[token]))}</code>"
+        if layer is None:
+            counts = " ".join(map(str, self.routed.counts[:, token].tolist()))
+            return f"{name}: experts by layer: {counts}. Choose a layer above to see why."
+        options = {"weighting": read.weighting, "temperature": self.temperature.value}
+        table = explain(rule, read.router_logits[layer, token], layer, **options)
+        return f"{name}, layer {layer}: {_decision_html(table)}"
 
     def settle(self) -> None:
         """Run the model under the patch, for the loss and the number of experts that it really uses."""
@@ -338,10 +367,26 @@ class Explorer:
             try:
                 yield
             except (ValueError, RuntimeError) as error:
-                self.mean.value = self.loss.value = ""  # those of another setting
+                self.mean.value = self.loss.value = self.why.value = ""  # those of another setting
                 said.append(f'<b style="color:#A04000">{escape(str(error))}</b>')
         said += [f"Note: {escape(text)}" for text in dict.fromkeys(str(warning.message) for warning in caught)]
         self.message.value = "<br>".join(said)
+
+
+def _decision_html(table: pd.DataFrame) -> str:
+    """The table of `explain` for one token, down to two experts after the last one that matters, and a sentence."""
+    found, kept, bound = int(table["found"].sum()), int(table["kept"].sum()), table["bound"][0]
+    because = "" if bound == "none" else f", and {bound} makes it {kept}"
+    shown = ["expert", "logit", "probability", "probability_threshold", "pvalue", "pvalue_threshold", "weight"]
+    cell = '<td style="padding:0 0.6em;text-align:right">'
+    lines = ["".join(f"{cell}<b>{escape(name.replace('_', ' '))}</b></td>" for name in ["", *shown, "found"])]
+    for row in table.head(max(found, kept) + 2).itertuples():
+        values = [f"{getattr(row, name):.3g}" for name in shown]
+        values = [str(row.rank), *("–" if value == "nan" else value for value in values), "yes" if row.found else "no"]
+        lines.append("".join(f"{cell}{value}</td>" for value in values))
+    color = ["", *("background:#deebf7" if is_kept else "" for is_kept in table["kept"])]
+    body = "".join(f'<tr style="{style}">{line}</tr>' for style, line in zip(color, lines, strict=False))
+    return f"the procedure finds <b>{found}</b>{because}<table>{body}</table>"
 
 
 def _quote(title: str, text: str) -> str:

@@ -46,10 +46,10 @@ from bhlib import BHRoutingIntegration, calibrate, figures, load_calibration
 from bhlib.procedures import benjamini_hochberg
 from bhlib.pvalues import STATISTICS, DirichletNull, TokenGaussian
 
-demo = figures.Demo()
-demo.sequences_per_domain = 4  # the notebook takes less text than `make figures`
-model, logits = demo.model, demo.validation_logits
-print(f"{logits.shape[0]} layers, {logits.shape[1]:,} tokens of {len(demo.validation)} domains, {logits.shape[2]} experts")
+study = figures.Study()
+study.sequences_per_domain = 4  # the notebook takes less text than `make figures`
+model, logits = study.model, study.validation_logits
+print(f"{logits.shape[0]} layers, {logits.shape[1]:,} tokens of {len(study.validation)} domains, {logits.shape[2]} experts")
 
 # %% [markdown]
 # ## The obvious choice
@@ -82,7 +82,7 @@ for alpha in (0.05, 0.5, 0.9):
 # the coloured curves, arithmetic keeps every router below the black line, and they meet nowhere to the right of $k = 1$.
 
 # %%
-figures.draw_softmax_theorem(figures.compute_softmax_theorem(demo))
+figures.draw_softmax_theorem(figures.compute_softmax_theorem(study))
 
 # %% [markdown]
 # What went wrong: $1 - q$ is a number between 0 and 1 that is small for interesting experts, but no null makes it uniform.
@@ -134,7 +134,7 @@ for maker in (TokenGaussian(), DirichletNull()):
 # density estimate (`"kde"`), or the sample itself (`"conformal"`).
 
 # %%
-text = {name: ids[:2] for name, ids in demo.validation.items()}
+text = {name: ids[:2] for name, ids in study.validation.items()}
 null = calibrate(model, text, null="kde", statistic="log_prob", max_values=10_000, seed=0)
 print(f"{null.num_layers} layers, {null.smallest_sample:,} values of {null.statistic} each, of the model {null.model_name!r}")
 print(f"survival table within 0.1 % of scipy's integral: {null.header['table_error'] < 1e-3}")
@@ -152,7 +152,7 @@ again = load_calibration(path, model)
 print(f"{path.stat().st_size / 1024:.0f} kB; same p-values: {torch.equal(again(logits[3], 3), null(logits[3], 3))}")
 
 with BHRoutingIntegration(model, alpha=0.05, pvalues=again) as bh, torch.no_grad():
-    model(input_ids=demo.validation["drama"].to(model.device))
+    model(input_ids=study.validation["drama"].to(model.device))
 print(f"experts per token at alpha = 0.05: {bh.get_routing_stats()['mean_experts_per_token']:.1f}")
 
 # %% [markdown]
@@ -163,7 +163,7 @@ print(f"experts per token at alpha = 0.05: {bh.get_routing_stats()['mean_experts
 # Kolmogorov–Smirnov (KS) distance is the largest gap between their distribution function and that of the uniform.
 
 # %%
-table = figures.compute_null_calibration(demo)
+table = figures.compute_null_calibration(study)
 figures.draw_null_calibration(table)
 
 # %%
@@ -201,7 +201,7 @@ summary.round({"KS there": 2, "P(p ≤ 0.01)/0.01": 1, "of a true null": 1, "inf
 # correlations of all pairs of experts over the calibration text, once of the standardized and once of the raw logits.
 
 # %%
-realised = figures.compute_fdr_simulation(demo, repetitions=4000)
+realised = figures.compute_fdr_simulation(study, repetitions=4000)
 figures.draw_fdr_simulation(realised)
 
 # %%
@@ -273,8 +273,8 @@ for n in (500, 1278, 1280):
 from bhlib.evidence import uniformity
 
 for bandwidth in (None, 0.05, 0.02):
-    kde = fit_null(demo.calibration_logits, model_name="demo", null="kde", max_values=20_000, bw_method=bandwidth)
-    tail = uniformity(kde, logits, sequence_length=demo.window)["tail_001"].mean()
+    kde = fit_null(study.calibration_logits, model_name="demo", null="kde", max_values=20_000, bw_method=bandwidth)
+    tail = uniformity(kde, logits, sequence_length=study.window)["tail_001"].mean()
     print(f"bandwidth {bandwidth or 'by Scott’s rule'}: P(p ≤ 0.001)/0.001 = {tail:.1f} (mean of the layers)")
 
 # %% [markdown]

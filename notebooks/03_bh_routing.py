@@ -34,57 +34,43 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 # every token?
 
 # %%
-import pandas as pd
-import torch
-
 from bhlib import benjamini_hochberg_routing, figures
-from bhlib.calibration import alpha_for_mean_experts, fit_null
+from bhlib.calibration import fit_null
 from bhlib.evaluation import evaluate
 from bhlib.evidence import compare_at_equal_cost, kept_mass
-from bhlib.procedures import critical_values
+from bhlib.explain import explain
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import STATISTICS, DirichletNull
 from bhlib.rules import BH, TopK
 
-demo = figures.Demo()
-demo.sequences_per_domain = 6  # the notebook takes less text than `make figures`
-model, logits = demo.model, demo.calibration_logits
+study = figures.Study()
+study.sequences_per_domain = 6  # the notebook takes less text than `make figures`
+model, logits = study.model, study.calibration_logits
 
 # %% [markdown]
 # ## One token
 #
-# Here are the logits of one token in one layer, its largest first, with the probabilities that softmax makes of them, the
-# p-values of the default null, and the thresholds of BH at $\alpha = 0.05$. The procedure looks for the *last* row in which the
-# p-value is below its threshold, and selects that row and all above it.
+# `explain` shows what a rule looks at when it decides about a token: here the logits of one token in one layer, its largest
+# first, with the probabilities that softmax makes of them, the p-values of the default null, and the thresholds of BH at
+# $\alpha = 0.05$. The procedure looks for the *last* row in which the p-value is at most its threshold; that row and all above
+# it are found. Of those the token keeps at most `max_k`, and it gets at least `min_k`; the last column says whether one of the two
+# bounds decided.
 
 # %%
 layer, token, alpha = 4, 1019, 0.05
 x = logits[layer, token]
-order = x.argsort(descending=True)
-pvalues = DirichletNull()(x)[order]
-threshold = critical_values(64, alpha)
-selected = int((pvalues <= threshold).nonzero().max()) + 1
-
-pd.DataFrame(
-    {
-        "expert": order,
-        "logit": x[order],
-        "probability": torch.softmax(x, -1)[order],
-        "p-value": pvalues,
-        "threshold": threshold,
-        "selected": torch.arange(64) < selected,
-    }
-).head(9).round(4)
+table = explain(BH(alpha), x, layer)
+table.head(9).round(4)
 
 # %% [markdown]
 # The default p-value depends on nothing but the expert's probability, and falls as that rises. So every threshold for a p-value is
 # a threshold for a probability, and the default rule at $\alpha = 0.05$ *is* these eight constants. The best expert's probability
-# is compared with the first, the second best's with the second, and so on, and the last one that passes counts. (There are 64 of
-# them; those from the ninth on matter only for a token of which nine or more experts pass, and that gets eight, the most allowed.)
+# is compared with the first, the second best's with the second, and so on, and the last one that passes counts: the table has them
+# as `probability_threshold`. (There are 64 of them; those from the ninth on matter only for a token of which nine or more experts pass, and that gets eight, the most allowed.)
 
 # %%
-null = DirichletNull()
-constants = null.probability(null.critical_statistics(threshold), 64)[:8]
-print("probability needed, best expert first:", " ".join(f"{constant:.4f}" for constant in constants.tolist()))
+constants = table["probability_threshold"].head(8)
+print("probability needed, best expert first:", " ".join(f"{constant:.4f}" for constant in constants))
 
 # %% [markdown]
 # That is all that the default does: a threshold of about 0.05 on the probability, somewhat lower for each further expert. Another
@@ -101,7 +87,7 @@ print("weights:", [round(w, 2) for w in weights[0, experts[0, : counts[0]]].toli
 # %% [markdown]
 # ## Many tokens
 #
-# The number of experts is no setting any more: it comes out of the logits, token by token. What is set is $\alpha$.
+# The number of experts is no longer a setting: it comes out of the logits, token by token. What is set is $\alpha$.
 
 # %%
 for alpha in (0.01, 0.05, 0.3):
@@ -110,7 +96,7 @@ for alpha in (0.01, 0.05, 0.3):
     print(f"alpha = {alpha:4}: mean {counts.mean():.1f}, standard deviation {counts.std():.1f}; % with 1 ... 8: {shares}")
 
 # %% [markdown]
-# To compare different kinds of p-values, $\alpha$ must not be the same but the *cost* must: `alpha_for_mean_experts` finds the
+# To compare different kinds of p-values, not $\alpha$ but the *cost* must be the same: `alpha_for_mean_experts` finds the
 # level at which a rule spends, say, 4 experts per token on average. Different nulls need very different levels, since "one
 # chance in a hundred" means something else under each. Below: a kernel density estimate of each statistic over the experts
 # that the model does not select, one of the raw logit over *all* experts, and the default.
@@ -132,7 +118,7 @@ for name, maker in makers.items():
 # of static top-k with the same mean number of experts (interpolated between whole numbers), paired by sequence.
 
 # %%
-table = compare_at_equal_cost(model, makers, logits, demo.validation, mean_experts=(4.0,), static_k=(3, 4, 5))
+table = compare_at_equal_cost(model, makers, logits, study.validation, mean_experts=(4.0,), static_k=(3, 4, 5))
 figures.draw_statistic_matters(table)
 
 # %%
@@ -179,8 +165,8 @@ for name, maker in makers.items():
 # ## What it is worth
 #
 # At 4 of 8 experts the gain over static top-k is of the order of a hundredth of a nat, on this small model, and the default
-# null reaches it without any calibration. It is not much, and it is the right comparison: a rule that is better than its own
-# top-8 at no cost does not exist, and a rule that is compared with a static rule of *another* cost proves nothing.
+# null reaches it without any calibration. It is not much, and it is the right comparison: no rule is better
+# than the model's own top-8 at no cost, and a rule that is compared with a static rule of *another* cost proves nothing.
 #
 # ## Exercises
 #
@@ -190,7 +176,7 @@ for name, maker in makers.items():
 
 # %%
 three = makers["log_prob"]
-less = {name: ids[:2] for name, ids in demo.validation.items()}
+less = {name: ids[:2] for name, ids in study.validation.items()}
 row = compare_at_equal_cost(
     model, {"log_prob": three}, logits, less, mean_experts=(3.0,), static_k=(2, 3, 4)
 ).iloc[0]
@@ -203,7 +189,7 @@ print(f"{row['mean_k']:.1f} experts: {row['difference']:+.2f} nats, 95 % interva
 # *Answer.* Next to nothing. With one null for all layers (Dirichlet) a fixed cut *is* one threshold on the probability, which keeps
 # the most weight of all; BH, whose threshold loosens with each expert found, keeps almost as much. With a null per layer a
 # fixed cut is a threshold of its own in each layer: it keeps less than the one threshold, and as much as BH with the same null.
-# (Bonferroni's is a fixed cut, too, under another name of the level.) In loss it is the same: with the same null the fixed cut is
+# (Bonferroni's is a fixed cut, too, with its level under another name.) In loss it is the same: with the same null the fixed cut is
 # level with BH or better (next notebooks, `06_quality_vs_compute`). Nor does the line add a guarantee. For p-values that are
 # uniform under a null that one can check, BH's $\alpha$ bounds the expected share of false discoveries among what is selected. Here
 # "null" is our own convention, and no share of useless experts is bounded by it: $\alpha$ is a dial.
@@ -223,7 +209,7 @@ for name, maker in {"one null": one, "null per layer": three}.items():
 # than the noise: the experts after the eighth have next to no weight.
 
 # %%
-few = {name: ids[:1] for name, ids in demo.validation.items()}
+few = {name: ids[:1] for name, ids in study.validation.items()}
 own = evaluate(model, few)["loss"].mean()
 for max_k in (8, 16):
     frame = evaluate(model, few, BH(alpha=0.2, pvalues=three, max_k=max_k))

@@ -51,10 +51,10 @@ from bhlib.rules import BH, Replay, TopK
 # ## Which model
 #
 # Everything here runs on the small OLMoE that comes with this repository (64 experts, top 8, trained on the texts
-# described in `bhlib/demo/README.md`), on any machine and without a download. It stays on the CPU, also where there is a GPU,
+# described in `bhlib/demo/README.md`), on any machine and without a download. It stays on the CPU, even where there is a GPU,
 # which it does not need; `model.to("cuda")` would move it. With a GPU you can take the real one, which
-# has 6.9 billion parameters: set the switch to `True`, and run all cells. The rest stays as it is, but for the numbers
-# that the text mentions. Its weights fill 12.9 GiB in 16 bits, to which come a few GiB to compute in:
+# has 6.9 billion parameters: set the switch to `True`, and run all cells. The rest stays as it is, except for the numbers
+# that the text mentions. Its weights take 12.9 GiB in 16 bits, and computing takes a few GiB more:
 #
 # | runtime in Colab | memory of the GPU | |
 # |---|---|---|
@@ -118,7 +118,7 @@ for name, prompt in prompts.items():
 # ## The statistics
 #
 # `get_routing_stats()` is a mapping. Its numbers are integer counts divided once, over all (token, layer) pairs, and
-# padding is not among them. `sparsity_gain` is the fraction of the model's expert computations that was not made.
+# padding is not among them. `sparsity_gain` is the fraction of the model's expert computations that was saved.
 
 # %%
 texts = load_heldout("test", length=256, max_sequences=4, tokenizer=tokenizer)
@@ -148,6 +148,25 @@ print("fewest:", ", ".join(by_token.index[:12]))
 print("most:  ", ", ".join(by_token.index[-12:]))
 
 # %% [markdown]
+# ## Why did this token get six experts?
+#
+# With `record_logits=True` a patch keeps the logits that it decided on, too (more memory than the decisions themselves), and
+# `explain` answers for any token that was routed. A row of the data frame names it: by its sequence, its position and the
+# layer. Here the first generated token that was given six experts.
+
+# %% tags=["nbval-ignore-output"]
+with BHRoutingIntegration(model, alpha=0.05, record_logits=True) as explained:
+    continue_text(prompts["code"])
+
+row = explained.records.to_frame().query("generated and count == 6").iloc[0]
+print(f"position {row['position']}, {tokenizer.decode([row['token_id']])!r}, layer {row['layer']}: {row['count']} experts")
+explained.explain((row["sequence"], row["position"]), row["layer"]).head(9).round(4)
+
+# %% [markdown]
+# The token gets every expert down to the last whose p-value is at most the threshold of its rank; with the default null that is
+# the same as a threshold on its probability. `found` says what the procedure rejected, `kept` what was left of it, and
+# `bound` whether `min_k` or `max_k` made the difference. `bhlib.explain.explain` gives the same table for any rule and any logits.
+#
 # ## A picture of one passage
 #
 # Rows are layers, columns are tokens; the colour is the number of experts. Look for vertical stripes: tokens that are
@@ -178,7 +197,7 @@ print(f"BH would select {watcher.get_routing_stats()['bh_would_select_mean']:.1f
 #
 # ## Restored
 #
-# When the block ends, by whatever way, the hooks are gone and the configuration is as it was. And the patch itself adds
+# However the block ends, the hooks are gone and the configuration is as it was. And the patch itself adds
 # no error: with a rule that selects exactly the model's own top 8, the outputs under the patch are the model's own.
 
 # %%
@@ -238,7 +257,7 @@ bh.records.load_balance().round({"max_over_mean": 1, "entropy": 2})
 #
 # What was recorded in one run can be imposed on another. `Replay` selects the recorded experts, pass by pass, and takes
 # their weights from the logits of the moment; on the same input that gives the same logits, to the last bit. On other
-# weights, say after fine-tuning, it answers the question what the change did apart from the routing.
+# weights, say after fine-tuning, it answers the question of what the change did apart from the routing.
 
 # %%
 with torch.no_grad():
@@ -254,8 +273,8 @@ print(f"memory of the records: {recorded.records.nbytes / passage.numel():.0f} b
 # ## Other families
 #
 # Nothing here knows the name OLMoE: a layer is recognized by what it does. So other families can be patched as well, each
-# with its own way to make weights of logits; and what cannot be patched is refused, with the reason. The README has
-# the whole table. Here are small random models of some families.
+# with its own way to make weights of logits; and a model that cannot be patched is refused, with the reason.
+# `bhlib/models.md` has the whole table. Here are small random models of some families.
 
 # %% tags=["nbval-ignore-output"]
 sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1}

@@ -6,9 +6,8 @@ import torch
 from models import tiny_olmoe, tokens
 from scipy.stats import chisquare, norm
 
-from bhlib import BHRoutingIntegration, benjamini_hochberg_routing, find_moe_layers
+from bhlib import BHRoutingIntegration, find_moe_layers
 from bhlib.calibration import (
-    alpha_for_mean_experts,
     calibrate,
     collect_router_logits,
     fit_null,
@@ -16,10 +15,10 @@ from bhlib.calibration import (
     name_of,
     tail_factors,
 )
+from bhlib.levels import mean_experts
 from bhlib.pvalues import STATISTICS, ConformalNull, KDENull, TokenGaussian
 from bhlib.rules import BH
 from bhlib.sampling import Reservoir
-from bhlib.tuning import mean_experts
 
 
 @pytest.fixture(scope="module")
@@ -276,19 +275,6 @@ def test_a_calibrated_model_routes_adaptively(model):
 # -- alpha for a number of experts ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "min_k", "max_k", "wanted"), [("bh", 1, 8, 4.0), ("by", 0, 64, 3.0), ("holm", 2, 6, 3.5)]
-)
-def test_alpha_gives_the_wanted_mean(method, min_k, max_k, wanted):
-    logits = 2 * torch.randn(2, 3000, 64, generator=torch.Generator().manual_seed(0))
-    maker = TokenGaussian()
-    bounds = dict(method=method, min_k=min_k, max_k=max_k)
-    alpha = alpha_for_mean_experts(maker, logits, wanted, **bounds)
-    counts = [benjamini_hochberg_routing(logits, level, pvalues=maker, **bounds)[2] for level in (alpha, 0.9 * alpha)]
-    assert counts[0].double().mean() == pytest.approx(wanted, abs=0.01)
-    assert counts[1].double().mean() < wanted - 0.01
-
-
 @pytest.mark.filterwarnings("ignore::bhlib.pvalues.ResolutionWarning")
 @pytest.mark.parametrize(
     ("null", "per_expert", "near"), [("kde", False, 0.2), ("kde", True, 0.5), ("conformal", False, 0.5)]
@@ -329,14 +315,6 @@ def test_levels_that_a_null_does_not_bring():
     bare = KDENull.fit([torch.randn(50)], model_name="noise", num_experts=64)
     with pytest.raises(ValueError, match=r"brings no levels.*alpha_for_mean_experts\(null, router_logits, 4\)"):
         bare.alpha_for(4)
-
-
-def test_impossible_means_are_refused():
-    logits = torch.randn(1, 50, 64)
-    with pytest.raises(ValueError, match="mean_experts is 8, but must lie strictly between min_k=1 and max_k=8"):
-        alpha_for_mean_experts(TokenGaussian(), logits, 8)
-    with pytest.raises(ValueError, match=r"no alpha strictly between 0 and 1 gives 7\.5 experts .*TokenGaussian"):
-        alpha_for_mean_experts(TokenGaussian(), logits, 7.5, method="bonferroni", max_k=60, min_k=7)
 
 
 # -- the tail ------------------------------------------------------------------------------------------------

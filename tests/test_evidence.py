@@ -6,7 +6,7 @@ import torch
 from models import tiny_olmoe, tokens
 from scipy import stats
 
-from bhlib.calibration import alpha_for_mean_experts, collect_router_logits, fit_null
+from bhlib.calibration import collect_router_logits, fit_null
 from bhlib.evaluation import evaluate
 from bhlib.evidence import (
     candidate_nulls,
@@ -19,9 +19,9 @@ from bhlib.evidence import (
     true_null_reference,
     uniformity,
 )
+from bhlib.levels import alpha_for_mean_experts, level_for_mean_experts, mean_experts
 from bhlib.pvalues import STATISTICS, DirichletNull, TokenGaussian
 from bhlib.rules import BH, Threshold, TopK
-from bhlib.tuning import level_for_mean_experts, mean_experts
 
 
 def noise(layers, num_tokens, num_experts=64, seed=0):

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from bhlib import evaluation, figures
 from bhlib.__main__ import main
 from bhlib.comparisons import resample
-from bhlib.figures import registry
+from bhlib.figures import registry, tables
 from bhlib.figures.runs import Run, observe, rank_correlation
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, FAMILIES, KeepMass, TopK
@@ -27,12 +27,12 @@ def test_stepup_table_is_the_papers():
 
 
 @pytest.fixture(scope="module")
-def small_demo():
+def small_study():
     """The embedded model on short texts of some domains: seconds instead of minutes."""
-    demo = figures.Demo()
-    demo.sequences_per_domain, demo.window = 1, 64
-    demo.test = {domain: demo.test[domain][:, :64] for domain in ("manuals", "novels", "python", "scripture")}
-    return demo
+    study = figures.Study()
+    study.sequences_per_domain, study.window = 1, 64
+    study.test = {domain: study.test[domain][:, :64] for domain in ("manuals", "novels", "python", "scripture")}
+    return study
 
 
 def refuse_series(errorbar):
@@ -49,14 +49,14 @@ def refuse_series(errorbar):
 @pytest.mark.parametrize(
     "name", sorted(name for name, spec in figures.FIGURES.items() if spec.is_computed(named=False))
 )
-def test_every_figure_computes_saves_and_redraws(name, small_demo, tmp_path, monkeypatch):
+def test_every_figure_computes_saves_and_redraws(name, small_study, tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "errorbar", refuse_series(Axes.errorbar))
     spec = figures.FIGURES[name]
     before = dict(matplotlib.rcParams)
-    (path,) = figures.make_figures(tmp_path, [name], small_demo)
+    (path,) = figures.make_figures(tmp_path, [name], small_study)
     assert dict(matplotlib.rcParams) == before  # the user's style is untouched
     assert path.with_suffix(".png").stat().st_size > 5_000 and path.with_suffix(".pdf").stat().st_size > 5_000
-    table = registry.read_table(path)
+    table = tables.read_table(path)
     assert set(spec.tolerance) <= set(table.columns)
     fig = spec.draw(table)
     labels = [(axes.get_xlabel(), axes.get_ylabel()) for axes in fig.axes if axes.axison]
@@ -64,22 +64,23 @@ def test_every_figure_computes_saves_and_redraws(name, small_demo, tmp_path, mon
     assert not labels or fig.get_supylabel() or any(y for _, y in labels)
 
 
-def test_families_are_tried_on_the_validation_split(small_demo):
-    table = figures.compute_families_tried(small_demo, mean_k=(4,), length=32, per_domain=1)
+def test_families_are_tried_on_the_validation_split(small_study):
+    table = figures.compute_families_tried(small_study, mean_k=(4,), length=32, per_domain=1)
     assert table["sequences"].eq(9).all() and table["family"].is_unique
     assert table["mean_k"].sub(4).abs().median() < 0.3
     assert {"BH, Dirichlet 4", "BH, KDE, log_prob", "threshold", "top-p"} <= set(table["family"])
     figures.draw_families_tried(table)
 
 
-def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(small_demo, tmp_path, monkeypatch):
-    demo = figures.Demo(cache=tmp_path)
-    demo.model_and_tokenizer, demo.calibration_logits = small_demo.model_and_tokenizer, small_demo.calibration_logits
-    assert sum(len(sequences) for sequences in demo.whole_test.values()) == 1008
-    demo.whole_test = small_demo.test
-    table = figures.compute_whole_test_split(demo)
+def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(small_study, tmp_path, monkeypatch):
+    study = figures.Study(cache=tmp_path)
+    study.model_and_tokenizer = small_study.model_and_tokenizer
+    study.calibration_logits = small_study.calibration_logits
+    assert sum(len(sequences) for sequences in study.whole_test.values()) == 1008
+    study.whole_test = small_study.test
+    table = figures.compute_whole_test_split(study)
     monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("a finished cell was computed again"))
-    pd.testing.assert_frame_equal(figures.compute_whole_test_split(demo), table)
+    pd.testing.assert_frame_equal(figures.compute_whole_test_split(study), table)
     assert {"BH, fitted null", "fixed cut, fitted null"} <= set(table["family"]) <= FAMILIES.keys()
     assert table["sequences"].eq(4).all() and len(table) == 5 * table["family"].nunique()
     assert table["units"].eq(4).all() and table["level"].isna().eq(table["family"] == "static per layer").all()
@@ -95,7 +96,7 @@ def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(sma
 
 def test_a_slow_figure_is_computed_only_by_name(made, monkeypatch):
     name = "count_distribution"
-    slow = dataclasses.replace(figures.FIGURES[name], compute=lambda demo: pytest.fail("it was computed"), slow=True)
+    slow = dataclasses.replace(figures.FIGURES[name], compute=lambda study: pytest.fail("it was computed"), slow=True)
     monkeypatch.setattr(registry, "FIGURES", {name: slow})
     figures.make_figures(made)
     assert figures.check_figures(made).empty
@@ -114,21 +115,21 @@ CHEAP = ["stepup_1995", "token_layer_map", "count_distribution"]
 
 
 @pytest.fixture(scope="module")
-def made(small_demo, tmp_path_factory):
+def made(small_study, tmp_path_factory):
     """A folder with some figures of the small demo."""
     folder = tmp_path_factory.mktemp("figures")
-    figures.make_figures(folder, CHEAP, small_demo)
+    figures.make_figures(folder, CHEAP, small_study)
     return folder
 
 
 @pytest.fixture
 def no_model(monkeypatch):
-    monkeypatch.setattr(registry, "load_demo", lambda: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("bhlib.figures.study.load_demo", lambda: pytest.fail("the model was loaded"))
 
 
 def change(path, row, column, value):
     """Rewrite one cell of a CSV; returns what it was."""
-    table = registry.read_table(path)
+    table = tables.read_table(path)
     was = table.loc[row - 1, column]
     table.loc[row - 1, column] = value
     table.to_csv(path, index=False)
@@ -149,9 +150,9 @@ def test_redraw_without_a_table_says_what_is_missing(tmp_path, no_model):
         figures.redraw_figures(tmp_path, ["stepup_1995"])
 
 
-def test_check_passes_on_what_was_just_computed(made, small_demo):
+def test_check_passes_on_what_was_just_computed(made, small_study):
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert figures.check_figures(made, CHEAP, small_demo).empty
+    assert figures.check_figures(made, CHEAP, small_study).empty
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
 
 
@@ -169,7 +170,7 @@ def test_check_names_what_has_moved(tmp_path, capsys):
 
 def test_long_reports_are_cut():
     moved = pd.DataFrame({"figure": "x", "row": range(1, 31), "column": "y", "was": 0.0, "now": 1.0, "tolerance": 0.1})
-    lines = registry.report(moved).splitlines()
+    lines = tables.report(moved).splitlines()
     assert len(lines) == 12 and lines[0] == "x.csv: 30 cells moved beyond tolerance" and lines[-1] == "  and 20 more"
 
 
@@ -192,15 +193,15 @@ def test_long_reports_are_cut():
     ],
 )
 def test_tolerances(was, now, tolerance, moved):
-    found = registry.compare_tables(pd.DataFrame({"x": [was]}), pd.DataFrame({"x": [now]}), tolerance)
+    found = tables.compare_tables(pd.DataFrame({"x": [was]}), pd.DataFrame({"x": [now]}), tolerance)
     assert len(found) == moved
 
 
 def test_tables_of_another_shape_have_moved():
     table = pd.DataFrame({"x": [1, 2]})
-    (shorter,) = registry.compare_tables(table, table[:1], {}).itertuples()
+    (shorter,) = tables.compare_tables(table, table[:1], {}).itertuples()
     assert (shorter.column, shorter.was, shorter.now) == ("number of rows", 2, 1)
-    (renamed,) = registry.compare_tables(table, table.rename(columns={"x": "y"}), {}).itertuples()
+    (renamed,) = tables.compare_tables(table, table.rename(columns={"x": "y"}), {}).itertuples()
     assert (renamed.column, renamed.was, renamed.now) == ("names of columns", "x", "y")
 
 
@@ -219,19 +220,19 @@ def test_what_was_measured_elsewhere_is_only_drawn(tmp_path, monkeypatch, capsys
 
 def test_tokens_that_look_like_missing_numbers_stay_text(tmp_path):
     pd.DataFrame({"token": ["null", "NA", "x"], "count": [1.0, np.nan, 3.0]}).to_csv(tmp_path / "x.csv", index=False)
-    table = registry.read_table(tmp_path / "x.csv")
+    table = tables.read_table(tmp_path / "x.csv")
     assert table["token"].tolist() == ["null", "NA", "x"] and table["count"].isna().tolist() == [False, True, False]
 
 
 # -- what the tables are made of ---------------------------------------------------------------------------------------
 
 
-def test_a_run_agrees_with_the_records_of_the_whole_text(small_demo):
-    text = {domain: sequences[:, :32] for domain, sequences in list(small_demo.test.items())[:2]}
-    run = observe(small_demo.model, text, small_demo.test_documents, BH(0.1))
+def test_a_run_agrees_with_the_records_of_the_whole_text(small_study):
+    text = {domain: sequences[:, :32] for domain, sequences in list(small_study.test.items())[:2]}
+    run = observe(small_study.model, text, small_study.test_documents, BH(0.1))
     both = torch.cat(list(text.values()))
-    with RoutingPatch(small_demo.model, BH(0.1)) as patch, torch.no_grad():
-        output = small_demo.model(input_ids=both, labels=both, use_cache=False)
+    with RoutingPatch(small_study.model, BH(0.1)) as patch, torch.no_grad():
+        output = small_study.model(input_ids=both, labels=both, use_cache=False)
     assert run.domain.tolist() == list(text) and run.document.tolist() == [0, 0]
     assert run.loss.mean() == pytest.approx(output.loss.item(), abs=1e-4)
     assert run.counts.shape == (2, 32, 8) and run.counts.sum() == pytest.approx(patch.records.counts().sum(), abs=2)
@@ -267,17 +268,17 @@ def test_kept_mass_is_that_of_the_models_own_experts():
         assert torch.allclose(ratio, ratio[:1].expand_as(ratio))
 
 
-def test_the_figures_tell_what_was_routed(small_demo):
+def test_the_figures_tell_what_was_routed(small_study):
     """Averages of the tables, against the counts of the run that they are made of."""
-    run = small_demo.runs["BH 0.05"]
-    layers = figures.compute_experts_per_layer(small_demo).query("domain == 'all'")
+    run = small_study.runs["BH 0.05"]
+    layers = figures.compute_experts_per_layer(small_study).query("domain == 'all'")
     assert np.allclose(layers["value"], run.counts.mean(axis=(0, 1)))
-    load = figures.compute_expert_load(small_demo)
+    load = figures.compute_expert_load(small_study)
     shares = load.query("kind == 'load'").groupby(["rule", "layer"])["value"]
     assert np.allclose(shares.sum(), 1) and shares.apply(lambda part: part.is_monotonic_decreasing).all()
     # Of 8 experts, 7 are not the one that is asked about: 7 of 63 others.
     assert np.allclose(load.query("kind == 'pairs' and rule == 'top-8'")["value"], 7 / 63)
-    tokens = figures.compute_token_loss(small_demo).query("kind == 'bin' and domain == 'all'")
+    tokens = figures.compute_token_loss(small_study).query("kind == 'bin' and domain == 'all'")
     assert tokens["value"].mean() == pytest.approx(run.counts[:, :-1].mean(), rel=0.01)
     assert tokens["loss"].is_monotonic_increasing
-    assert small_demo.runs["top-8"].counts.min() == TopK(8).k
+    assert small_study.runs["top-8"].counts.min() == TopK(8).k

@@ -1,13 +1,17 @@
-"""The package is built in floors: a module imports only from the floors above it in `FLOORS`."""
+"""The package is built in floors, from the ground up: a module imports only from the floors below its own.
+
+Inside a floor that is a package, imports run one way too: there is no circle among its modules.
+"""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "bhlib"
 
-# The one place that states the order. A new module takes its place here.
+# The one place that states the order, the ground floor first. A new module takes its place here.
 FLOORS = [
     "looks",  # colours, markers and lines of series in figures
     "procedures",  # multiple testing on tensors of p-values
@@ -17,6 +21,7 @@ FLOORS = [
     "expert_loop",  # the experts one after the other, on a CPU
     "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
+    "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only
     "discovery",  # the MoE layers of a model: find, watch, choose implementations
     "hooks",  # hooks that copies of a module leave behind
@@ -24,15 +29,15 @@ FLOORS = [
     "recorded_passes",  # decisions about tokens, pass by pass
     "stats",  # counts -> the statistics of a run
     "records",  # what was routed where
+    "explain",  # a rule and a token's logits -> why these experts
     "patching",  # patch, analyze, restore
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
     "comparisons",  # the table of a sweep -> means, differences, intervals
-    "fingerprints",  # what a number depends on -> a hash
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
-    "tuning",  # levels and layer weights, from calibration text
+    "tuning",  # what each layer gets, from calibration text
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
     "widgets",  # the same drawings behind sliders
@@ -44,15 +49,24 @@ FLOORS = [
     "sweep_command",  # python -m bhlib sweep
     "__main__",  # python -m bhlib
 ]
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def floor_of(path):
-    """The floor that a file belongs to: its own name, or the folder's that it lies in."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path):
+    """The module that a file is: ["bhlib", "figures", "study"], and ["bhlib", "figures"] for an ``__init__.py``."""
+    parts = [*path.relative_to(PACKAGE.parent).with_suffix("").parts]
+    return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def imported_floors(source, package):
+MODULES = {".".join(name_of(path)): path for path in sorted(PACKAGE.rglob("*.py"))}
+PACKAGES = [name for name, path in MODULES.items() if path.name == "__init__.py" and name != "bhlib"]
+
+
+def floor_of(module):
+    """The floor of a module: "figures" of "bhlib.figures.study"; "bhlib" of the package itself, which is above all."""
+    return module.split(".")[1] if "." in module else module
+
+
+def imported(source, package):
     """The modules of bhlib that a source text imports, at its top or inside a function.
 
     Parameters
@@ -65,33 +79,52 @@ def imported_floors(source, package):
     Returns
     -------
     set of str
-        Names of floors; "bhlib" stands for the package itself, which imports all of them.
+        Dotted names.
     """
-    found = set()
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
+            found += [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             module = above + (node.module.split(".") if node.module else [])
-            names = [module + [alias.name] for alias in node.names]
-        else:
-            continue
-        ours = [name for name in names if name[0] == "bhlib"]
-        found.update(name[1] if name[1:2] and name[1] in FLOORS else "bhlib" for name in ours)
-    return found
+            found += [module + [alias.name] for alias in node.names]
+    prefixes = ([".".join(name[:n]) for n in range(len(name), 0, -1)] for name in found if name[0] == "bhlib")
+    return {next(prefix for prefix in longest_first if prefix in MODULES) for longest_first in prefixes}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_imports_run_one_way(path):
-    floor = floor_of(path)
+def imports_of(module):
+    """The modules of bhlib that a module imports."""
+    path = MODULES[module]
+    return imported(path.read_text(encoding="utf-8"), ["bhlib", *path.relative_to(PACKAGE).parts[:-1]])
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"bhlib"}))
+def test_imports_run_one_way(module):
+    floor = floor_of(module)
     assert floor in FLOORS, f"give {floor} its place in FLOORS"
-    package = ["bhlib", *path.relative_to(PACKAGE).parts[:-1]]
-    above = {*FLOORS[: FLOORS.index(floor)], floor}
+    below = {*FLOORS[: FLOORS.index(floor)], floor}
     if floor in ("demo", "__main__"):
-        above.add("bhlib")
-    wrong = imported_floors(path.read_text(encoding="utf-8"), package) - above
-    assert not wrong, f"bhlib/{floor} may import only from the floors above it, not from {sorted(wrong)}"
+        below.add("bhlib")
+    wrong = {name for name in imports_of(module) if floor_of(name) not in below}
+    assert not wrong, f"{module} may import only from the floors below it, not from {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way_inside_a_package(package):
+    """A package may gather the names of its modules, or its modules may use what it defines, but not both."""
+    inside = {name for name in MODULES if f"{name}.".startswith(f"{package}.")}
+    try:
+        TopologicalSorter({name: imports_of(name) & inside for name in inside}).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_no_figure_depends_on_another():
+    """A module that registers figures can go, or come, alone: what two of them need has a module of its own."""
+    themes = {name for name in MODULES if "\n@figure(" in MODULES[name].read_text(encoding="utf-8")}
+    assert len(themes) > 5
+    assert not {(name, theme) for name in MODULES for theme in imports_of(name) & themes}
 
 
 @pytest.mark.parametrize(
@@ -110,4 +143,4 @@ def test_imports_run_one_way(path):
     ],
 )
 def test_every_way_to_import_is_seen(source, package, expected):
-    assert imported_floors(source, package) == expected
+    assert {floor_of(module) for module in imported(source, package)} == expected

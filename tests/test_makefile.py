@@ -58,7 +58,7 @@ def test_clean_keeps_figures_and_environment():
 @pytest.mark.parametrize(
     ("script", "shown"), [("echo Python 3.9.1; exit 1", "Python 3.9.1"), ("exit 127", "")]
 )
-def test_wrong_python_is_refused_with_the_mend(script, shown, tmp_path):
+def test_wrong_python_is_refused_with_what_to_do(script, shown, tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)

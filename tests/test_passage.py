@@ -10,8 +10,9 @@ from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 
 from bhlib import RoutingPatch, load_demo
-from bhlib.figures import passage as views
-from bhlib.figures.passage import Passage, PassageCharts
+from bhlib import figures as views
+from bhlib.figures import Passage, PassageCharts
+from bhlib.figures.passage_text import count_colors
 from bhlib.rules import BH, TopK
 
 TEXT = "def f(x):\n    return '<b>$x$</b>' & x\n\nIt was a bright morning, and she had nothing to say.\n" * 3
@@ -90,7 +91,7 @@ def test_html_gives_every_token_its_colour_and_its_number(routed, layer):
     means = routed.counts[3] if layer == 3 else routed.counts.mean(axis=0)
     assert [text.replace("⏎\n", "\n") for _, _, text in tokens] == routed.tokens
     assert [float(title.split()[0]) for _, title, _ in tokens] == pytest.approx(means, abs=0.006)
-    colors = views.count_colors(routed.most)
+    colors = count_colors(routed.most)
     for (style, _, _), mean in zip(tokens, means, strict=True):
         assert style == "background:{};color:{}".format(*colors[round(mean)])
     legend = [span for span in parser.spans if span[1] is None]
@@ -105,7 +106,7 @@ def luminance(color):
 @pytest.mark.parametrize("most", [8, 16])
 def test_colours_are_ordered_in_grey_print_and_readable(most):
     """4.5 : 1 is the contrast that WCAG asks of text."""
-    backgrounds, inks = zip(*views.count_colors(most), strict=True)
+    backgrounds, inks = zip(*count_colors(most), strict=True)
     light = [luminance(color) for color in backgrounds]
     assert np.all(np.diff(light) < 0)
     for background, ink in zip(light, map(luminance, inks), strict=True):

@@ -102,6 +102,40 @@ def test_every_layer_and_every_bound_works(explorer):
         assert explorer.routed.counts.max() == max_k
 
 
+def test_a_token_is_explained(explorer):
+    """All layers: what it gets in each. One layer: the decision, which follows the token and the controls."""
+    explorer.alpha.value, explorer.token.value = 0.2, 3
+    assert explorer.token.max == len(explorer.routed.tokens) - 1
+    counts = " ".join(map(str, explorer.routed.counts[:, 3]))
+    assert f"token 3, <code>{explorer.routed.tokens[3]!r}" in explorer.why.value.replace("&#x27;", "'")
+    assert f"experts by layer: {counts}. Choose a layer" in explorer.why.value
+    explorer.layer.value, explorer.max_k.value = 4, 16
+    seen = set()
+    for token in range(explorer.token.max + 1):
+        explorer.token.value = token
+        count = explorer.routed.counts[4, token]
+        assert f"layer 4: the procedure finds <b>{count}</b><table>" in explorer.why.value
+        assert explorer.why.value.count("background:#deebf7") == count
+        seen.add(count)
+    assert len(seen) > 3
+    explorer.alpha.value, explorer.max_k.value = 0.9, 2
+    assert re.search(r"the procedure finds <b>\d+</b>, and max_k makes it 2<table>", explorer.why.value)
+    explorer.min_k.value, explorer.max_k.value = 6, 3
+    assert explorer.why.value == ""
+    explorer.token.value = 0
+    assert "min_k must not exceed max_k" in explorer.message.value and explorer.why.value == ""
+
+
+def test_a_shorter_passage_takes_the_token_along(explorer):
+    explorer.layer.value = 2
+    explorer.token.value = explorer.token.max
+    explorer.passage.value = "two"
+    assert explorer.token.value == explorer.token.max == len(explorer.routed.tokens) - 1
+    assert f"token {explorer.token.value}, " in explorer.why.value and explorer.message.value == ""
+    explorer.text.value = ""
+    assert explorer.why.value == ""
+
+
 def test_bounds_that_contradict_each_other_are_reported_and_take_the_numbers_away(explorer):
     first = shown(explorer)
     explorer.min_k.value, explorer.max_k.value = 6, 3
@@ -199,7 +233,7 @@ def test_every_part_can_be_found_by_its_class(explorer):
     walk(explorer.widget)
     parts = (
         "explorer passage input alpha temperature null statistic method layer min-k max-k "
-        "mean loss busy message charts colored generate text own-text"
+        "mean loss busy message charts colored token why generate text own-text"
     )
     assert found == {f"bh-{name}" for name in parts.split()}
 
@@ -244,8 +278,11 @@ def test_time_of_a_slider_move_at_512_tokens(demo, capsys):
     lines = []
     for null in ("dirichlet", "gaussian", "kde", "conformal"):
         explorer.null.value = null
-        asyncio.run(drag(times := []))
-        median, late = np.percentile(times, [50, 95])
-        lines.append(f"{null:10s} median {median:5.1f} ms, 95th percentile {late:5.1f} ms")
+        for layer in ("all", 4):  # of one layer, with a token's table
+            explorer.layer.value = layer
+            asyncio.run(drag(times := []))
+            median, late = np.percentile(times, [50, 95])
+            where = f"{null}, layer {layer}"
+            lines.append(f"{where:20s} median {median:5.1f} ms, 95th percentile {late:5.1f} ms")
     with capsys.disabled():
         print("", "a slider move at 512 tokens:", *lines, sep="\n")

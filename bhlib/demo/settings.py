@@ -11,9 +11,10 @@ import json
 import torch
 
 from bhlib.calibration import collect_router_logits
+from bhlib.levels import level_for_mean_experts
 from bhlib.loading import DEMO, load_demo, load_heldout
 from bhlib.rules import BH
-from bhlib.tuning import choose_layer_weights, choose_static_per_layer, level_for_mean_experts
+from bhlib.tuning import choose_layer_weights, choose_static_per_layer
 
 MEAN_K = (3, 4, 5, 6, 7)
 

@@ -1,11 +1,18 @@
-"""One style for all figures, and a Figure that notebooks show."""
+"""One style for all figures, a Figure that notebooks show, and the parts that several figures have in common."""
 
+from collections.abc import Sequence
 from io import BytesIO
 
 import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.looks import COLORS
+from bhlib.looks import BLACK, COLORS
+
+__all__ = ["STYLE", "Picture"]
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -32,3 +39,75 @@ class Picture(Figure):
         with matplotlib.rc_context(STYLE):
             self.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
         return buffer.getvalue()
+
+
+def error_bars(
+    part: pd.DataFrame, value: str = "value", low: str = "low", high: str = "high", scale: float = 1
+) -> tuple[pd.Series, np.ndarray]:
+    """Values and the lengths [2, rows] of their bars, from columns of these names, as `Axes.errorbar` takes them."""
+    middle = part[value]
+    return scale * middle, scale * np.abs(np.stack([middle - part[low], part[high] - middle]))
+
+
+def joint_bars(part: pd.DataFrame, prefix: str = "", scale: float = 1000) -> tuple[pd.Series, np.ndarray]:
+    """`error_bars` of differences, with the intervals that hold for all rows of a table at once."""
+    return error_bars(part, f"{prefix}difference", f"{prefix}joint_low", f"{prefix}joint_high", scale)
+
+
+def signed_ticks(axes: Axes, ticks: Sequence[float]) -> None:
+    """Ticks of a vertical axis of differences, with their signs."""
+    axes.set_yticks(ticks, [signed(tick, "g") if tick else "0" for tick in ticks])
+    axes.set_yticks([], minor=True)
+
+
+def signed(number: float, form: str) -> str:
+    """A number with its sign, the minus sign as long as the plus."""
+    return f"{number:+{form}}".replace("-", "−")
+
+
+#: What intervals hold for.
+ONE, ALL = "each point by itself", "all points of a panel at once"
+
+
+def sample_caption(table: pd.DataFrame, split: str) -> str:
+    """What was measured on: a split of the text, sequences and tokens."""
+    first = table.iloc[0]
+    return f"demo model, {split} split: {first['sequences']:,.0f} sequences, {first['tokens']:,.0f} tokens"
+
+
+def interval_caption(table: pd.DataFrame, scope: str) -> str:
+    """What the bars are: units fewer than sequences are documents."""
+    first = table.iloc[0]
+    units = f"{first['units']:,.0f} documents" if first["units"] < first["sequences"] else "sequences"
+    return f"bars: 95 % bootstrap over {units}, for {scope}"
+
+
+def ink_on(colors: np.ndarray) -> np.ndarray:
+    """Black or white [n], whichever has the greater contrast with each of the RGBA `colors` [n, 4] on white paper."""
+    opaque = colors[:, :3] * colors[:, 3:] + 1 - colors[:, 3:]
+    return np.where(opaque**2.2 @ [0.2126, 0.7152, 0.0722] > 0.18, BLACK, "#ffffff")
+
+
+def heat_map(axes: Axes, table: pd.DataFrame, text: pd.DataFrame | None = None, **options) -> None:
+    """A table as colours, its first row on top, with a text in each cell.
+
+    Parameters
+    ----------
+    axes : Axes
+    table : pandas.DataFrame
+        Its index and columns become the labels of the axes; a cell that is missing stays empty.
+    text : pandas.DataFrame, optional
+        Of the same shape, the text of each cell.
+    **options
+        Of `seaborn.heatmap`: ``cmap``, ``norm``, ``vmin``, ``vmax``, ``alpha``, ``cbar``, ``cbar_kws``.
+    """
+    cells = {} if text is None else {"annot": text, "fmt": "", "annot_kws": {"fontsize": 7.5}}
+    seaborn.heatmap(table, ax=axes, linewidths=0.5, **cells, **options)
+    if text is not None:
+        mesh = axes.collections[0]
+        filled = ~np.ma.getmaskarray(mesh.get_array()).ravel()
+        for label, ink in zip(axes.texts, ink_on(mesh.get_facecolors()[filled]), strict=True):
+            label.set_color(ink)  # seaborn writes white on colours that are light enough for black
+    axes.set(xlabel="", ylabel="")
+    axes.tick_params(length=0, rotation=0)
+    axes.grid(False)

@@ -1,25 +1,25 @@
-"""The families of rules that are compared: each makes a rule that gives so many experts on average."""
+"""The families of rules that are compared: how each makes a rule that gives a wanted mean number of experts."""
 
 from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
+from bhlib.levels import entropy_thresholds, level_for_mean_experts
 from bhlib.loading import load_settings
 from bhlib.pvalues import NULLS, PValueMaker
 from bhlib.rules import BH, FAMILIES, EntropyK, Rule, RuleFamily, StaticPerLayer
-from bhlib.tuning import entropy_thresholds, level_for_mean_experts
 
 #: Makes a rule from calibration logits [layers, tokens, experts] and the mean number of experts that it is to give.
-Family = Callable[[Tensor, float], Rule]
+AtMean = Callable[[Tensor, float], Rule]
 
 
-def by_level(family: Callable[[float], Rule]) -> Family:
+def by_level(family: Callable[[float], Rule]) -> AtMean:
     """A family of one level in (0, 1), found by bisection."""
     return lambda logits, mean_k: family(level_for_mean_experts(family, logits, mean_k))
 
 
-def bh(pvalues: PValueMaker | str = "dirichlet", method: str = "bh", weighted: bool = False) -> Family:
+def bh(pvalues: PValueMaker | str = "dirichlet", method: str = "bh", weighted: bool = False) -> AtMean:
     """`BH`, on request with the weights of the layers that were chosen for the embedded model."""
     weights = load_settings()["layer_weights"][method] if weighted else None
     return by_level(lambda alpha: BH(alpha, pvalues, method, weights))
@@ -34,15 +34,15 @@ def _static_per_layer(logits: Tensor, mean_k: float) -> Rule:
 
 
 #: How a family gives a wanted mean, where no level in (0, 1) does it.
-FITTED: dict[str, Family] = {"entropy": _entropy, "static per layer": _static_per_layer}
+FITTED: dict[str, AtMean] = {"entropy": _entropy, "static per layer": _static_per_layer}
 
 
-def rivals() -> dict[str, Family]:
+def rivals() -> dict[str, AtMean]:
     """What people use, each under the name that figures give it: all rivals in `bhlib.rules.FAMILIES`."""
     return {name: _way_of(family) for name, family in FAMILIES.items() if family.is_rival}
 
 
-def _way_of(family: RuleFamily) -> Family:
+def _way_of(family: RuleFamily) -> AtMean:
     if family.name in FITTED:
         return FITTED[family.name]
     if family.make is None:
@@ -53,7 +53,7 @@ def _way_of(family: RuleFamily) -> Family:
     return by_level(family.make)
 
 
-def fitted_families(fitted: PValueMaker) -> dict[str, Family]:
+def fitted_families(fitted: PValueMaker) -> dict[str, AtMean]:
     """With a null fitted to each layer: BH, and a fixed cut on the same p-values, which BH has to be better than.
 
     What both gain over the threshold on the probability is the null's doing; the step-up's is what lies between them.
@@ -61,12 +61,12 @@ def fitted_families(fitted: PValueMaker) -> dict[str, Family]:
     return {"BH, fitted null": bh(fitted), "fixed cut, fitted null": bh(fitted, method="fixed")}
 
 
-def weighted_families() -> dict[str, Family]:
+def weighted_families() -> dict[str, AtMean]:
     """With a weight per layer, chosen on calibration text: BH, and for fairness the threshold too."""
     return {"BH, layer weights": bh(weighted=True), "threshold, layer weights": bh(method="fixed", weighted=True)}
 
 
-def tried_families(fitted: dict[str, PValueMaker]) -> dict[str, Family]:
+def tried_families(fitted: dict[str, PValueMaker]) -> dict[str, AtMean]:
     """Everything that was tried on the validation split.
 
     Parameters

@@ -4,24 +4,32 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bhlib import evidence
-from bhlib.calibration import name_of
-from bhlib.figures.drawing import Picture
-from bhlib.figures.registry import Demo, figure
+from bhlib.figures.drawing import Picture, heat_map
+from bhlib.figures.registry import figure
+from bhlib.figures.study import Study
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED
 from bhlib.pvalues import null_looks
 
+__all__ = [
+    "compute_null_calibration",
+    "compute_softmax_theorem",
+    "draw_null_calibration",
+    "draw_softmax_theorem",
+]
 
-def compute_softmax_theorem(demo: Demo) -> pd.DataFrame:
+
+def compute_softmax_theorem(study: Study) -> pd.DataFrame:
     """The k-th largest of a token's probabilities, its bound 1/k, and what BH on 1 - softmax would need it to be."""
-    probabilities = torch.softmax(demo.validation_logits, dim=-1).sort(dim=-1, descending=True).values.flatten(0, 1)
+    probabilities = torch.softmax(study.validation_logits, dim=-1).sort(dim=-1, descending=True).values.flatten(0, 1)
     num_tests = probabilities.shape[-1]
     rank = np.arange(1, num_tests + 1)
     seen = {"largest": probabilities.amax(dim=0), "median": probabilities.median(dim=0).values}
     needed = {f"needed_{alpha}": 1 - alpha * rank / num_tests for alpha in SOFTMAX_ALPHAS}
-    layers, tokens, _ = demo.validation_logits.shape
+    layers, tokens, _ = study.validation_logits.shape
     return pd.DataFrame({"k": rank, "bound": 1 / rank} | seen | needed).assign(tokens=tokens, layers=layers)
 
 
@@ -55,16 +63,16 @@ def draw_softmax_theorem(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def compute_null_calibration(demo: Demo) -> pd.DataFrame:
+def compute_null_calibration(study: Study) -> pd.DataFrame:
     """Held-out p-values of null experts, for every null: a row per layer (``ks``) and per level (``curve``)."""
-    logits = demo.calibration_logits
+    logits = study.calibration_logits
     parts = []
-    for name, maker in evidence.candidate_nulls(logits, name_of(demo.model)).items():
-        settings = {"sequence_length": demo.window}
-        layers = evidence.uniformity(maker, demo.validation_logits, **settings)
+    for name, maker in evidence.candidate_nulls(logits, study.name).items():
+        settings = {"sequence_length": study.window}
+        layers = evidence.uniformity(maker, study.validation_logits, **settings)
         parts.append(layers.assign(kind="ks", null=name, calibration_tokens=logits.shape[1]))
         if name in null_looks():
-            curve = evidence.level_curve(maker, demo.validation_logits, **settings)
+            curve = evidence.level_curve(maker, study.validation_logits, **settings)
             parts.append(curve.assign(kind="curve", null=name))
     whole = dict.fromkeys(["layer", "tokens", "sequences", "values", "calibration_tokens"], "Int64")
     return pd.concat(parts, ignore_index=True).astype(whole)  # whole numbers, also where some are missing
@@ -78,31 +86,26 @@ def draw_null_calibration(table: pd.DataFrame) -> Figure:
     """Distance from uniform per null and layer; QQ plot and histogram of some."""
     fig = Picture(figsize=(10.4, 5.6), layout="constrained")
     grid = fig.add_gridspec(2, 2, width_ratios=(1.3, 1))
-    _draw_ks(fig, fig.add_subplot(grid[:, 0]), table[table["kind"] == "ks"])
+    _draw_ks(fig.add_subplot(grid[:, 0]), table[table["kind"] == "ks"])
     curves = table[table["kind"] == "curve"]
-    _draw_qq(fig.add_subplot(grid[0, 1]), curves, table[table["kind"] == "ks"])
+    quantiles = fig.add_subplot(grid[0, 1])
+    _draw_qq(quantiles, curves, table[table["kind"] == "ks"])
     _draw_histogram(fig.add_subplot(grid[1, 1]), curves)
-    names = fig.axes[-2].get_legend_handles_labels()
+    names = quantiles.get_legend_handles_labels()
     fig.legend(*names, fontsize=8, loc="outside lower center", ncols=len(names[0]))
     return fig
 
 
-def _draw_ks(fig: Figure, axes, layers: pd.DataFrame) -> None:
+def _draw_ks(axes: Axes, layers: pd.DataFrame) -> None:
     """Heat map of the Kolmogorov-Smirnov distance, with its numbers."""
     wide = layers.pivot(index="null", columns="layer", values="ks").loc[layers["null"].unique()]
-    worst = wide.max(axis=1)
-    image = axes.imshow(wide, aspect="auto", cmap="cividis_r", norm=matplotlib.colors.LogNorm(0.002, 0.5))
-    for (row, column), value in np.ndenumerate(wide.to_numpy()):
-        bold = value == worst.iloc[row]
-        axes.text(
-            column, row, f"{1000 * value:.0f}", ha="center", va="center", fontsize=7.5,
-            color="white" if value > 0.03 else BLACK, weight="bold" if bold else "normal",
-        )  # fmt: skip
-    axes.set_yticks(range(len(wide)), wide.index)
-    axes.set_xticks(range(wide.shape[1]), wide.columns.astype(int))
-    axes.grid(False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    wide.columns = wide.columns.astype(int)
+    heat_map(
+        axes, wide, (1000 * wide).map("{:.0f}".format), cmap="cividis_r", norm=matplotlib.colors.LogNorm(0.002, 0.5),
+        cbar_kws={"fraction": 0.03, "ticks": [0.002, 0.01, 0.05, 0.2], "format": "%g", "label": "KS distance"},
+    )  # fmt: skip
+    for text, is_worst in zip(axes.texts, wide.eq(wide.max(axis=1), axis=0).to_numpy().flat, strict=True):
+        text.set_weight("bold" if is_worst else "normal")
     first = layers.iloc[0]
     half = ((layers["ks_high"] - layers["ks_low"]) / 2).median()
     axes.set_xlabel("layer")
@@ -113,7 +116,6 @@ def _draw_ks(fig: Figure, axes, layers: pd.DataFrame) -> None:
         f"95 % intervals over {first['sequences']:.0f} sequences: ± {1000 * half:.1f} in the median",
         fontsize=8, loc="right",
     )  # fmt: skip
-    fig.colorbar(image, ax=axes, fraction=0.03, ticks=[0.002, 0.01, 0.05, 0.2], format="%g", label="KS distance")
 
 
 def _looks(curves: pd.DataFrame) -> dict[str, tuple[str, str]]:
@@ -121,7 +123,7 @@ def _looks(curves: pd.DataFrame) -> dict[str, tuple[str, str]]:
     return {name: look for name, look in null_looks().items() if name in set(curves["null"])}
 
 
-def _draw_qq(axes, curves: pd.DataFrame, layers: pd.DataFrame) -> None:
+def _draw_qq(axes: Axes, curves: pd.DataFrame, layers: pd.DataFrame) -> None:
     """Fraction of null p-values up to a level, over the level; rings at what a true null gives, by simulation."""
     for name, (color, style) in _looks(curves).items():
         part = curves[curves["null"] == name]
@@ -139,7 +141,7 @@ def _draw_qq(axes, curves: pd.DataFrame, layers: pd.DataFrame) -> None:
     axes.set_title("QQ plot, all layers, 95 % bands\nrings: where the null is true", fontsize=8)
 
 
-def _draw_histogram(axes, curves: pd.DataFrame) -> None:
+def _draw_histogram(axes: Axes, curves: pd.DataFrame) -> None:
     for name, (color, style) in _looks(curves).items():
         part = curves[(curves["null"] == name) & (curves["level"] * 32 % 1 == 0)]
         density = np.diff(part["fraction"], prepend=0) * 32

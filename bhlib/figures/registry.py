@@ -1,122 +1,22 @@
-"""The registry of figures: what each is computed from, and one way to compute, save, redraw and check them all."""
+"""The registry of figures: one way to compute, save, redraw and check them all."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from functools import wraps
 from io import StringIO
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from bhlib.calibration import collect_router_logits
 from bhlib.figures.drawing import STYLE
-from bhlib.figures.runs import Run, observe
-from bhlib.loading import heldout_sequence_documents, load_demo, load_heldout
-from bhlib.rules import BH, TopK
+from bhlib.figures.study import Study
+from bhlib.figures.tables import compare_tables, read_table, to_csv
 
-#: Levels at which the default rule is measured.
-ALPHAS = (0.0003, 0.003, 0.01, 0.05, 0.07, 0.1, 0.3, 0.6, 0.9)
-
-
-class Demo:
-    """The embedded model, on a CUDA device if there is one, and its held-out text; loaded when first needed.
-
-    Parameters
-    ----------
-    cache : path, optional
-        Folder of finished cells for the sweeps that compare rules on the test split (`bhlib.evaluation.sweep`). With
-        it a sweep that was stopped goes on where it was, and what is made of a finished one needs no second pass:
-        ``make_figures(only=["whole_test_split"], demo=Demo(cache="cells"))``.
-    """
-
-    #: Sequences of each domain on which figures are computed: a compromise between time and intervals.
-    sequences_per_domain = 16
-
-    def __init__(self, cache: str | Path | None = None) -> None:
-        self.cache = cache
-
-    @cached_property
-    def model_and_tokenizer(self) -> tuple:
-        model, tokenizer = load_demo()
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-    @property
-    def model(self):
-        return self.model_and_tokenizer[0]
-
-    @property
-    def tokenizer(self):
-        return self.model_and_tokenizer[1]
-
-    @cached_property
-    def test(self) -> dict[str, torch.Tensor]:
-        return load_heldout("test", length=512, max_sequences=self.sequences_per_domain)
-
-    @cached_property
-    def test_documents(self) -> dict[str, np.ndarray]:
-        """The document of each sequence of `test`."""
-        return heldout_sequence_documents("test", 512, self.sequences_per_domain)
-
-    @cached_property
-    def whole_test(self) -> dict[str, torch.Tensor]:
-        """All of the test split: 14 times what most figures are computed on."""
-        return load_heldout("test", length=512)
-
-    @cached_property
-    def whole_test_documents(self) -> dict[str, np.ndarray]:
-        """The document of each sequence of `whole_test`."""
-        return heldout_sequence_documents("test", 512)
-
-    @cached_property
-    def runs(self) -> dict[str, Run]:
-        """The model's own top-8 and the default BH rule on every second test sequence, token by token."""
-        text = {domain: sequences[::2] for domain, sequences in self.test.items()}
-        documents = {domain: self.test_documents[domain][::2] for domain in text}
-        rules = {"top-8": TopK(8), "BH 0.05": BH()}
-        return {name: observe(self.model, text, documents, rule) for name, rule in rules.items()}
-
-    #: Tokens per sequence of `validation` and of the logits below.
-    window = 256
-
-    @cached_property
-    def validation(self) -> dict[str, torch.Tensor]:
-        """Text to choose settings on."""
-        return load_heldout("validation", self.window, max(1, self.sequences_per_domain // 2))
-
-    @cached_property
-    def validation_documents(self) -> dict[str, np.ndarray]:
-        """The document of each sequence of `validation`."""
-        return heldout_sequence_documents("validation", self.window, max(1, self.sequences_per_domain // 2))
-
-    @cached_property
-    def calibration_logits(self) -> torch.Tensor:
-        """Router logits [layers, tokens, experts] on the calibration split: what nulls are fitted on."""
-        text = load_heldout("calibration", self.window, max(1, 3 * self.sequences_per_domain // 4))
-        return collect_router_logits(self.model, text)
-
-    @cached_property
-    def validation_logits(self) -> torch.Tensor:
-        """Router logits [layers, tokens, experts] on `validation`: what nulls are tested on."""
-        return collect_router_logits(self.model, self.validation)
-
-
-#: Tolerance of a column that no machine need reproduce: generated text, times.
-FREE = math.inf
-
-#: How far a number may move in `check_figures`, where a figure does not say otherwise: absolute, and relative to what
-#: it was. Whole numbers and text may not move at all. Processors, threads and releases of torch add float32 numbers in
-#: different orders. Logits then differ in their seventh digit, and where a p-value lies so close to its threshold a
-#: count by one: between one thread and two, or with other vector instructions, that was seen for one count in 20,000,
-#: which moved the mean loss of its sequence by 3e-5 nats. So means over the whole text keep within these bounds; those
-#: over few tokens, and counts themselves, state wider ones.
-ABSOLUTE, RELATIVE = 1e-4, 1e-3
+__all__ = ["FIGURES", "FigureSpec", "check_figures", "figure", "make_figures", "redraw_figures", "save"]
 
 
 @dataclass(frozen=True)
@@ -126,18 +26,19 @@ class FigureSpec:
     Attributes
     ----------
     name : str
-    compute : function of a `Demo`, or None
+    compute : function of a `Study`, or None
         None if the table was measured elsewhere (on a GPU): it is drawn from its CSV and never recomputed.
     draw : function of the table
     tolerance : mapping of str to float
-        Absolute tolerance by column, `FREE` to leave a column out of the check; `ABSOLUTE` and `RELATIVE` for others.
+        Absolute tolerance by column, `FREE` to leave a column out of the check; `bhlib.figures.tables` has that of all
+        others.
     slow : bool
         Whether computing takes so long that it is done, or checked, only if the figure is asked for by name; otherwise
         it is drawn from its CSV.
     """
 
     name: str
-    compute: Callable[[Demo], pd.DataFrame] | None
+    compute: Callable[[Study], pd.DataFrame] | None
     draw: Callable[[pd.DataFrame], Figure]
     tolerance: Mapping[str, float] = field(default_factory=dict)
     slow: bool = False
@@ -152,16 +53,25 @@ FIGURES: dict[str, FigureSpec] = {}
 
 def figure(
     name: str,
-    compute: Callable[[Demo], pd.DataFrame] | None,
+    compute: Callable[[Study], pd.DataFrame] | None,
     tolerance: Mapping[str, float] | None = None,
     slow: bool = False,
 ) -> Callable:
     """Register a drawing function under a name; it is run in this package's style, whatever the user's is.
 
     Parameters are those of `FigureSpec`.
+
+    Raises
+    ------
+    ValueError
+        If another module has registered a figure of this name.
     """
 
     def decorate(draw: Callable) -> Callable:
+        other = FIGURES[name].draw.__module__ if name in FIGURES else draw.__module__
+        if other != draw.__module__:
+            raise ValueError(f"a figure is called {name!r} already, in {other}; give this one another name.")
+
         @wraps(draw)
         def styled(*args, **kwargs) -> Figure:
             with matplotlib.rc_context(STYLE):
@@ -181,7 +91,7 @@ def save(fig: Figure, path: Path) -> None:
 
 
 def make_figures(
-    folder: str | Path = "figures", only: Iterable[str] | None = None, demo: Demo | None = None
+    folder: str | Path = "figures", only: Iterable[str] | None = None, study: Study | None = None
 ) -> list[Path]:
     """Compute, save and draw the registered figures; returns the paths of their CSV tables.
 
@@ -193,8 +103,8 @@ def make_figures(
         Where ``NAME.csv``, ``NAME.png`` and ``NAME.pdf`` go.
     only : iterable of str, optional
         Names of figures; all by default.
-    demo : Demo, optional
-        The model and the text, if not all of the embedded ones.
+    study : Study, optional
+        The model and the text; by default the embedded ones.
 
     Raises
     ------
@@ -203,13 +113,13 @@ def make_figures(
     FileNotFoundError
         If the CSV of a figure that is not computed here is missing.
     """
-    folder, demo = Path(folder), demo or Demo()
+    folder, study = Path(folder), study or Study()
     specs, named = _chosen(only), only is not None
     _check_present(folder, [spec for spec in specs if not spec.is_computed(named)])
     folder.mkdir(parents=True, exist_ok=True)
     for spec in _each(specs, "figures"):
         if spec.is_computed(named):
-            (folder / f"{spec.name}.csv").write_text(_to_csv(spec.compute(demo)), encoding="utf-8", newline="\n")
+            (folder / f"{spec.name}.csv").write_text(to_csv(spec.compute(study)), encoding="utf-8", newline="\n")
         # Drawn from the file, so that the picture shows what the file says.
         _redraw(folder, spec)
     return [folder / f"{spec.name}.csv" for spec in specs]
@@ -228,7 +138,7 @@ def redraw_figures(folder: str | Path = "figures", only: Iterable[str] | None = 
 
 
 def check_figures(
-    folder: str | Path = "figures", only: Iterable[str] | None = None, demo: Demo | None = None
+    folder: str | Path = "figures", only: Iterable[str] | None = None, study: Study | None = None
 ) -> pd.DataFrame:
     """Compute the registered figures anew and compare with the CSV tables in a folder, which stays as it is.
 
@@ -240,12 +150,12 @@ def check_figures(
         One row per cell that moved beyond its tolerance, none if all is as it was: ``figure``, ``row`` (of the CSV, 1
         below the header), ``column``, ``was``, ``now``, ``tolerance``.
     """
-    folder, demo = Path(folder), demo or Demo()
+    folder, study = Path(folder), study or Study()
     specs, named = _chosen(only), only is not None
     _check_present(folder, specs)
     parts = [compare_tables(pd.DataFrame(), pd.DataFrame(), {}).assign(figure="")]
     for spec in _each([spec for spec in specs if spec.is_computed(named)], "check"):
-        now = read_table(StringIO(_to_csv(spec.compute(demo))))
+        now = read_table(StringIO(to_csv(spec.compute(study))))
         moved = compare_tables(read_table(folder / f"{spec.name}.csv"), now, spec.tolerance)
         parts.append(moved.assign(figure=spec.name))
     for spec in specs:
@@ -254,62 +164,6 @@ def check_figures(
             tqdm.write(f"{spec.name}: not checked ({why})")
     moved = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
     return moved[["figure", *moved.columns.drop("figure")]]
-
-
-def compare_tables(was: pd.DataFrame, now: pd.DataFrame, tolerance: Mapping[str, float]) -> pd.DataFrame:
-    """The cells in which two tables differ by more than a tolerance: as `check_figures` returns it, less ``figure``."""
-    columns = ["row", "column", "was", "now", "tolerance"]
-    if list(was.columns) != list(now.columns):
-        names = [", ".join(table.columns) for table in (was, now)]
-        return pd.DataFrame([(0, "names of columns", *names, 0.0)], columns=columns)
-    if len(was) != len(now):
-        return pd.DataFrame([(0, "number of rows", len(was), len(now), 0.0)], columns=columns)
-    rows = []
-    for column in was.columns:
-        before, after = was[column], now[column]
-        if _is_number(before) and _is_number(after):
-            whole = all(pd.api.types.is_integer_dtype(part) for part in (before, after))
-            default = 0.0 if whole else ABSOLUTE + RELATIVE * before.abs()
-            allowed = pd.Series(tolerance.get(column, default), index=was.index)
-            same = ((after - before).abs() <= allowed) | (before == after) | (before.isna() & after.isna())
-        else:
-            allowed = pd.Series(tolerance.get(column, 0.0), index=was.index)
-            same = before.astype(str) == after.astype(str)
-        for i in np.flatnonzero(~same & (allowed != FREE)):
-            rows.append((i + 1, column, before[i], after[i], allowed[i]))
-    return pd.DataFrame(rows, columns=columns)
-
-
-def report(moved: pd.DataFrame, per_figure: int = 10) -> str:
-    """What `check_figures` found, for people: the first cells of each figure, and how many more there are."""
-    lines = []
-    for name, part in moved.groupby("figure", sort=False):
-        lines.append(f"{name}.csv: {len(part)} cell{'s' * (len(part) > 1)} moved beyond tolerance")
-        lines += [
-            f"  row {row.row}, {row.column}: was {_short(row.was)}, is {_short(row.now)}, "
-            f"tolerance {_short(row.tolerance)}"
-            for row in part.head(per_figure).itertuples()
-        ]
-        if len(part) > per_figure:
-            lines.append(f"  and {len(part) - per_figure} more")
-    return "\n".join(lines)
-
-
-def read_table(path: Path | StringIO) -> pd.DataFrame:
-    """Read a figure's CSV: only an empty cell is a missing number, since "null" or "NA" may be a token of a text."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
-
-
-def _short(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _is_number(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-
-
-def _to_csv(table: pd.DataFrame) -> str:
-    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def _redraw(folder: Path, spec: FigureSpec) -> None:

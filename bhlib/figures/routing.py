@@ -7,18 +7,31 @@ from matplotlib.figure import Figure
 
 from bhlib.calibration import collect_router_logits
 from bhlib.comparisons import resample
-from bhlib.figures.drawing import Picture
-from bhlib.figures.quality import comparison
-from bhlib.figures.registry import Demo, figure
-from bhlib.figures.runs import Run, interval
+from bhlib.figures.drawing import Picture, error_bars, heat_map
+from bhlib.figures.registry import figure
+from bhlib.figures.runs import interval
+from bhlib.figures.study import Study
+from bhlib.figures.sweeps import comparison
 from bhlib.looks import BLACK, BLUE, RED
 from bhlib.patching import BHRoutingIntegration
 from bhlib.rules import BH
 
+__all__ = [
+    "compute_count_distribution",
+    "compute_experts_per_layer",
+    "compute_experts_vs_alpha",
+    "compute_token_layer_map",
+    "draw_count_distribution",
+    "draw_experts_per_layer",
+    "draw_experts_vs_alpha",
+    "draw_token_layer_map",
+    "passage_counts",
+]
 
-def compute_experts_vs_alpha(demo: Demo) -> pd.DataFrame:
+
+def compute_experts_vs_alpha(study: Study) -> pd.DataFrame:
     """Mean experts per token by alpha and domain, with 95 % intervals over documents, each by itself."""
-    sweep = comparison(demo).query("family == 'BH'")
+    sweep = comparison(study).query("family == 'BH'")
     rows = []
     for (domain, alpha), part in sweep.groupby(["domain", "level"]):
         drawn = resample(part["domain"], part["document"])
@@ -55,15 +68,15 @@ def draw_experts_vs_alpha(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def compute_count_distribution(demo: Demo) -> pd.DataFrame:
+def compute_count_distribution(study: Study) -> pd.DataFrame:
     """Share of (token, layer) pairs that get k experts, per alpha: a fifth of the test text, the model's own logits."""
-    text = {domain: sequences[::5] for domain, sequences in demo.test.items()}
-    logits = collect_router_logits(demo.model, text, progress=False)
+    text, _ = study.every(5)
+    logits = collect_router_logits(study.model, text, progress=False)
     layers, tokens, _ = logits.shape
     rows = []
     for alpha in (0.01, 0.05, 0.2, 0.5):
-        counts = torch.cat([BH(alpha)(part, layer).counts for layer, part in enumerate(logits)])
-        shares = counts.bincount(minlength=9) / len(counts)
+        counts = torch.cat([BH(alpha, max_k=study.top_k)(part, layer).counts for layer, part in enumerate(logits)])
+        shares = counts.bincount(minlength=study.top_k + 1) / len(counts)
         rows += [
             {"alpha": alpha, "experts": k, "fraction": share, "tokens": tokens, "layers": layers}
             for k, share in enumerate(shares.tolist())
@@ -88,14 +101,15 @@ def draw_count_distribution(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def compute_token_layer_map(demo: Demo, alpha: float = 0.05, length: int = 40) -> pd.DataFrame:
+def compute_token_layer_map(study: Study, alpha: float = 0.05, length: int = 40) -> pd.DataFrame:
     """Experts per token and layer of a passage from each of two test domains."""
     parts = []
-    domains = sorted(demo.test)
+    domains = sorted(study.test)
     for domain in (domains[0], domains[-1]):
-        ids = demo.test[domain][:1, : 3 * length]
-        parts.append(passage_counts(demo.model, demo.tokenizer, ids, alpha=alpha).tail(
-            length * len(demo.model.model.layers)).assign(domain=domain, alpha=alpha))  # fmt: skip
+        ids = study.test[domain][:1, : 3 * length]
+        counts = passage_counts(study.model, study.tokenizer, ids, alpha=alpha)
+        shown = counts[counts["position"] >= counts["position"].max() + 1 - length]
+        parts.append(shown.assign(domain=domain, alpha=alpha))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -138,17 +152,17 @@ def draw_token_layer_map(table: pd.DataFrame) -> Figure:
     for axes, (name, part) in zip(np.atleast_1d(fig.subplots(len(passages), 1)), passages, strict=True):
         grid = part.pivot(index="layer", columns="position", values="count")
         texts = part.drop_duplicates("position")["token"]
-        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=1, vmax=8, origin="lower")
-        axes.set_xticks(range(len(texts)), [repr(str(text))[1:-1] for text in texts], rotation=90, fontsize=6.5)
+        bar = {"label": "experts", "ticks": [1, 4, 8], "pad": 0.01}
+        heat_map(axes, grid[::-1], cmap="viridis", vmin=1, vmax=8, cbar_kws=bar, xticklabels=False)
+        axes.set_xticks(np.arange(len(texts)) + 0.5, [repr(str(text))[1:-1] for text in texts])
+        axes.tick_params(axis="x", rotation=90, labelsize=6.5)
         axes.set(ylabel="layer", title=f"{name}: mean {part['count'].mean():.2f} experts")
-        axes.grid(False)
-        fig.colorbar(image, ax=axes, label="experts", ticks=[1, 4, 8])
     return fig
 
 
-def compute_experts_per_layer(demo: Demo) -> pd.DataFrame:
+def compute_experts_per_layer(study: Study) -> pd.DataFrame:
     """Mean experts per layer and domain under the default rule, with 95 % intervals over documents, each by itself."""
-    run = demo.runs["BH 0.05"]
+    run = study.runs["BH 0.05"]
     per_sequence = run.counts.mean(axis=1)
     domains = {name: (per_sequence[run.domain == name], run.drawn_within(name)) for name in np.unique(run.domain)}
     rows = []
@@ -166,17 +180,7 @@ def draw_experts_per_layer(table: pd.DataFrame) -> Figure:
     order = wide.drop(index="all").mean(axis=1).sort_values(ascending=False).index
     fig = Picture(figsize=(8.6, 3.6), layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1.5, 1))
-    left.imshow(wide.loc[order], aspect="auto", cmap="cividis")
-    middle = (wide.min(axis=None) + wide.max(axis=None)) / 2
-    for (row, layer), value in np.ndenumerate(wide.loc[order].to_numpy()):
-        left.text(
-            layer, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=BLACK if value > middle else "white"
-        )
-    left.set_yticks(range(len(order)), order)
-    left.set_xticks(range(wide.shape[1]), wide.columns)
-    left.grid(False)
-    left.tick_params(length=0)
-    left.spines[:].set_visible(False)
+    heat_map(left, wide.loc[order], wide.loc[order].map("{:.1f}".format), cmap="cividis", cbar=False)
     each = table[table["domain"] != "all"]
     half = ((each["high"] - each["low"]) / 2).median()
     left.set(xlabel="layer")
@@ -185,9 +189,8 @@ def draw_experts_per_layer(table: pd.DataFrame) -> Figure:
         right.plot(part["layer"], part["value"], color="#999999", linewidth=0.8, label="_" + domain)
     right.plot([], [], color="#999999", linewidth=0.8, label="one domain")
     everything = table[table["domain"] == "all"]
-    value, error = _with_error(everything, 1)
     right.errorbar(
-        everything["layer"], value, error, color=BLUE, marker="o", markersize=4, capsize=2,
+        everything["layer"], *error_bars(everything), color=BLUE, marker="o", markersize=4, capsize=2,
         label="all domains, 95 % interval",
     )  # fmt: skip
     right.axhline(everything["value"].mean(), color=RED, linestyle="--", linewidth=1, label="mean over layers")
@@ -199,128 +202,3 @@ def draw_experts_per_layer(table: pd.DataFrame) -> Figure:
         f"documents", fontsize=8,
     )  # fmt: skip
     return fig
-
-
-def compute_expert_load(demo: Demo, layer: int = 4, num_pairs: int = 10) -> pd.DataFrame:
-    """How evenly experts are used, and which go together, under the model's own top-8 and under BH.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Rows of four kinds, each for both rules, with ``value`` and its 95 % interval over documents, by itself (none
-        for loads):
-
-        ``load``: share of a layer's (token, expert) pairs that falls to the expert of a ``rank``;
-        ``busiest``: load of a layer's busiest expert over the mean load (1 if even);
-        ``pair``: of the tokens that use expert ``i``, the share that also uses ``j`` (co-activation as defined in
-        section 5.2 of the OLMoE paper), for the strongest pairs of one `layer` under top-8, one direction of each;
-        ``partner``: mean over a layer's experts of the co-activation with the strongest partner, and ``pairs``: with
-        any other, the mean over all pairs. Partners are those of the whole sample.
-    """
-    rows = []
-    for rule, run in demo.runs.items():
-        load = np.diagonal(run.coactivation, axis1=2, axis2=3)
-        share = load.sum(axis=0) / load.sum(axis=(0, 2))[:, None]
-        for number, shares in enumerate(share):
-            common = {"rule": rule, "layer": number}
-            ranked = enumerate(sorted(shares, reverse=True), start=1)
-            rows += [common | {"kind": "load", "rank": rank, "value": value} for rank, value in ranked]
-            busiest, mean = load[:, number, shares.argmax()], load[:, number].mean(axis=1)
-            excess = run.drawn.means(busiest) / run.drawn.means(mean)
-            rows.append(common | {"kind": "busiest"} | interval(excess, run.drawn))
-            partner, anyone = _partners(run, number)
-            rows.append(common | {"kind": "partner"} | interval(partner, run.drawn))
-            rows.append(common | {"kind": "pairs"} | interval(anyone, run.drawn))
-    for i, j in _strongest_pairs(demo.runs["top-8"], layer, num_pairs):
-        for rule, run in demo.runs.items():
-            both, one = (run.drawn.means(run.coactivation[:, layer, i, other]) for other in (j, i))
-            share = interval(both / one, run.drawn)
-            rows.append({"rule": rule, "layer": layer, "kind": "pair", "i": i, "j": j} | share)
-    sequences, tokens, _ = run.counts.shape
-    whole = dict.fromkeys(["rank", "i", "j"], "Int64")
-    return pd.DataFrame(rows).astype(whole).assign(
-        sequences=sequences, documents=run.drawn.units, tokens=sequences * tokens
-    )
-
-
-def _coactivation(run: Run, layer: int) -> np.ndarray:
-    """Share of expert i's tokens that j got too, [experts, experts]; 0 on the diagonal and for experts without any."""
-    counts = run.coactivation[:, layer].sum(axis=0)
-    share = counts / np.maximum(counts.diagonal(), 1)[:, None]
-    np.fill_diagonal(share, 0)
-    return share
-
-
-def _strongest_pairs(run: Run, layer: int, number: int) -> list[tuple[int, int]]:
-    """The experts (i, j) with the largest co-activation, the stronger direction of each pair; in order of i and j."""
-    share = _coactivation(run, layer)
-    share = np.where(share >= share.T, share, 0)
-    best = np.argsort(share, axis=None)[::-1][:number]
-    # By their numbers, since rounding decides the order of two that are alike.
-    return sorted((int(i), int(j)) for i, j in zip(*np.unravel_index(best, share.shape), strict=True))
-
-
-def _partners(run: Run, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resampled means over a layer's experts of the co-activation with the strongest partner, and with all others."""
-    experts = np.arange(run.coactivation.shape[-1])
-    partner = _coactivation(run, layer).argmax(axis=1)
-    counts = run.coactivation[:, layer]
-    own = run.drawn.means(counts[:, experts, experts])
-    own[own == 0] = np.nan  # an expert that no token of a resample used
-    shared = run.drawn.means(counts[:, experts, partner])
-    others = run.drawn.means(counts.sum(axis=2)) - own
-    return np.nanmean(shared / own, axis=1), np.nanmean(others / own, axis=1) / (len(experts) - 1)
-
-
-RULE_LOOKS = {"top-8": (BLACK, "s", "the model's own top-8"), "BH 0.05": (BLUE, "o", "BH, α = 0.05")}
-
-
-@figure("expert_load", compute_expert_load)
-def draw_expert_load(table: pd.DataFrame) -> Figure:
-    """Sorted loads, the busiest expert per layer, the strongest pairs of one layer, strongest partners per layer."""
-    fig = Picture(figsize=(9.0, 6.4), layout="constrained")
-    (loads, busiest), (pairs, partners) = fig.subplots(2, 2)
-    kinds = dict(list(table.groupby("kind")))
-    layers = sorted(table["layer"].unique())
-    kinds["pair"] = kinds["pair"].sort_values("value", ascending=False)
-    own = kinds["pair"][kinds["pair"]["rule"] == "top-8"]
-    names = [f"{i:.0f} → {j:.0f}" for i, j in zip(own["i"], own["j"], strict=True)]
-    for shift, (rule, (color, marker, label)) in zip((-0.15, 0.15), RULE_LOOKS.items(), strict=True):
-        part = {kind: rows[rows["rule"] == rule] for kind, rows in kinds.items()}
-        wide = 100 * part["load"].pivot(index="rank", columns="layer", values="value")
-        loads.plot(wide.index, wide, color=color, linewidth=0.6, alpha=0.5)
-        loads.plot(wide.index, wide.mean(axis=1), color=color, linewidth=2, label=label)
-        style = {"color": color, "marker": marker, "markersize": 4, "capsize": 2}
-        for axes, kind, scale in ((busiest, "busiest", 1), (partners, "partner", 100)):
-            value, error = _with_error(part[kind], scale)
-            axes.errorbar(part[kind]["layer"] + shift / 2, value, error, label=label, **style)
-        partners.plot(part["pairs"]["layer"], 100 * part["pairs"]["value"], color=color, linestyle=":")
-        value, error = _with_error(own[["i", "j"]].merge(part["pair"], on=["i", "j"]), 100)
-        pairs.errorbar(value, np.arange(len(names)) + shift, xerr=error, linestyle="", **style)
-    experts = int(table["rank"].max())
-    loads.axhline(100 / experts, color=RED, linestyle="--", linewidth=1, label="all alike")
-    busiest.axhline(1, color=RED, linestyle="--", linewidth=1)
-    loads.set(xlabel="experts of a layer, busiest first", ylabel="share of the layer's load (%)", ylim=(0, None))
-    loads.set_title("load of each expert: layers (thin) and their mean", fontsize=8)
-    busiest.set(xlabel="layer", ylabel="busiest expert, load over mean load", xticks=layers, ylim=(0, None))
-    busiest.set_title("the busiest expert (1: all alike)", fontsize=8)
-    pairs.set_yticks(range(len(names)), names)
-    pairs.invert_yaxis()
-    pairs.set(xlabel="tokens of expert i that use expert j too (%)", ylabel="experts i → j", xlim=(0, None))
-    shown = kinds["pair"]["layer"].iloc[0]
-    pairs.set_title(f"co-activation in layer {shown}: the strongest pairs under top-8", fontsize=8)
-    partners.set(xlabel="layer", ylabel="co-activation (%), mean over experts", xticks=layers, ylim=(0, None))
-    partners.set_title("co-activation with the strongest partner; dotted: with any other", fontsize=8)
-    handles, labels = loads.get_legend_handles_labels()
-    fig.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3)
-    fig.suptitle(
-        f"test split: {table['sequences'].iloc[0]} sequences, {table['tokens'].iloc[0]:,} tokens; bars: 95 % bootstrap "
-        f"over {table['documents'].iloc[0]} documents, each by itself", fontsize=8,
-    )  # fmt: skip
-    return fig
-
-
-def _with_error(part: pd.DataFrame, scale: float) -> tuple[pd.Series, np.ndarray]:
-    """Values and the lengths of their error bars, both scaled."""
-    value = part["value"]
-    return scale * value, scale * np.abs(np.stack([value - part["low"], part["high"] - value]))

@@ -9,6 +9,8 @@ from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import figure
 from bhlib.looks import BLACK, BLUE, GREEN, RED
 
+__all__ = ["draw_speed"]
+
 #: Rows of panels: stage, sizes from left to right, and what a size counts.
 ROWS = (
     ("block", (1, 512, 16_384), "token"),

@@ -7,10 +7,21 @@ from matplotlib.ticker import MaxNLocator
 
 from bhlib import evidence
 from bhlib.figures.drawing import Picture
-from bhlib.figures.registry import Demo, figure
+from bhlib.figures.registry import figure
+from bhlib.figures.study import Study
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from bhlib.procedures import critical_values, reject
 from bhlib.simulations import simulate_fdr, simulate_power_1995
+
+__all__ = [
+    "PVALUES_1995",
+    "compute_fdr_simulation",
+    "compute_power_1995",
+    "compute_stepup",
+    "draw_fdr_simulation",
+    "draw_power_1995",
+    "draw_stepup",
+]
 
 #: The 15 p-values of Benjamini & Hochberg (1995), section 4.1.
 PVALUES_1995 = (
@@ -19,7 +30,7 @@ PVALUES_1995 = (
 )  # fmt: skip
 
 
-def compute_stepup(demo: Demo | None = None, alpha: float = 0.05) -> pd.DataFrame:
+def compute_stepup(study: Study | None = None, alpha: float = 0.05) -> pd.DataFrame:
     """The p-values of Benjamini & Hochberg (1995) with the lines that they are compared with."""
     pvals = torch.tensor(PVALUES_1995, dtype=torch.float64, device="cpu")
     return pd.DataFrame(
@@ -59,14 +70,14 @@ def draw_stepup(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def compute_fdr_simulation(demo: Demo, repetitions: int = 10_000) -> pd.DataFrame:
+def compute_fdr_simulation(study: Study, repetitions: int = 10_000) -> pd.DataFrame:
     """Realised false discovery rates under four dependences, two of them fitted to the demo's router logits."""
     parts = [
         simulate_fdr(dependence="independent", repetitions=repetitions),
         simulate_fdr(dependence="equicorrelated", rho=0.5, repetitions=repetitions),
     ]
     for statistic, label in {"standardized": "router, standardized", "logit": "router, raw logits"}.items():
-        layer, correlation = evidence.strongest_dependence(demo.calibration_logits, statistic)
+        layer, correlation = evidence.strongest_dependence(study.calibration_logits, statistic)
         part = simulate_fdr(dependence=label, correlation=correlation, repetitions=repetitions)
         parts.append(part.assign(layer=layer))
     return pd.concat(parts, ignore_index=True).astype({"layer": "Int64"})
@@ -121,7 +132,7 @@ def draw_fdr_simulation(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def compute_power_1995(demo: Demo | None = None, repetitions: int = 20_000) -> pd.DataFrame:
+def compute_power_1995(study: Study | None = None, repetitions: int = 20_000) -> pd.DataFrame:
     """Power in the setting of figure 1 of Benjamini & Hochberg (1995)."""
     return simulate_power_1995(repetitions=repetitions)
 

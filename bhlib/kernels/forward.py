@@ -7,7 +7,7 @@ from bhlib.kernels import on_device
 from bhlib.kernels.grouped import grouped_forward
 from bhlib.kernels.vector import vector_forward
 
-#: Up to so many tokens an expert is read by each token that selected it.
+#: Up to this many tokens, an expert is read by each token that selected it.
 VECTOR_TOKENS = 1
 
 
@@ -27,7 +27,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     -------
     Tensor [tokens, hidden], in the dtype of `hidden_states`.
     """
-    # An operator costs more to call than the kernels take for one token: it is for the compiler, who needs one.
+    # An operator costs more to call than the kernels take for one token: it is for the compiler, which needs one.
     forward = _experts_operator if torch.compiler.is_compiling() else _experts
     return forward(hidden_states, module.gate_up_proj, module.down_proj, top_k_index, top_k_weights)
 

@@ -19,7 +19,7 @@ from bhlib.kernels.pairs import most_tiles, tile_pairs
 class Product(NamedTuple):
     """How one matrix product is cut up: columns of a program, inner step, warps, stages of the pipeline, TMA or not.
 
-    Stages and TMA, the copy engine of Hopper, are what is wanted: a device that cannot do so much gets less (`_fit`).
+    Stages and TMA, the copy engine of Hopper, are what is wanted: a device that cannot do that much gets less (`_fit`).
     """
 
     columns: int

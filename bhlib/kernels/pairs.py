@@ -21,7 +21,7 @@ class Tiles(NamedTuple):
     Attributes
     ----------
     pairs : Tensor [tokens * slots], int32
-        Numbers of the pairs, those of expert 0 first, in increasing order within an expert. What lies behind the last
+        Numbers of the pairs, those of expert 0 first, in increasing order within an expert. What follows the last
         pair is undefined.
     expert, first, last : Tensor [tiles], int32
         Expert of each tile, and its rows ``first <= row < last`` of `pairs`.
@@ -34,12 +34,12 @@ class Tiles(NamedTuple):
 
 
 def most_tiles(num_pairs: int, num_experts: int, block_rows: int) -> int:
-    """The most tiles that so many pairs can make: every expert may have one that is not full."""
+    """The most tiles that this many pairs can make: every expert may have one that is not full."""
     return min(num_pairs, num_pairs // block_rows + num_experts)
 
 
 def choose_chunk(num_pairs: int) -> int:
-    """Pairs of a program: few, for its steps take turns, but enough that adding up all loads is quick.
+    """Pairs of a program: few, since its steps run one by one, but enough that adding up all loads is quick.
 
     The fastest on an H100 for 64 to 131,072 pairs and 64 experts.
     """

@@ -166,14 +166,14 @@ class FittedNull(PValueMaker):
         raise NotImplementedError
 
     def alpha_for(self, mean_experts: float) -> float:
-        """The level at which BH with these p-values gives tokens so many experts on average, from 1 to 8 each.
+        """The level at which BH with these p-values gives tokens this many experts on average, from 1 to 8 each.
 
         One alpha means different numbers of experts with different nulls: ``alpha=null.alpha_for(4.0)`` asks for the
         number. `bhlib.calibrate` and `bhlib.calibration.fit_null` measure it on a sample of the calibration tokens and
         keep it in the header, at steps of half an expert; between these the log-odds are interpolated. On the demo, a
         kernel null of the log-probability reaches 6.2 experts at alpha = 0.05 already, 4 at 8e-4, and 3 at 2e-5 (the
         Dirichlet null: 4 at 0.01, 5 at 0.08). Levels below num_experts/n are read from the tail of the kernels, beyond
-        what n values can tell: as good as any to set a number of experts, but no error rate.
+        what n values can show: as good as any to set a number of experts, but no error rate.
 
         Parameters
         ----------
@@ -183,20 +183,20 @@ class FittedNull(PValueMaker):
         Raises
         ------
         ValueError
-            If the null brings no levels, since it was made of samples or a table alone, or none for so many experts.
-            `bhlib.calibration.alpha_for_mean_experts` finds the level for any p-values, bounds and procedure.
+            If the null brings no levels, since it was made of samples or a table alone, or none for this many experts.
+            `bhlib.levels.alpha_for_mean_experts` finds the level for any p-values, bounds and procedure.
         """
         levels = self.header.get("levels")
         if levels is None:
             raise ValueError(
                 f"{self!r} brings no levels; find one with "
-                f"bhlib.calibration.alpha_for_mean_experts(null, router_logits, {mean_experts:g})"
+                f"bhlib.levels.alpha_for_mean_experts(null, router_logits, {mean_experts:g})"
             )
         means, alphas = np.array(levels["mean_experts"]), np.array(levels["alpha"])
         if not means[0] <= mean_experts <= means[-1]:
             raise ValueError(
                 f"mean_experts is {mean_experts:g}, but the levels of this null are for {means[0]:g} to {means[-1]:g} "
-                "experts; bhlib.calibration.alpha_for_mean_experts takes other bounds"
+                "experts; bhlib.levels.alpha_for_mean_experts takes other bounds"
             )
         return float(expit(np.interp(mean_experts, means, logit_of(alphas))))
 

@@ -172,7 +172,7 @@ def _survival_nodes(densities: list[gaussian_kde], layer: int) -> tuple[Tensor, 
     log_survival, slope = np.empty((2, len(densities), num_nodes), dtype=np.float32)
     for column, kde in enumerate(densities):
         survival, density = _exact_survival(kde, np.linspace(low[column], high[column], num_nodes))
-        log_survival[column] = np.log(survival)
+        log_survival[column] = np.minimum(np.log(survival), 0)  # rounding carries it past 1
         slope[column] = -density / survival
     return torch.from_numpy(np.stack([low, high], axis=-1)), torch.from_numpy(log_survival), torch.from_numpy(slope)
 

@@ -80,14 +80,14 @@ class PValueMaker:
         return True
 
     def check(self) -> None:
-        """Raise a ValueError unless ``survival`` is one: in [0, 1], and never increasing. At some thousand statistics,
+        """Raise a ValueError unless ``survival`` is one: in [0, 1] and never increasing, at some thousand statistics,
         for every layer; where the null differs by expert, ``check_model`` does it."""
         if self.shared:
             for layer in [None] if self.num_layers is None else range(self.num_layers):
                 self._check_survival(_probe(), layer)
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
-        """Raise a ValueError if a model of so many MoE layers and experts cannot be routed by these p-values."""
+        """Raise a ValueError if a model of this many MoE layers and experts cannot be routed by these p-values."""
         if self.num_layers not in (None, num_layers):
             raise ValueError(
                 f"{type(self).__name__} is for {self.num_layers} MoE layers, but the model has {num_layers}: "
@@ -119,8 +119,9 @@ class PValueMaker:
         rises = pvals[1:] > 1.0001 * pvals[:-1]  # not a rounded last digit
         if rises.any():
             raise ValueError(
-                f"{where} is none: p-values rise from {pvals[:-1][rises][0]:g} to {pvals[1:][rises][0]:g} at the "
-                f"statistic {statistics[1:][rises][0]:g}; return P(statistic >= value), that is 1 - cdf and not the cdf"
+                f"{where} is no survival function: p-values rise from {pvals[:-1][rises][0]:g} to "
+                f"{pvals[1:][rises][0]:g} at the statistic {statistics[1:][rises][0]:g}; return P(statistic >= value), "
+                f"that is 1 - cdf and not the cdf"
             )
 
     def critical_statistics(self, critical_p: Tensor, layer: int | None = None) -> Tensor:

@@ -87,7 +87,7 @@ def each_statistic(label: str) -> dict[str, Options]:
     return variants | {f"{label}, standardized, per expert": per_expert}
 
 
-#: Every null that is known by name, in the order of menus and tables. Colours are those of `bhlib.figures.drawing`.
+#: Every null that is known by name, in the order of menus and tables. Colours are those of `bhlib.looks`.
 NULLS: dict[str, NullEntry] = {
     "dirichlet": NullEntry(
         DirichletNull,

@@ -42,7 +42,7 @@ def load_null(
     ValueError
         If the file is not a calibration, is damaged, is of another format version, or was made for another model,
         number of layers or experts, or statistic; the message says what was found and what was expected. Damage is
-        noticed where it leaves no survival function; a digit that changed within one is not.
+        noticed where no survival function is left; a changed digit that leaves one is not.
     """
     tensors, header = _read(path)
     expected = dict(model_name=model_name, num_layers=num_layers, num_experts=num_experts, statistic=statistic)
@@ -136,7 +136,7 @@ def _check_header(header: dict, path: str | Path) -> None:
 def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: dict, path: str | Path) -> None:
     """The tensors must be those that the header announces, and tables of a survival function."""
     num_layers, columns = header["num_layers"], header["num_experts"] if header["per_expert"] else 1
-    if num_layers > len(tensors):  # before anything as long as it says is made
+    if num_layers > len(tensors):  # before anything of the announced size is made
         raise _damaged(path, f"its header announces {num_layers:,} layers, but it holds {len(tensors)} tables")
     wanted = {f"{part}.{layer}" for layer in range(num_layers) for part in null.parts}
     if wanted != tensors.keys():

@@ -40,7 +40,7 @@ class TableNull(FittedNull):
             Values of the statistic, increasing. One array serves all layers.
         sf : 1-D array, or sequence over layers of 1-D arrays
             P(statistic of a null expert >= x), never increasing, in [0, 1]. One array is the null of every layer.
-            From a distribution function pass ``1 - cdf``, with its loss: the smallest p-value above 0 is then some
+            From a distribution function pass ``1 - cdf``, at a loss: the smallest p-value above 0 is then some
             6e-8 for a cdf in float32, and one over the sample size for that of a sample, whatever the number of points.
         model_name : str
             Whose logits these are. Checked on loading.

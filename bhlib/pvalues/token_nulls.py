@@ -95,8 +95,8 @@ class DirichletNull(PValueMaker):
     concentration : int
         a, from 1 to 8. It says how much a router without a preference fluctuates: the standard deviation of an expert's
         probability is about its mean 1/N over the root of a. A larger a calls less of the variation noise, so that
-        the same alpha gives more experts; and the count depends less on the slope k/N of the line of BH, which for a
-        to infinity it does not see at all (a fixed probability threshold). 4 is the default since it loses least on
+        the same alpha gives more experts; and the count depends less on the slope k/N of BH's line, and in the
+        limit of large a not at all (a fixed threshold on the probability). 4 is the default since it loses least on
         validation text among those whose levels stay usable (figure ``families_tried``).
 
     Notes

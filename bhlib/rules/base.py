@@ -48,8 +48,8 @@ class Rule:
     Parameters
     ----------
     min_k, max_k : int
-        Bounds on the number of experts per token, 0 <= min_k <= max_k. A rule that asks for fewer than `min_k`
-        gets its best-ranked experts, one that asks for more than `max_k` is cut after its best.
+        Bounds on the number of experts per token, 0 <= min_k <= max_k. If a rule asks for fewer than `min_k`,
+        the next best are added; if for more than `max_k`, only the best are kept.
     """
 
     min_k: int = field(default=1, kw_only=True)
@@ -126,7 +126,7 @@ class Rule:
         weighting: str = "softmax",
         temperature: float = 1.0,
     ) -> Routing:
-        """The same routing, with the same options, by a kernel, for rules and devices that have one; here, without."""
+        """The same routing, with the same options, by a kernel where rule and device have one; here, without."""
         return self(router_logits, layer, weighting=weighting, temperature=temperature)
 
     def rewind(self) -> None:
@@ -136,11 +136,11 @@ class Rule:
         """Called after each forward pass of the model that comes to its end. Most rules have no use for it."""
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
-        """Raise if the rule cannot route a model of so many MoE layers and experts."""
+        """Raise if the rule cannot route a model of this many MoE layers and experts."""
         self.check_num_experts(num_experts)
 
     def check_num_experts(self, num_experts: int) -> None:
-        """Raise if the rule cannot work with so many experts."""
+        """Raise if the rule cannot work with this many experts."""
         if self.max_k > num_experts:
             name, value = self._upper_bound, getattr(self, self._upper_bound)
             mend = f"{num_experts} at most" if isinstance(value, tuple) else f"{name}={num_experts} to allow them all"

@@ -56,8 +56,8 @@ def benjamini_hochberg_routing(
     stats : dict, only with `return_stats`
         ``total_tokens``; ``mean_``, ``std_``, ``min_`` and ``max_experts_per_token``; ``sparsity_gain``, the fraction
         of `max_k` experts per token that was saved; ``share_at_min_k`` and ``share_at_max_k``, the fractions of tokens
-        with exactly so many experts; and ``alpha``, ``temperature``, ``min_k``, ``max_k`` as given. Of no tokens, NaN,
-        and None for the least and the most.
+        with exactly that many; and ``alpha``, ``temperature``, ``min_k``, ``max_k`` as given. For no tokens, NaN,
+        and None for the smallest and the largest.
 
     Examples
     --------
@@ -131,5 +131,5 @@ def _dense(
     dense = weights.new_zeros(len(weights), num_experts)
     # Empty slots add their weight 0 to expert 0.
     dense.scatter_add_(-1, experts.clamp(min=0), weights)
-    # Not view(*lead, -1): of no tokens the number of slots could be any.
+    # Not view(*lead, -1): without tokens the number of slots would be undetermined.
     return dense.view(router_logits.shape), experts.view(*lead, experts.shape[-1]), counts.view(lead)

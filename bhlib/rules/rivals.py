@@ -128,7 +128,7 @@ class EntropyK(ProbabilityRule):
     """More experts where the router hesitates: k is a step function of the entropy of its probabilities.
 
     Adaptive-K (Balsamo 2026, doi:10.5281/zenodo.18282008): per token, k = 1 below the first entropy threshold and a
-    larger k beyond each further one. Its thresholds are tuned per model; here, `bhlib.tuning.entropy_thresholds`
+    larger k beyond each further one. Its thresholds are tuned per model; here, `bhlib.levels.entropy_thresholds`
     takes them from calibration data.
 
     Parameters
@@ -136,7 +136,7 @@ class EntropyK(ProbabilityRule):
     thresholds : sequence of float, increasing
         Entropies in nats, at most log(experts).
     ks : sequence of int, one more than `thresholds`
-        Experts of a token whose entropy exceeds so many thresholds: ``ks[0]`` if none, ``ks[-1]`` if all.
+        ``ks[i]`` experts for a token whose entropy exceeds i of the thresholds: ``ks[-1]`` if all.
     """
 
     thresholds: tuple[float, ...] = (2.0, 2.5)

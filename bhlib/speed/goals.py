@@ -20,7 +20,7 @@ def check_goals(table: pd.DataFrame, cpu: pd.DataFrame | None = None) -> pd.Data
     -------
     pandas.DataFrame
         ``goal``; ``wanted`` and ``reached``, a ratio of times unless the goal says otherwise, NaN if it was not
-        measured; ``at_most``, what would be reached by whoever runs at the floor, and ``without_experts``, what would
+        measured; ``at_most``, what running at the floor would reach, and ``without_experts``, what would
         be reached if no expert were computed, NaN where that says nothing; ``met``.
     """
     rows = [*_router_goals(table), *_block_goals(table), *_model_goals(table), *_memory_goals(table)]

@@ -19,9 +19,9 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 MEAN_K = (8, 6, 4, 3, 2)
 ROUTER_STD = 1.8  # of a token's logits, as in a trained router: OLMoE's hidden size times a weight of 0.04
 
-#: Up to so many tokens a pass is replayed from a CUDA graph too: beyond, launching costs nothing beside computing.
+#: Up to this many tokens a pass is replayed from a CUDA graph too: beyond, launching costs next to nothing.
 GRAPH_TOKENS = 512
-#: Up to so many tokens batched_mm is measured: it copies the weights of every slot.
+#: Up to this many tokens batched_mm is measured: it copies the weights of every slot.
 BATCHED_TOKENS = 32
 
 

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, St
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, implementations_changed, watch
+from bhlib.levels import alpha_for_mean_experts
 from bhlib.patching import RoutingPatch
+from bhlib.pvalues import DirichletNull
 from bhlib.rules import BH
 from bhlib.speed.layer import MEAN_K, ROUTER_STD
 from bhlib.speed.results import Candidate, Results
@@ -83,28 +85,17 @@ def mean_filled(model: nn.Module, selected: list[Tensor]) -> float:
 
 def rules_by_mean_k(model: nn.Module, ids: Tensor) -> dict[int, BH]:
     """BH rules at the levels that give `MEAN_K` experts per token and layer, on the unpatched model's logits."""
-    logits = torch.cat(
+    logits = torch.stack(
         router_outputs(model, lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1), 0)
     ).float()
     max_k = find_moe_layers(model)[0].top_k
 
-    def rule_at(score):
-        return BH(alpha=float(torch.sigmoid(torch.tensor(score, device="cpu"))), max_k=max_k)
-
-    def mean_k(score):
-        return float(rule_at(score)(logits).counts.float().mean())
-
-    rules = {}
-    for k in MEAN_K:
+    def rule_of(k: int) -> BH:
         if k == max_k:  # every slot filled: what the kernels gain by themselves
-            rules[k] = BH(alpha=0.5, min_k=k, max_k=k)
-            continue
-        low, high = -30.0, 12.0  # log-odds of alpha
-        for _ in range(16):
-            middle = (low + high) / 2
-            low, high = (middle, high) if mean_k(middle) < k else (low, middle)
-        rules[k] = rule_at(low)
-    return rules
+            return BH(alpha=0.5, min_k=k, max_k=k)
+        return BH(alpha_for_mean_experts(DirichletNull(), logits, k, max_k=max_k), max_k=max_k)
+
+    return {k: rule_of(k) for k in MEAN_K}
 
 
 def variants(model: nn.Module, rules: dict[int, BH], implementations: tuple[str, ...]) -> Contexts:
@@ -231,7 +222,7 @@ def bench_decode(
     rules = rules_by_mean_k(model, random_ids(model, 1, 4096))
     for batch in (1, 8, 32):
         ids = random_ids(model, batch, prompt)
-        # Every call goes on by a token where the cache counts on the host, and wherever it is, room costs little.
+        # With room to spare: a cache that counts on the host grows by a token with every call, and room costs little.
         cache = StaticCache(config=model.config, max_cache_len=prompt + 128)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = ids[:, -1:].contiguous()
