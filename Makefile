@@ -9,7 +9,7 @@ JOBS ?= 2
 ARGS ?=
 
 PY := $(VENV)/bin/python
-CACHES := build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .artifacts
+CACHES := build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage .hypothesis .artifacts
 CACHES += $(wildcard notebooks/.ipynb_checkpoints)
 
 .DEFAULT_GOAL := help
@@ -49,8 +49,10 @@ lab: $(VENV)/.installed-lab ## open JupyterLab on the notebooks
 notebooks: $(VENV)/.installed-dev ## make every .ipynb anew from its .py, executed (ARGS=notebooks/01_bh_theory.py for one)
 	$(PY) tools/execute_notebooks.py --jobs $(JOBS) $(ARGS)
 
-lint: $(VENV)/.installed-dev ## check the style of the code
+lint: $(VENV)/.installed-dev ## check style, format and types of the code (to format it: ruff format)
 	$(PY) -m ruff check $(ARGS) .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean: ## remove caches and build products; figures/ and the virtual environment stay
 	rm -rf $(CACHES)

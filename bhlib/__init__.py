@@ -10,7 +10,7 @@ from bhlib.loading import load_demo, load_heldout, load_olmoe
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import benjamini_hochberg_routing, topk_routing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "BHRoutingIntegration",

@@ -121,8 +121,7 @@ def format_routing(frame: pd.DataFrame) -> str:
 
 
 def _makers(num_experts: int, exclude_top: int, generator: torch.Generator) -> dict[str, PValueMaker]:
-    """Every null, but not what is none; those that need calibration are fitted on noise: the cost is that of real ones.
-    """
+    """Every null, but not what is none. Those that need calibration are fitted on noise, at the cost of real ones."""
     noise = 2 * torch.randn(1, 4096, num_experts, generator=generator, device="cpu")
     exclude_top = min(exclude_top, num_experts - 2)
     fit = {"model_name": "noise", "exclude_top": exclude_top}

@@ -303,6 +303,7 @@ def _pieces(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """The texts, each with its mask, checked."""
     texts = token_ids if isinstance(token_ids, Mapping) else {"token_ids": token_ids}
+    masks: Mapping[str, Tensor | None]
     if attention_mask is None:
         masks = dict.fromkeys(texts)
     else:
@@ -315,9 +316,10 @@ def _pieces(
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
             found = f"shape {tuple(ids.shape)}, {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"{name} must be an integer tensor [sequences, length], got {found}")
-        if masks[name] is not None and masks[name].shape != ids.shape:
+        mask = masks[name]
+        if mask is not None and mask.shape != ids.shape:
             raise ValueError(
-                f"the attention_mask of {name} has shape {tuple(masks[name].shape)}, its ids {tuple(ids.shape)}; "
+                f"the attention_mask of {name} has shape {tuple(mask.shape)}, its ids {tuple(ids.shape)}; "
                 "they must agree"
             )
     if not sum(ids.numel() for ids in texts.values()):

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -112,7 +113,8 @@ def _tell(value: object) -> str:
 
 def _parts(model: nn.Module) -> list:
     """What tells a model, for `_tell`."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _ORIGIN}
+    own: Any = model.config
+    config = {key: value for key, value in own.to_dict().items() if key not in _ORIGIN}
     layers = [(layer.name, layer.num_experts, layer.top_k, layer.weighting) for layer in find_moe_layers(model)]
     parts = [json.dumps(config, sort_keys=True, default=str), layers]
     for name, module in model.named_modules():

@@ -101,7 +101,7 @@ def resample(
     resamples, seed : int
         The same seed gives the same resamples of the same units, so that results of several calls are paired.
     """
-    size = np.ones(len(domain)) if size is None else np.asarray(size, dtype=float)
+    size = np.ones(np.shape(domain)) if size is None else np.asarray(size, dtype=float)
     stratum, unit = (np.unique(np.asarray(names), return_inverse=True)[1] for names in (domain, unit))
     places, unit = np.unique(np.stack([stratum, unit]), axis=1, return_inverse=True)
     if np.bincount(places[0]).min() == 1:
@@ -119,7 +119,7 @@ def resample(
     return Resamples(weights / size.sum(), units, units - len(np.unique(stratum)))
 
 
-def with_documents(frame: pd.DataFrame, documents: Mapping[str, ArrayLike]) -> pd.DataFrame:
+def with_documents(frame: pd.DataFrame, documents: Mapping[str, Sequence | np.ndarray]) -> pd.DataFrame:
     """The table of a sweep with a column ``document``, which makes documents the units of all intervals.
 
     Parameters

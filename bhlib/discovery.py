@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import transformers
@@ -24,6 +25,15 @@ from torch import Tensor, nn
 
 from bhlib.rules import TopK
 from bhlib.weighting import WEIGHTINGS
+
+if TYPE_CHECKING:
+    from bhlib.expert_loop import ExpertsModule
+
+    class RouterModule(nn.Module):
+        """For type checkers: what a router has."""
+
+        weight: Tensor
+
 
 #: From here on routers return (raw logits, weights, indices) and experts dispatch through `ExpertsInterface`.
 OLDEST_TRANSFORMERS = "5.6"
@@ -50,8 +60,8 @@ class MoELayer:
 
     index: int
     name: str
-    router: nn.Module
-    experts: nn.Module
+    router: "RouterModule"
+    experts: "ExpertsModule"
     num_experts: int
     top_k: int
     weighting: str
@@ -86,7 +96,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
             f"earlier routers do not return their logits. "
             f"Upgrade with: pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
         )
-    layers = []
+    layers: list[MoELayer] = []
     for name, module in model.named_modules():
         if not _dispatches_experts(module):
             continue
@@ -106,7 +116,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, nn.Module]:
+def _find_router(model: nn.Module, name: str, experts: "ExpertsModule") -> tuple[str, "RouterModule"]:
     """The router that goes with an experts module, and its dotted name: it stands beside it, or one level above.
 
     One level above, if an adapter is wrapped around the experts.
@@ -135,7 +145,7 @@ def _find_router(model: nn.Module, name: str, experts: nn.Module) -> tuple[str, 
             f"{type(model).__name__} cannot be patched: beside {name!r} ({type(experts).__name__}) there should be "
             f"one router with a weight of {experts.num_experts} rows, found {len(found)} among: {seen or 'nothing'}."
         )
-    return f"{prefix}.{found[0]}".lstrip("."), beside[found[0]]
+    return f"{prefix}.{found[0]}".lstrip("."), cast("RouterModule", beside[found[0]])
 
 
 def _is_expert_parallel(model: nn.Module, experts: nn.Module) -> bool:
@@ -145,7 +155,7 @@ def _is_expert_parallel(model: nn.Module, experts: nn.Module) -> bool:
     return getattr(experts, "_is_expert_parallel", asked)
 
 
-def _dispatches_experts(module: nn.Module) -> bool:
+def _dispatches_experts(module: nn.Module) -> TypeGuard["ExpertsModule"]:
     """Whether transformers' `use_experts_implementation` decorated the module's class."""
     return (
         hasattr(module, "num_experts")
@@ -161,7 +171,7 @@ def _num_rows(module: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bool]:
+def _probe(router: "RouterModule", name: str, num_experts: int) -> tuple[int, str, bool]:
     """Run a router on random inputs: its top-k, which weighting gives its weights to the last bit, whether it narrows.
 
     The last two as in `MoELayer`.
@@ -188,7 +198,7 @@ def _probe(router: nn.Module, name: str, num_experts: int) -> tuple[int, str, bo
     )
 
 
-def _run_alone(router: nn.Module, refusal: str) -> tuple[Tensor, Tensor, Tensor]:
+def _run_alone(router: "RouterModule", refusal: str) -> tuple[Tensor, Tensor, Tensor]:
     """What a router makes of random hidden states: three tensors, or an error that begins with `refusal`."""
     if hasattr(router.weight, "device_mesh"):
         raise ValueError(
@@ -219,7 +229,7 @@ def as_scored(router_logits: Tensor, narrows: bool) -> Tensor:
     return router_logits.float() if narrows and router_logits.dtype == torch.float64 else router_logits
 
 
-def _refuse_corrections(router: nn.Module, refusal: str, num_experts: int) -> None:
+def _refuse_corrections(router: "RouterModule", refusal: str, num_experts: int) -> None:
     """Raise if the router holds one more number per expert: too small to show in the probe, it would show in use."""
     for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
         if name not in ("weight", "bias") and tensor.numel() == num_experts and tensor.any():
@@ -243,7 +253,7 @@ def find_body(model: nn.Module, layers: list[MoELayer]) -> nn.Module:
 @contextmanager
 def watch(
     layers: Iterable[MoELayer],
-    call: Callable[[MoELayer, object], object],
+    call: Callable[[MoELayer, Any], object],
     *,
     module: str = "router",
     before: Callable[[MoELayer], object] | None = None,
@@ -262,6 +272,7 @@ def watch(
     """
 
     def enter(layer: MoELayer, *_) -> None:
+        assert before is not None
         before(layer)
 
     def leave(layer: MoELayer, module: nn.Module, args: tuple, output: object) -> None:
@@ -284,10 +295,11 @@ def implementation_of(module: nn.Module) -> str | None:
 
     What the names stand for is in transformers' `ExpertsInterface`.
     """
-    return module.config._experts_implementation
+    config: Any = module.config
+    return config._experts_implementation
 
 
-def set_implementation(experts: nn.Module, name: str | None) -> None:
+def set_implementation(experts: "ExpertsModule", name: str | None) -> None:
     """Let an experts module, and all that share its configuration, run by an implementation, known or not."""
     experts.config._experts_implementation = name
 

@@ -136,8 +136,9 @@ def evaluate(
     """
     _check_options(patch_options)
     device = _device(model)
-    watched, options = rule, patch_options
-    if rule is None:  # the model routes itself, and a rule that would do the same records it
+    if rule is not None:
+        watched, options = rule, patch_options
+    else:  # the model routes itself, and a rule that would do the same records it
         watched, options = TopK(find_moe_layers(model)[0].top_k), {"mode": "analyze"}
     rows = []
     with RoutingPatch(model, watched, max_recorded_tokens=None, **options) as patch:

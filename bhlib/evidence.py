@@ -6,6 +6,7 @@ what a rule's loss is, against that of static top-k with the same number of expe
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,6 @@ from bhlib.sampling import VALUES_PER_EXPERT, VALUES_PER_LAYER
 LEVELS = np.unique(np.concatenate([np.arange(1, 4097) / 4096, 10 ** np.linspace(-4, -2, 27)]))
 
 
-
 # -- are the p-values uniform? -------------------------------------------------------------------------------
 
 
@@ -41,7 +41,7 @@ def candidate_nulls(router_logits: Tensor, model_name: str, exclude_top: int = 8
     """
     _, num_tokens, num_experts = router_logits.shape
     sizes = min(VALUES_PER_LAYER, 2 * num_tokens), min(VALUES_PER_EXPERT, 4 * num_tokens // num_experts)
-    settings = {"model_name": model_name, "exclude_top": exclude_top}
+    settings: dict[str, Any] = {"model_name": model_name, "exclude_top": exclude_top}
     makers: dict[str, PValueMaker] = {}
     for name, entry in NULLS.items():
         for label, options in entry.compared.items():
@@ -311,7 +311,7 @@ def compare_at_equal_cost(
         for name, maker in makers.items()
         for k in mean_experts
     }
-    rules = {f"top-{k}": TopK(k) for k in static_k}
+    rules: dict[str, Rule] = {f"top-{k}": TopK(k) for k in static_k}
     rules |= {f"{name}, {k:g}": BH(alpha, makers[name]) for (name, k), alpha in settings.items()}
     frame = sweep(model, rules, data, **sweep_options)
     tokens = int(frame.groupby("rule")["tokens"].sum().iloc[0])

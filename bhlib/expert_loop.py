@@ -4,11 +4,29 @@ What one expert makes stays in the processor's cache. The implementations of tra
 instead, and large ones to memory that the system has to hand out anew each time: that takes twice as long.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
 
-def is_plain(module: nn.Module) -> bool:
+    class ExpertsModule(nn.Module):
+        """For type checkers: what an experts module has that transformers' `use_experts_implementation` decorates."""
+
+        num_experts: int
+        has_gate: bool
+        has_bias: bool
+        is_transposed: bool
+        gate_up_proj: Tensor
+        down_proj: Tensor
+        config: Any
+
+        def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+
+
+def is_plain(module: "ExpertsModule") -> bool:
     """Whether an experts module is a gate and two matrices per expert: no biases, no norms, weights in rows."""
     return (
         module.has_gate
@@ -21,7 +39,9 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def loop_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def loop_forward(
+    module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """Forward of an experts module over its filled slots.
 
     Parameters

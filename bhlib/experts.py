@@ -14,13 +14,17 @@ for the literal name ``grouped_mm`` to swap it in decoding, a twin is never swap
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import Tensor
 
 from bhlib import kernels
 from bhlib.expert_loop import is_plain, loop_forward
+
+if TYPE_CHECKING:
+    from bhlib.expert_loop import ExpertsModule
 
 PREFIX = "bh_"
 KERNELS = "kernels_"
@@ -44,6 +48,8 @@ class TwinName(str):
     Whoever copies or pickles the configuration gets the name that it replaces: a copy of a patched model is plain.
     """
 
+    original: str | None
+
     def __new__(cls, original: str | None, by_kernels: bool = False) -> "TwinName":
         name = super().__new__(cls, PREFIX + (KERNELS if by_kernels else "") + (original or "eager"))
         name.original = original
@@ -55,7 +61,7 @@ class TwinName(str):
     def __copy__(self) -> str | None:
         return self.original
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         return (type(None), ()) if self.original is None else (str, (self.original,))
 
 
@@ -83,7 +89,7 @@ def is_twin(implementation: str | None) -> bool:
     return (implementation or "").startswith(PREFIX)
 
 
-def can_be_faster(experts: Iterable[nn.Module]) -> bool:
+def can_be_faster(experts: Iterable["ExpertsModule"]) -> bool:
     """Whether this machine has something faster for experts modules: kernels for CUDA, the loop for a CPU."""
     if kernels.interpreted():
         return False
@@ -99,17 +105,17 @@ def _interface():
     return ALL_EXPERTS_FUNCTIONS
 
 
-def original_forward(module: nn.Module, implementation: str) -> Callable[..., Tensor]:
+def original_forward(module: "ExpertsModule", implementation: str) -> Callable[..., Tensor]:
     """The model's own forward of an experts module under an implementation's name."""
     # `use_experts_implementation` wraps the class's eager forward with functools.wraps.
-    eager = type(module).forward.__wrapped__
+    eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
     return _interface().get_interface(implementation, eager)
 
 
 @torch.compiler.disable  # how many pairs there are is known at run time only
 def pairwise_forward(
     implementation: str,
-    module: nn.Module,
+    module: "ExpertsModule",
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
@@ -157,7 +163,7 @@ def pairwise_forward(
 
 
 def kernel_forward(
-    implementation: str, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    implementation: str, module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """`pairwise_forward`, by the kernels where they compute these inputs (`bhlib.kernels`).
 
@@ -173,7 +179,7 @@ def kernel_forward(
 
 
 @torch.compiler.disable  # as for `pairwise_forward`
-def _cpu_forward(implementation: str, module: nn.Module, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+def _cpu_forward(implementation: str, module: "ExpertsModule", hidden_states: Tensor, *routing: Tensor) -> Tensor:
     filled = routing[0] < module.num_experts
     gathered = filled.sum() * hidden_states.shape[-1] * hidden_states.element_size()
     # Autocast means float32 or half precision according to the implementation: there, only the model's own will do.

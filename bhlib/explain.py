@@ -8,6 +8,7 @@ that a patched model has just routed, see `bhlib.RoutingPatch.explain`.
 """
 
 import copy
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,7 @@ def explain(
         )
     rows = logits.detach().reshape(-1, logits.shape[-1])
     (num_tokens, num_experts), device = rows.shape, rows.device
-    options = {"weighting": weighting, "temperature": temperature}
+    options: dict[str, Any] = {"weighting": weighting, "temperature": temperature}
     if routing is None:
         routing = rule(rows, layer, **options)
     if isinstance(rule, Replay):  # it has repeated what was found and bounded when it was recorded
@@ -122,8 +123,8 @@ def explain(
     }
     # To float64 first: numpy knows no bfloat16.
     columns = {name: x.double() if x.is_floating_point() else x for name, x in columns.items()}
-    columns = {name: x.expand(num_tokens, num_experts).flatten().cpu().numpy() for name, x in columns.items()}
-    table = pd.DataFrame(columns | {"bound": bound.repeat(num_experts)}, columns=COLUMNS)
+    arrays = {name: x.expand(num_tokens, num_experts).flatten().cpu().numpy() for name, x in columns.items()}
+    table = pd.DataFrame(arrays | {"bound": bound.repeat(num_experts)}, columns=COLUMNS)
     if logits.dim() == 2:
         table.insert(0, "token", np.arange(num_tokens).repeat(num_experts))
     return table

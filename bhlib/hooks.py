@@ -37,4 +37,4 @@ class PrivateHooks:
         for name, value in state.items():
             if isinstance(value, OrderedDict) and hidden & value.keys() and "hooks" in name:
                 state[name] = OrderedDict((key, hook) for key, hook in value.items() if key not in hidden)
-        return copyreg.__newobj__, (type(module),), state
+        return copyreg.__newobj__, (type(module),), state  # type: ignore[attr-defined]  # typeshed lacks it

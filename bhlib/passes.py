@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -109,7 +110,7 @@ class PassReader:
         self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
         self._num_sequences = 0
 
-    def read(self, inputs: Mapping[str, object]) -> PassTokens:
+    def read(self, inputs: Mapping[str, Any]) -> PassTokens:
         """Describe a pass from the arguments of a forward, by name.
 
         Raises
@@ -193,20 +194,22 @@ class PassReader:
 
 def special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
     """The padding token and the end-of-text tokens that `generate()` reads from the configuration; empty if unset."""
-    found = []
+    found: list[list[int]] = []
     for name in ("pad_token_id", "eos_token_id"):
         configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
-        tokens = next((token for config in configs if (token := getattr(config, name, None)) is not None), [])
+        values = [getattr(config, name, None) for config in configs]
+        tokens: list[int] | int = next((value for value in values if value is not None), [])
         found.append(tokens if isinstance(tokens, list) else [tokens])
-    return tuple(found)
+    padding, ends = found
+    return padding, ends
 
 
-def find_cache(values: Iterable[object]) -> object | None:
+def find_cache(values: Iterable[Any]) -> Any | None:
     """The key-value cache among arguments or outputs: `past_key_values`, or `cache` since transformers 5.24."""
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
-def _tokens(inputs: Mapping[str, object]) -> Tensor:
+def _tokens(inputs: Mapping[str, Any]) -> Tensor:
     """What a pass is given to read [batch, length, ...]: ids, embeddings, or the input of a decoder layer."""
     for name in ("input_ids", "inputs_embeds", "hidden_states"):
         if inputs.get(name) is not None:
@@ -218,7 +221,7 @@ def _tokens(inputs: Mapping[str, object]) -> Tensor:
 
 
 def _packed_tokens(
-    inputs: Mapping[str, object], token_ids: Tensor | None, ends: Tensor, batch: int, length: int
+    inputs: Mapping[str, Any], token_ids: Tensor | None, ends: Tensor, batch: int, length: int
 ) -> PassTokens:
     """A pass of several sequences in a row; the i-th ends at `ends[i + 1]`, and padding may follow the last."""
     column = torch.arange(length, device=ends.device)
@@ -235,7 +238,7 @@ def _packed_tokens(
     )
 
 
-def _one_mask(mask: object) -> Tensor | None:
+def _one_mask(mask: Any) -> Tensor | None:
     """The mask that says most, where there is one for each kind of attention."""
     if isinstance(mask, dict):
         if "full_attention" in mask:

@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from types import FrameType
 from weakref import WeakKeyDictionary
 
 import pandas as pd
@@ -368,6 +369,8 @@ class BHRoutingIntegration(RoutingPatch):
     8
     """
 
+    rule: BH
+
     def __init__(
         self,
         model: nn.Module,
@@ -440,7 +443,7 @@ class _RouterHook:
 
 def _is_running(module: nn.Module) -> bool:
     """Whether a method of a module is being run by this thread."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_locals.get("self") is not module:
         frame = frame.f_back
     return frame is not None

@@ -561,7 +561,8 @@ def _divide(numerator: float | torch.Tensor, denominator: float | torch.Tensor) 
     """The quotient, rounded once. Between a tensor and a Python number, torch may multiply with a reciprocal
     instead, which rounds twice and moves a critical value by its last bit."""
     if not isinstance(numerator, torch.Tensor):
-        numerator = torch.full_like(denominator, numerator)
+        assert isinstance(denominator, torch.Tensor)
+        return torch.full_like(denominator, numerator) / denominator
     if not isinstance(denominator, torch.Tensor):
         denominator = torch.full_like(numerator, denominator)
     return numerator / denominator

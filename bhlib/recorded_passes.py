@@ -57,11 +57,15 @@ class Rows(NamedTuple):
             return torch.stack([pad(x, (0, n), value=empty) if n else x for x, n in zip(parts, missing, strict=True)])
 
         ids = torch.full_like(tokens.position, -1) if tokens.token_ids is None else tokens.token_ids
+        known = (part.reshape(1, -1).to(some.counts.device) for part in (tokens.valid, tokens.position, ids))
+        valid, position, token_ids = known
         return cls(
             stack((routing.weights for routing in layers), 0.0),
             stack((routing.experts for routing in layers), -1).to(torch.int16),
             torch.stack([routing.counts.to(some.counts.device) for routing in layers]).to(torch.int16),
-            *(part.reshape(1, -1).to(some.counts.device) for part in (tokens.valid, tokens.position, ids)),
+            valid,
+            position,
+            token_ids,
             torch.stack([finished.logits.get(layer, no_logits).to(some.counts.device) for layer in range(num_layers)]),
         )
 
@@ -190,7 +194,7 @@ class RecordedPasses(Sequence):
     def __len__(self) -> int:
         return len(self._index) // self._FIELDS
 
-    def __getitem__(self, number: int) -> RecordedPass:
+    def __getitem__(self, number: int) -> RecordedPass:  # type: ignore[override]  # no slices
         number = range(len(self))[number]
         at = number * self._FIELDS
         block, start, batch, length, first_sequence, generated = self._index[at : at + self._FIELDS]

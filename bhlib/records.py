@@ -85,7 +85,7 @@ class Records:
         with self._lock:
             self._num_passes += 1
             self._num_tokens += num_tokens
-            if rows is None:
+            if rows is None or totals is None:
                 return
             if self._totals is None:
                 self._totals = totals
@@ -301,7 +301,7 @@ class Records:
         """
         self._warn_if_cut_short()
         columns = ["sequence", "position", "generated", "token_id", "layer", "count", "experts", "weights"]
-        rows = []
+        rows: list[tuple] = []
         for number, one in enumerate(self.passes):
             if beam_indices is None:
                 rows += _frame_rows(one, range(one.shape[0]), one.first_sequence)
@@ -328,7 +328,9 @@ def _frame_rows(one: RecordedPass, batch_rows: Iterable[int | None], first_seque
     valid, position, ids = (part.reshape(one.shape) for part in tokens)
     for layer in one.layers:
         for offset, row in enumerate(batch_rows):
-            for column in [] if row is None else np.flatnonzero(valid[row]):
+            if row is None:
+                continue
+            for column in np.flatnonzero(valid[row]):
                 at = row * one.shape[1] + column
                 k = int(counts[layer, at])
                 yield (

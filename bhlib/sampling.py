@@ -1,5 +1,7 @@
 """Uniform samples of the router logits that go by: of the values that a null is fitted on, and of whole tokens."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class LogitSampler:
             max_values = VALUES_PER_EXPERT if per_expert else VALUES_PER_LAYER
         if max_values < 2:
             raise ValueError(f"max_values is {max_values}, but must be 2 or more; {VALUES_PER_LAYER:,} is the default")
-        self.settings = dict(
+        self.settings: dict[str, Any] = dict(
             statistic=statistic, exclude_top=exclude_top, num_experts=num_experts, per_expert=per_expert, seed=seed
         )
         # Raises for a statistic or a number that is impossible, before the pass.
@@ -46,16 +48,16 @@ class LogitSampler:
     def add(self, layer: int, router_logits: Tensor) -> None:
         """Take in logits [tokens, experts] of a layer."""
         self._tokens[layer].add(router_logits.float().cpu().numpy(), self._token_rngs[layer].random(len(router_logits)))
-        values, experts = null_values(router_logits, self.settings["statistic"], self.settings["exclude_top"])
-        values = values.flatten().cpu().numpy()
+        statistics, experts = null_values(router_logits, self.settings["statistic"], self.settings["exclude_top"])
+        values = statistics.flatten().cpu().numpy()
         keys = self._rngs[layer].random(len(values))
         reservoirs = self._reservoirs[layer]
         if len(reservoirs) == 1:
             reservoirs[0].add(values, keys)
             return
-        experts = experts.flatten().cpu().numpy()
-        order = np.argsort(experts, kind="stable")
-        ends = np.bincount(experts, minlength=len(reservoirs)).cumsum()[:-1]
+        numbers = experts.flatten().cpu().numpy()
+        order = np.argsort(numbers, kind="stable")
+        ends = np.bincount(numbers, minlength=len(reservoirs)).cumsum()[:-1]
         parts = np.split(values[order], ends), np.split(keys[order], ends)
         for reservoir, part, part_keys in zip(reservoirs, *parts, strict=True):
             reservoir.add(part, part_keys)

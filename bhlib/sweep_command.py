@@ -47,7 +47,8 @@ def parse_rules(specification: str) -> dict[str, Rule | None]:
     argparse.ArgumentTypeError
         If an entry cannot be read, or its rule refuses a number.
     """
-    rules, families = {}, rule_families()
+    rules: dict[str, Rule | None] = {}
+    families = rule_families()
     for entry in specification.split():
         if entry == "own":
             rules["own"] = None
@@ -59,9 +60,11 @@ def parse_rules(specification: str) -> dict[str, Rule | None]:
                 f'Write for example "top-k:1-8 bh:0.01,0.05".'
             )
         family = families[name]
+        assert family.make is not None  # the others are not among `rule_families`
+        make = family.make
         try:
             numbers = [number for part in values.split(",") for number in _numbers(part)]
-            rules |= {family.written.format(_written(number)): family.make(number) for number in numbers}
+            rules |= {family.written.format(_written(number)): make(number) for number in numbers}
         except (TypeError, ValueError) as error:
             raise argparse.ArgumentTypeError(f"{entry!r}: {error}") from error
     if not rules:

@@ -2,6 +2,8 @@
 
     weights = choose_layer_weights(model, load_heldout("calibration"), BH(0.01))
     BH(0.01, layer_weights=weights)
+
+Nothing here looks at the test split.
 """
 
 from collections.abc import Iterable, Mapping
@@ -61,13 +63,13 @@ def choose_static_per_layer(
             raise ValueError(f"mean_ks must lie between 1 and max_k={most}, got {mean_k}.")
     full = (most,) * len(layers)
     whole = evaluate(model, data, StaticPerLayer(full), batch_size=batch_size)["loss"].mean()
-    best = {0: (0.0, ())}  # experts spent so far -> least loss, and how
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # experts spent so far -> least loss, and how
     for layer in tqdm(range(len(layers)), unit="layer", desc="static k per layer"):
         added = {most: 0.0}
         for k in range(1, most):
             rule = StaticPerLayer((*full[:layer], k, *full[layer + 1 :]))
             added[k] = evaluate(model, data, rule, batch_size=batch_size)["loss"].mean() - whole
-        extended = {}
+        extended: dict[int, tuple[float, tuple[int, ...]]] = {}
         for spent, (loss, ks) in best.items():
             for k, more in added.items():
                 extended[spent + k] = min(extended.get(spent + k, (np.inf, ())), (loss + more, (*ks, k)))

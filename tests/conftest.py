@@ -7,13 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-
-try:
-    from hypothesis import settings
-except ModuleNotFoundError as error:
-    raise pytest.UsageError(
-        f"the tests need {error.name}: run `make test`, or `pip install --editable '.[dev]'`"
-    ) from error
+from hypothesis import settings
 
 matplotlib.use("Agg")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from bhlib.colab import NOTE, badge, cell_id, colab_page, read_address, setup_code, stamp
 
@@ -225,9 +224,10 @@ def tool():
 
 
 def test_a_warning_in_a_cell_is_seen(tool, tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient, as `make notebooks` does")
     sources = "print('fine')", "import warnings; warnings.warn('in a later release', FutureWarning)", "'a value'"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    NotebookClient(notebook, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
     nbformat.write(notebook, tmp_path / "one.ipynb")
     (said,) = tool["read_stderr"](tmp_path / "one.ipynb")
     assert said.startswith("cell 1 writes to stderr") and "FutureWarning: in a later release" in said

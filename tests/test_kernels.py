@@ -1,6 +1,8 @@
 """Each kernel against its twin in plain torch: on a CUDA device, else in Triton's interpreter.
 
     python -m pytest tests/test_kernels.py -m gpu        # with a CUDA device
+
+`make kernels` runs them anywhere.
 """
 
 import os

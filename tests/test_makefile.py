@@ -35,6 +35,8 @@ def make(*arguments):
         ("lab", "-m jupyterlab"),
         ("notebooks", "tools/execute_notebooks.py"),
         ("lint", "-m ruff check"),
+        ("lint", "-m ruff format --check"),
+        ("lint", "-m mypy"),
     ],
 )
 def test_target_sets_itself_up_and_then_runs(target, command, tmp_path):

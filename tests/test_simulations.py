@@ -148,9 +148,8 @@ def test_a_given_matrix_is_what_equicorrelated_means():
 
 
 def test_perfectly_correlated_nulls_are_one_test():
-    table = simulate_fdr(
-        [0.1], ["bh", "bonferroni"], "equicorrelated", rho=1.0, num_tests=10, num_null=10
-    ).set_index("method")
+    table = simulate_fdr([0.1], ["bh", "bonferroni"], "equicorrelated", rho=1.0, num_tests=10, num_null=10)
+    table = table.set_index("method")
     assert abs(table.loc["bh", "fdr"] - 0.1) <= 4 * table.loc["bh", "fdr_se"]
     assert abs(table.loc["bonferroni", "fwer"] - 0.01) <= 4 * table.loc["bonferroni", "fwer_se"]
     assert table["power"].isna().all(), "there is nothing to find"

@@ -428,10 +428,8 @@ def test_a_model_without_values_is_refused():
 
 
 def lora(model, **arguments):
-    from peft import LoraConfig, get_peft_model
-
-    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **arguments)).eval()
-    return adapted
+    peft = pytest.importorskip("peft", reason="needs peft, whose adapters it puts into a model")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **arguments)).eval()
 
 
 @pytest.mark.parametrize(

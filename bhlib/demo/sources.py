@@ -44,7 +44,7 @@ PYTHON = {"numpy": "BSD-3-Clause", "scipy": "BSD-3-Clause", "pandas": "BSD-3-Cla
           "tornado": "Apache-2.0", "flask": "BSD-3-Clause", "werkzeug": "BSD-3-Clause",
           "requests": "Apache-2.0", "pytest": "MIT", "black": "MIT", "aiohttp": "Apache-2.0",
           "scikit-learn": "BSD-3-Clause", "statsmodels": "BSD-3-Clause", "astropy": "BSD-3-Clause",
-          "jinja2": "BSD-3-Clause"}
+          "jinja2": "BSD-3-Clause"}  # fmt: skip
 SOURCES["python"] |= {name: ("pip", licence) for name, licence in PYTHON.items()}
 
 

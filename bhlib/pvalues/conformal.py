@@ -48,7 +48,7 @@ class ConformalNull(FittedNull):
             tensors[f"size.{layer}"] = torch.tensor(sizes, device="cpu")
         return tensors, {}
 
-    def layer_survival(self, statistics: Tensor, sample: Tensor, size: Tensor) -> Tensor:
+    def layer_survival(self, statistics: Tensor, sample: Tensor, size: Tensor) -> Tensor:  # type: ignore[override]
         if self.shared:
             below = torch.searchsorted(sample[0], statistics.contiguous())
         else:

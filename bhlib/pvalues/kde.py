@@ -64,10 +64,10 @@ class KDENull(FittedNull):
             bw_method = float(bw_method)
         return tensors, dict(bw_method=bw_method, weighted=weights is not None, table_error=worst)
 
-    def make_tables(self, grid: Tensor, log_survival: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
+    def make_tables(self, grid: Tensor, log_survival: Tensor, slope: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return _refined(grid, log_survival, slope)
 
-    def layer_survival(self, statistics: Tensor, low: Tensor, cells: Tensor, pvals: Tensor) -> Tensor:
+    def layer_survival(self, statistics: Tensor, low: Tensor, cells: Tensor, pvals: Tensor) -> Tensor:  # type: ignore[override]
         return _interpolate(statistics, low, cells, pvals)
 
     @classmethod
@@ -177,7 +177,7 @@ def _survival_nodes(densities: list[gaussian_kde], layer: int) -> tuple[Tensor, 
     return torch.from_numpy(np.stack([low, high], axis=-1)), torch.from_numpy(log_survival), torch.from_numpy(slope)
 
 
-def _refined(grid: Tensor, log_survival: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _refined(grid: Tensor, log_survival: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
     """Lowest statistic [columns], cells per unit of it [columns], and p at every refined node [columns, nodes]."""
     num_nodes = log_survival.shape[-1]
     num_cells = _REFINEMENT * (num_nodes - 1)

@@ -87,7 +87,7 @@ class TableNull(FittedNull):
     def fit_layers(cls, columns, **options):
         raise TypeError("a TableNull is not fitted to samples; make one with TableNull.from_survival(x, sf, ...)")
 
-    def layer_survival(self, statistics: Tensor, x: Tensor, sf: Tensor) -> Tensor:
+    def layer_survival(self, statistics: Tensor, x: Tensor, sf: Tensor) -> Tensor:  # type: ignore[override]
         x, sf = x[0], sf[0]
         cell = (torch.searchsorted(x, statistics.contiguous(), right=True) - 1).clamp(0, len(x) - 2)
         left, right = sf[cell], sf[cell + 1]

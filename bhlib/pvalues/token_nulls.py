@@ -205,6 +205,7 @@ class TokenGaussian(PValueMaker):
             raise ValueError(f"exclude_top is {exclude_top}, but must be 0 or more, such as 8")
         self.exclude_top = exclude_top
         self.estimator = estimator
+        self.whole_token = estimator == "truncated"  # all logits of a token are tested as one Gaussian sample
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
         """Raise a ValueError if `exclude_top` leaves fewer than two of the experts."""
@@ -232,11 +233,6 @@ class TokenGaussian(PValueMaker):
 
     def kernel_form(self, num_experts: int, thresholds: Tensor) -> KernelForm | None:
         return KernelForm(self.statistic, self.exclude_top, thresholds) if self.estimator == "trimmed" else None
-
-    @property
-    def whole_token(self) -> bool:
-        """Whether all logits of a token are tested as one Gaussian sample."""
-        return self.estimator == "truncated"
 
     def null_logits(self, tokens, num_experts, exclude_top, generator):
         """Independent Gaussian logits; with "trimmed", below ``exclude_top`` experts out of reach."""

@@ -118,9 +118,16 @@ class Rule:
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
         """Compute ahead what `fused` looks up, so that no compiler has to see it computed."""
 
-    def fused(self, router_logits: Tensor, layer: int | None = None, **options) -> Routing:
+    def fused(
+        self,
+        router_logits: Tensor,
+        layer: int | None = None,
+        *,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+    ) -> Routing:
         """The same routing, with the same options, by a kernel where rule and device have one; here, without."""
-        return self(router_logits, layer, **options)
+        return self(router_logits, layer, weighting=weighting, temperature=temperature)
 
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""

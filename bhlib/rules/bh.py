@@ -1,5 +1,6 @@
 """`BH`: multiple testing per token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,7 @@ class BH(Rule):
     alpha : float
         Level of the procedure, in (0, 1).
     pvalues : PValueMaker or str
-        Maker of the p-values (`bhlib.pvalues`), or the name of one that needs no calibration.
+        Maker of the p-values (`bhlib.pvalues`), or the name of one that needs no calibration; kept as a maker.
     method : str
         Procedure, see `bhlib.procedures`; ``"bh"`` by default.
     layer_weights : sequence of float, optional
@@ -48,9 +49,9 @@ class BH(Rule):
     """
 
     alpha: float = 0.05
-    pvalues: PValueMaker | str = field(default_factory=DirichletNull)
+    pvalues: PValueMaker = field(default_factory=DirichletNull)
     method: str = "bh"
-    layer_weights: tuple[float, ...] | None = None
+    layer_weights: Sequence[float] | None = None
     _thresholds: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     _cuts: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -122,7 +123,7 @@ class BH(Rule):
         code, form = find_weighting(weighting).kernel, None
         if code is not None and router_logits.dtype != torch.float64:
             form = self.kernel_cuts(router_logits.shape[-1], layer, router_logits.device)
-        if form is None:
+        if form is None or code is None:
             return self(router_logits, layer, weighting=weighting, temperature=temperature)
         from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
 

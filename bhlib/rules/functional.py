@@ -1,6 +1,7 @@
 """Routing outside any model: logits of any leading shape in, weights with a column per expert out."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -21,7 +22,7 @@ def benjamini_hochberg_routing(
     method: str = "bh",
     layer: int | None = None,
     return_stats: bool = False,
-) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, dict]:
+) -> tuple[Any, ...]:
     """Route tokens by the Benjamini–Hochberg procedure, outside any model.
 
     Parameters
@@ -60,15 +61,14 @@ def benjamini_hochberg_routing(
 
     Examples
     --------
-    >>> logits = torch.zeros(1, 64); logits[0, :3] = 9.0; logits[0, 3:] = torch.linspace(-1, 1, 61)
+    >>> import torch
+    >>> logits = torch.cat([torch.full((1, 3), 9.0), torch.linspace(-1, 1, 61)[None]], dim=1)
     >>> weights, experts, counts = benjamini_hochberg_routing(logits, alpha=0.05)
     >>> int(counts[0]), sorted(experts[0, :3].tolist())
     (3, [0, 1, 2])
     """
     check_temperature(temperature)
-    if pvalues == "softmax":
-        pvalues = make_pvalues("softmax", temperature=temperature)
-    rule = BH(alpha=alpha, pvalues=pvalues, method=method, min_k=min_k, max_k=max_k)
+    rule = BH(alpha=alpha, pvalues=make_pvalues(pvalues, temperature), method=method, min_k=min_k, max_k=max_k)
     weights, experts, counts = _dense(rule, router_logits, temperature, layer)
     if not return_stats:
         return weights, experts, counts

@@ -8,6 +8,7 @@ finds the level that gives a wanted mean number of experts (`bhlib.figures.famil
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def families_of(names: Iterable[str]) -> list[RuleFamily]:
     return [family for name, family in FAMILIES.items() if name in names]
 
 
-def _top_k(k: float) -> TopK:
+def _top_k(k: Any) -> TopK:
     return TopK(int(k) if k == int(k) else k)  # TopK says what is wrong with half an expert
 
 

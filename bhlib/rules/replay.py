@@ -1,6 +1,7 @@
 """`Replay`: the routing of one run, imposed on another."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Replay(Rule):
         If the model is run for more passes than were recorded.
     """
 
-    records: object = field(repr=False)
+    records: Any = field(repr=False)
     weights: str = "model"
     _number: int = field(default=0, init=False, repr=False, compare=False)
 
