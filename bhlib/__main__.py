@@ -64,9 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         from bhlib import benchmarks
 
         if arguments.bench == "routing":
-            table = benchmarks.bench_routing(
-                arguments.tokens, arguments.experts, min_run_time=arguments.seconds
-            )
+            table = benchmarks.bench_routing(arguments.tokens, arguments.experts, min_run_time=arguments.seconds)
             print(benchmarks.format_routing(table))
         else:
             model, _ = load_demo()

@@ -177,9 +177,7 @@ def load_calibration(path: str | Path, model: nn.Module) -> FittedNull:
         the message names both.
     """
     layers = find_moe_layers(model)
-    return load_null(
-        path, model_name=name_of(model), num_layers=len(layers), num_experts=_common_num_experts(layers)
-    )
+    return load_null(path, model_name=name_of(model), num_layers=len(layers), num_experts=_common_num_experts(layers))
 
 
 def name_of(model: nn.Module) -> str:

@@ -56,7 +56,7 @@ def read_address(root: Path = ROOT) -> str:
     found = REPOSITORY.search((root / "pyproject.toml").read_text(encoding="utf-8"))
     if not found:
         raise ValueError(
-            f'{root / "pyproject.toml"} must name a repository on GitHub, in a line of [project.urls]: '
+            f"{root / 'pyproject.toml'} must name a repository on GitHub, in a line of [project.urls]: "
             'Repository = "https://github.com/OWNER/REPO"'
         )
     return found[1]

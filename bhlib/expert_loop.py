@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
 
 
-
 def is_plain(module: "ExpertsModule") -> bool:
     """Whether an experts module is a gate and two matrices per expert: no biases, no norms, weights in rows."""
     return (
@@ -39,9 +38,7 @@ def is_plain(module: "ExpertsModule") -> bool:
     )
 
 
-def loop_forward(
-    module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def loop_forward(module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of an experts module over its filled slots.
 
     Parameters

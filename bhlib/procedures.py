@@ -303,9 +303,7 @@ def canonical_method(name: str) -> str:
     return key
 
 
-def reject(
-    pvals: torch.Tensor, alpha: float = 0.05, method: str = "bh", *, check: bool = True
-) -> torch.Tensor:
+def reject(pvals: torch.Tensor, alpha: float = 0.05, method: str = "bh", *, check: bool = True) -> torch.Tensor:
     """Decisions of the procedure called `method`; parameters, result and errors as for `benjamini_hochberg`.
 
     Parameters
@@ -405,9 +403,7 @@ def adjusted_pvalues(pvals: torch.Tensor, method: str = "bh", *, check: bool = T
     return torch.empty_like(adjusted).scatter(-1, order, adjusted)
 
 
-def storey_null_fraction(
-    pvals: torch.Tensor, *, lambda_: float = STOREY_LAMBDA, check: bool = True
-) -> torch.Tensor:
+def storey_null_fraction(pvals: torch.Tensor, *, lambda_: float = STOREY_LAMBDA, check: bool = True) -> torch.Tensor:
     """Storey's estimate of the fraction of true nulls, ``(1 + #{p > lambda_}) / (m * (1 - lambda_))``.
 
     Can exceed one (see `storey`): a true fraction cannot, so cap it for display.
@@ -587,9 +583,7 @@ _FORMULAS: dict[str, Callable[[torch.Tensor, int, float], torch.Tensor]] = {
 
 
 @functools.lru_cache(maxsize=256)
-def _critical_values(
-    num_tests: int, alpha: float, name: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _critical_values(num_tests: int, alpha: float, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`critical_values` without checks. Kept between calls: callers must not write to it."""
     ranks = torch.arange(1, num_tests + 1, dtype=torch.float64, device=device)
     return round_down(_FORMULAS[name](ranks, num_tests, alpha), dtype)

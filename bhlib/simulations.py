@@ -170,9 +170,7 @@ def simulate_power_1995(
                 }
                 for method in methods:
                     rejected = reject(pvals, alpha, method, check=False)
-                    rows.append(
-                        setting | {"method": method, "alpha": alpha} | _error_rates(rejected, is_null)
-                    )
+                    rows.append(setting | {"method": method, "alpha": alpha} | _error_rates(rejected, is_null))
     return pd.DataFrame(rows).assign(largest_effect=largest_effect, repetitions=repetitions, seed=seed)
 
 

@@ -109,9 +109,7 @@ class Explorer:
     def _make_controls(self) -> None:
         first = next(iter(self.passages), _TYPED)
         wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="27em")}
-        self.passage = widgets.Dropdown(
-            options=[*self.passages, _TYPED], value=first, description="passage", **wide
-        )
+        self.passage = widgets.Dropdown(options=[*self.passages, _TYPED], value=first, description="passage", **wide)
         self.text = widgets.Textarea(
             value=self.passages.get(first, ""), continuous_update=False, rows=4, layout=widgets.Layout(width="99%")
         )

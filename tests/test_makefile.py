@@ -17,9 +17,7 @@ OUTER = {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "VENV"}
 def make(*arguments):
     """Run make in the repository, apart from the make that may have started the tests."""
     environment = {name: value for name, value in os.environ.items() if name not in OUTER}
-    return subprocess.run(
-        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @needs_make
@@ -55,9 +53,7 @@ def test_clean_keeps_figures_and_environment():
 
 
 @needs_make
-@pytest.mark.parametrize(
-    ("script", "shown"), [("echo Python 3.9.1; exit 1", "Python 3.9.1"), ("exit 127", "")]
-)
+@pytest.mark.parametrize(("script", "shown"), [("echo Python 3.9.1; exit 1", "Python 3.9.1"), ("exit 127", "")])
 def test_wrong_python_is_refused_with_what_to_do(script, shown, tmp_path):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")

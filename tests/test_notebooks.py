@@ -22,9 +22,7 @@ def code_cells(path):
 
 def outputs_of_type(path, mime):
     """The numbers of the code cells that have an output of a MIME type."""
-    return [
-        n for n, cell in code_cells(path) if any(mime in output.get("data", {}) for output in cell.outputs)
-    ]
+    return [n for n, cell in code_cells(path) if any(mime in output.get("data", {}) for output in cell.outputs)]
 
 
 def test_every_notebook_has_a_script_and_every_script_a_notebook():
@@ -62,9 +60,7 @@ def test_no_cell_failed_unless_it_is_meant_to(path):
 def test_no_widget_state_is_saved(path):
     notebook = nbformat.read(path, as_version=4)
     assert "widgets" not in notebook.metadata, "saved widget state breaks the page that GitHub shows"
-    assert outputs_of_type(path, "application/vnd.jupyter.widget-view+json") == [], (
-        "it would show as an error"
-    )
+    assert outputs_of_type(path, "application/vnd.jupyter.widget-view+json") == [], "it would show as an error"
 
 
 @each_notebook

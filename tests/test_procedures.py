@@ -93,9 +93,7 @@ def statsmodels_results(pvals: torch.Tensor, alpha: float, method: str) -> tuple
     """Decisions and adjusted p-values, vector by vector."""
     gc.freeze()  # statsmodels collects garbage in every call: hide from it what exists so far
     try:
-        results = [
-            multipletests(row, alpha, method=STATSMODELS_NAMES[method])[:2] for row in pvals.double().numpy()
-        ]
+        results = [multipletests(row, alpha, method=STATSMODELS_NAMES[method])[:2] for row in pvals.double().numpy()]
     finally:
         gc.unfreeze()
     decisions, adjusted = zip(*results, strict=True)

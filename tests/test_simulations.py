@@ -127,9 +127,7 @@ def test_under_the_worst_dependence_bh_fails_by_the_harmonic_number_and_by_holds
 def test_a_given_correlation_with_negative_entries():
     signs = np.where(np.arange(32) % 2 == 0, 1.0, -1.0)
     opposed = 0.8 * np.outer(signs, signs) + 0.2 * np.eye(32)
-    table = simulate_fdr(
-        ALPHAS, ["by", "bonferroni"], "opposed", num_tests=32, num_null=24, correlation=opposed
-    )
+    table = simulate_fdr(ALPHAS, ["by", "bonferroni"], "opposed", num_tests=32, num_null=24, correlation=opposed)
     assert set(table["dependence"]) == {"opposed"}
     assert (table["fdr"] <= 0.75 * table["alpha"] + 3 * table["fdr_se"]).all()
     exact = norm.sf(norm.isf(table["alpha"] / 32) - 3)

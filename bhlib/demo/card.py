@@ -99,27 +99,18 @@ def render(metrics: dict, heldout: dict, config: dict) -> str:
                 name,
                 f"{domain['train']['tokens']:,}",
                 f"{training['sampling'][name]:.1%}",
-                *(
-                    f"{domain['splits'][split]['tokens']:,}"
-                    for split in ("calibration", "validation", "test")
-                ),
+                *(f"{domain['splits'][split]['tokens']:,}" for split in ("calibration", "validation", "test")),
             )
         )
-        sources += [
-            row(name, s["package"], s["version"], s["installer"], s["licence"]) for s in domain["sources"]
-        ]
+        sources += [row(name, s["package"], s["version"], s["installer"], s["licence"]) for s in domain["sources"]]
     losses.append(row("mean of the domains", f"{own['mean']:.3f}", "", ""))
     static = [
         row(k, f"{metrics['validation']['loss'][k]['mean']:.3f}", f"{loss['mean']:.3f}")
         for k, loss in metrics["test"]["loss"].items()
     ]
     share = metrics["test"]["expert_share"]
-    layers = zip(
-        share["min_over_uniform"], share["max_over_uniform"], share["normalized_entropy"], strict=True
-    )
-    balance = [
-        row(i, f"{low:.2f}", f"{high:.2f}", f"{entropy:.3f}") for i, (low, high, entropy) in enumerate(layers)
-    ]
+    layers = zip(share["min_over_uniform"], share["max_over_uniform"], share["normalized_entropy"], strict=True)
+    balance = [row(i, f"{low:.2f}", f"{high:.2f}", f"{entropy:.3f}") for i, (low, high, entropy) in enumerate(layers)]
     return CARD.format(
         parameters=metrics["parameters"] / 1e6,
         layers=config["num_hidden_layers"],

@@ -11,6 +11,7 @@ Documents (acts, chapters, countries, files) go as a whole to training or to a h
 the tokenizer is trained. Then every stretch of 50 tokens that a held-out document has too is cut out of the
 training documents. In all token files a document ends with <|endoftext|>.
 """
+
 import argparse
 import io
 import json
@@ -47,11 +48,16 @@ def train_tokenizer(texts: dict[str, list[str]], characters: int = 6_000_000) ->
     """Byte-level BPE of 4096 tokens on equally much training text of every domain; digits one by one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
 
     def sample():
         for docs in texts.values():
@@ -68,7 +74,7 @@ def train_tokenizer(texts: dict[str, list[str]], characters: int = 6_000_000) ->
 def encode(tokenizer: Tokenizer, docs: list[str]) -> list[np.ndarray]:
     """Token ids of each document, uint16, <|endoftext|> last."""
     end = tokenizer.token_to_id(END)
-    batches = (tokenizer.encode_batch_fast(docs[i:i + 512]) for i in range(0, len(docs), 512))
+    batches = (tokenizer.encode_batch_fast(docs[i : i + 512]) for i in range(0, len(docs), 512))
     return [np.array([*encoding.ids, end], np.uint16) for batch in batches for encoding in batch]
 
 
@@ -79,7 +85,7 @@ def window_hashes(tokens: np.ndarray, width: int = SHARED) -> np.ndarray:
     mixed = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     value = np.zeros(len(tokens) - width + 1, np.uint64)
     for i in range(width):
-        value = value * np.uint64(0xBF58476D1CE4E5B9) + mixed[i:i + len(value)]  # modulo 2**64
+        value = value * np.uint64(0xBF58476D1CE4E5B9) + mixed[i : i + len(value)]  # modulo 2**64
     return value
 
 
@@ -97,7 +103,7 @@ def without_overlap(tokens: np.ndarray, held_out: np.ndarray, end: int) -> np.nd
             return tokens
         shared = np.zeros(len(tokens), bool)
         for start in starts:
-            shared[start:start + SHARED] = True
+            shared[start : start + SHARED] = True
         borders = np.flatnonzero(np.diff(shared)) + 1
         pieces = []
         for piece, cut in zip(np.split(tokens, borders), np.split(shared, borders), strict=True):
@@ -113,21 +119,32 @@ def write_xz(path: Path, tokens: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the downloaded packages")
     parser.add_argument("--train", type=Path, default=Path(".corpus"), help="folder for the training tokens")
     parser.add_argument("--seed", type=int, default=1995)
     args = parser.parse_args()
     args.train.mkdir(parents=True, exist_ok=True)
 
-    texts = {domain: split(sorted({text for _, _, text in documents(domain, args.work)}), args.seed)
-             for domain in SOURCES}
+    texts = {
+        domain: split(sorted({text for _, _, text in documents(domain, args.work)}), args.seed) for domain in SOURCES
+    }
     tokenizer = train_tokenizer({domain: parts["train"] for domain, parts in texts.items()})
     tokenizer.save(str(HERE / "tokenizer.json"))
-    (HERE / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END,
-         "model_max_length": 1024, "clean_up_tokenization_spaces": False}, indent=2) + "\n")
+    (HERE / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": END,
+                "eos_token": END,
+                "pad_token": END,
+                "model_max_length": 1024,
+                "clean_up_tokenization_spaces": False,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
     end, arrays, report = tokenizer.token_to_id(END), {}, {}
     for domain, parts in texts.items():
@@ -137,24 +154,34 @@ def main() -> None:
             tokens[-1] = end
             arrays[f"{name}/{domain}"] = tokens.astype(np.int16)
             text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-            splits[name] = {"tokens": length, "bytes": len(text.encode()),
-                            "documents": int((tokens == end).sum())}
-        report[domain] = {"splits": splits, "sources": [
-            {"package": name, "version": fetch(name, installer, args.work)[1],
-             "installer": installer,
-             "licence": licence}
-            for name, (installer, licence) in SOURCES[domain].items()]}
+            splits[name] = {"tokens": length, "bytes": len(text.encode()), "documents": int((tokens == end).sum())}
+        report[domain] = {
+            "splits": splits,
+            "sources": [
+                {
+                    "package": name,
+                    "version": fetch(name, installer, args.work)[1],
+                    "installer": installer,
+                    "licence": licence,
+                }
+                for name, (installer, licence) in SOURCES[domain].items()
+            ],
+        }
     held_out = np.concatenate(list(arrays.values())).astype(np.uint16)
     for domain, parts in texts.items():
         everything = np.concatenate(encode(tokenizer, parts["train"]))
         tokens = without_overlap(everything, held_out, end)
         write_xz(args.train / f"{domain}.npy.xz", tokens)
-        report[domain]["train"] = {"tokens": len(tokens), "documents": len(parts["train"]),
-                                   "tokens_cut_for_overlap": len(everything) - len(tokens)}
+        report[domain]["train"] = {
+            "tokens": len(tokens),
+            "documents": len(parts["train"]),
+            "tokens_cut_for_overlap": len(everything) - len(tokens),
+        }
         print(domain, report[domain]["train"], report[domain]["splits"]["test"], flush=True)
     save_file(arrays, HERE / "heldout.safetensors")
-    (HERE / "heldout.json").write_text(json.dumps(
-        {"seed": args.seed, "end_token": end, "shared_tokens": SHARED, "domains": report}, indent=1) + "\n")
+    (HERE / "heldout.json").write_text(
+        json.dumps({"seed": args.seed, "end_token": end, "shared_tokens": SHARED, "domains": report}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 transformers' own `grouped_mm` gathers tokens by indexing, whose gradient is a slow scatter with accumulation.
 The pairs (token, slot) are a permutation, so the gradient of a gather is a gather by the inverse permutation.
 """
+
 import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -21,7 +22,7 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        inverse, = ctx.saved_tensors
+        (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse).view(-1, ctx.top_k, grad.shape[-1]).sum(1), None, None, None
 
 

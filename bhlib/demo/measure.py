@@ -1,4 +1,5 @@
 """What the demo's model card reports: loss per domain at static top-k, and the balance of the experts."""
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -6,8 +7,9 @@ from transformers import OlmoeForCausalLM
 
 
 @torch.no_grad()
-def evaluate(model: OlmoeForCausalLM, arrays: dict[str, np.ndarray], split: str,
-             top_ks: tuple[int, ...] = (1, 2, 4, 8, 16)) -> dict:
+def evaluate(
+    model: OlmoeForCausalLM, arrays: dict[str, np.ndarray], split: str, top_ks: tuple[int, ...] = (1, 2, 4, 8, 16)
+) -> dict:
     """Loss per domain in nats per token at static top-k, and the experts' shares at the model's own top-k.
 
     Each domain is cut into windows of 1024 tokens without overlap; the first token of a window is not scored.
@@ -41,7 +43,10 @@ def evaluate(model: OlmoeForCausalLM, arrays: dict[str, np.ndarray], split: str,
         gate.top_k = own
     shares = counts / counts.sum(-1, keepdim=True)
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum(-1) / np.log(shares.shape[1])
-    return result | {"expert_share": {
-        "max_over_uniform": (shares.max(-1).values * shares.shape[1]).tolist(),
-        "min_over_uniform": (shares.min(-1).values * shares.shape[1]).tolist(),
-        "normalized_entropy": entropy.tolist()}}
+    return result | {
+        "expert_share": {
+            "max_over_uniform": (shares.max(-1).values * shares.shape[1]).tolist(),
+            "min_over_uniform": (shares.min(-1).values * shares.shape[1]).tolist(),
+            "normalized_entropy": entropy.tolist(),
+        }
+    }

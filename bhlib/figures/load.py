@@ -50,8 +50,10 @@ def compute_expert_load(study: Study, layer: int = 4, num_pairs: int = 10) -> pd
             rows.append({"rule": rule, "layer": layer, "kind": "pair", "i": i, "j": j} | share)
     sequences, tokens, _ = run.counts.shape
     whole = dict.fromkeys(["rank", "i", "j"], "Int64")
-    return pd.DataFrame(rows).astype(whole).assign(
-        sequences=sequences, documents=run.drawn.units, tokens=sequences * tokens
+    return (
+        pd.DataFrame(rows)
+        .astype(whole)
+        .assign(sequences=sequences, documents=run.drawn.units, tokens=sequences * tokens)
     )
 
 

@@ -64,9 +64,7 @@ def draw_stepup(table: pd.DataFrame) -> Figure:
     fig.axes[0].set_title(f"the 15 p-values of 1995 (m = {len(table)})")
     fig.axes[0].legend(fontsize=7.5)
     counts = table["rejected_bh"].sum(), table["rejected_bonferroni"].sum()
-    axes.annotate(
-        f"BH rejects {counts[0]}, Bonferroni {counts[1]}", (0.05, 0.92), xycoords="axes fraction", fontsize=8
-    )
+    axes.annotate(f"BH rejects {counts[0]}, Bonferroni {counts[1]}", (0.05, 0.92), xycoords="axes fraction", fontsize=8)
     return fig
 
 

@@ -1,6 +1,5 @@
 """Figures of single tokens: who is given more experts, and with which weights."""
 
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -56,8 +55,15 @@ def compute_token_loss(study: Study, num_bins: int = 10) -> pd.DataFrame:
             rows.append({"kind": "bin"} | common | center | interval(given, drawn))
     for layer in range(by_layer.shape[2]):
         rows.append(
-            {"kind": "layer", "domain": "all", "layer": layer, "sequences": len(loss), "documents": run.drawn.units,
-             "tokens": loss.size} | rank_correlation(loss, by_layer[:, :, layer], run.drawn)
+            {
+                "kind": "layer",
+                "domain": "all",
+                "layer": layer,
+                "sequences": len(loss),
+                "documents": run.drawn.units,
+                "tokens": loss.size,
+            }
+            | rank_correlation(loss, by_layer[:, :, layer], run.drawn)
         )
     return pd.DataFrame(rows).astype({"bin": "Int64", "layer": "Int64"})
 
@@ -82,7 +88,13 @@ def draw_token_loss(table: pd.DataFrame) -> Figure:
     domains = table[table["kind"] == "domain"].sort_values("value", ignore_index=True)
     for color, part in ((BLUE, domains[domains["domain"] == "all"]), (BLACK, domains[domains["domain"] != "all"])):
         middle.errorbar(
-            part["value"], part.index, xerr=error_bars(part)[1], color=color, linestyle="", marker="o", markersize=4,
+            part["value"],
+            part.index,
+            xerr=error_bars(part)[1],
+            color=color,
+            linestyle="",
+            marker="o",
+            markersize=4,
             capsize=2,
         )
     middle.set_yticks(domains.index, domains["domain"])

@@ -111,17 +111,13 @@ def _stats_of_counts(counts: Tensor, rule: Rule) -> dict:
     }
 
 
-def topk_routing(
-    router_logits: Tensor, k: int = 8, temperature: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def topk_routing(router_logits: Tensor, k: int = 8, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Static top-k with the same returns as `benjamini_hochberg_routing`: the baseline."""
     check_temperature(temperature)
     return _dense(TopK(k), router_logits, temperature, None)
 
 
-def _dense(
-    rule: Rule, router_logits: Tensor, temperature: float, layer: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _dense(rule: Rule, router_logits: Tensor, temperature: float, layer: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a rule to logits of any leading shape; weights scattered to one column per expert."""
     check_logits(router_logits)
     lead, num_experts = router_logits.shape[:-1], router_logits.shape[-1]
