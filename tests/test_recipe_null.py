@@ -125,7 +125,7 @@ def test_the_evidence_tests_it_and_the_figure_draws_it(monkeypatch):
     assert {f"logistic, {statistic}" for statistic in STATISTICS} < makers.keys()
     assert not makers["logistic, standardized, per expert"].shared
     study = SimpleNamespace(
-        model=tiny_olmoe(), calibration_logits=noise(2, 128), validation_logits=noise(2, 128), window=64
+        name="tiny", model=tiny_olmoe(), calibration_logits=noise(2, 128), validation_logits=noise(2, 128), window=64
     )
     table = compute_null_calibration(study)
     assert {"Laplace", "logistic, centered"} < set(table["null"])
