@@ -221,14 +221,16 @@ def test_not_collecting_records_nothing():
 
 
 def test_a_patch_lets_go_of_the_model():
+    others = len(patching._patched_routers)  # other test files may keep a patched model
     model = tiny_olmoe()
     with BHRoutingIntegration(model):
         logits_of(model, tokens(1, 5))
     gc.collect()
-    assert not patching._patched_routers
+    assert len(patching._patched_routers) == others
 
 
 def test_a_model_dropped_while_patched_is_freed():
+    others = len(patching._patched_routers)
     model = tiny_olmoe()
     dropped = [weakref.ref(model)]
     bh = BHRoutingIntegration(model).patch_model()
@@ -238,7 +240,7 @@ def test_a_model_dropped_while_patched_is_freed():
         BHRoutingIntegration(model).patch_model()
     del model, bh
     gc.collect()
-    assert [one() for one in dropped] == [None, None] and not patching._patched_routers
+    assert [one() for one in dropped] == [None, None] and len(patching._patched_routers) == others
 
 
 def test_a_patch_nobody_holds_stays_in_the_model():
