@@ -63,7 +63,7 @@ class ConformalNull(FittedNull):
             return f"sample is {kind_of(sample)}, not torch.float32 [{len(sizes)}, {max(sizes)}]"
         if size.dtype != torch.int64 or size.tolist() != sizes:
             return f"size is {kind_of(size)}, not the sample sizes of the header"
-        is_value = torch.arange(max(sizes)) < size[:, None]
+        is_value = torch.arange(max(sizes), device="cpu") < size[:, None]
         if not (sample.isfinite() == is_value).all() or not (sample[~is_value] == torch.inf).all():
             return "sample has values that are NaN or infinite"
         return "sample is not in increasing order" if (sample.diff(dim=-1) < 0).any() else None

@@ -137,7 +137,7 @@ def _by_layer(values, name: str) -> list[Tensor]:
         raise ValueError(f"{name} is empty; pass two points or more")
     if np.ndim(values[0]) == 0:
         values = [values]
-    tables = [torch.as_tensor(np.asarray(table, dtype=np.float64)) for table in values]
+    tables = [torch.as_tensor(np.asarray(table, dtype=np.float64), device="cpu") for table in values]
     for layer, table in enumerate(tables):
         if table.ndim != 1:
             raise ValueError(f"{name}[{layer}] has shape {tuple(table.shape)}, but must be 1-D: a value for each point")
