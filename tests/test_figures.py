@@ -282,3 +282,9 @@ def test_the_figures_tell_what_was_routed(small_study):
     assert tokens["value"].mean() == pytest.approx(run.counts[:, :-1].mean(), rel=0.01)
     assert tokens["loss"].is_monotonic_increasing
     assert small_study.runs["top-8"].counts.min() == TopK(8).k
+
+
+def test_an_empty_cell_among_words_has_not_moved():
+    was = pd.DataFrame({"equal": [True, None, "word"]})
+    assert tables.compare_tables(was, was.copy(), {}).empty
+    assert len(tables.compare_tables(was, was.assign(equal=[True, "word", None]), {})) == 2

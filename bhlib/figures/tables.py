@@ -40,7 +40,7 @@ def compare_tables(was: pd.DataFrame, now: pd.DataFrame, tolerance: Mapping[str,
             same = ((after - before).abs() <= allowed) | (before == after) | (before.isna() & after.isna())
         else:
             allowed = pd.Series(tolerance.get(column, 0.0), index=was.index)
-            same = before.astype(str) == after.astype(str)
+            same = (before.astype(str) == after.astype(str)) | (before.isna() & after.isna())
         for i in np.flatnonzero(~same & (allowed != FREE)):
             rows.append((i + 1, column, before[i], after[i], allowed[i]))
     return pd.DataFrame(rows, columns=columns)
