@@ -18,6 +18,7 @@ from bhlib.rules import (
     EntropyK,
     KeepMass,
     MinP,
+    Routing,
     StaticPerLayer,
     Threshold,
     TopK,
@@ -408,3 +409,22 @@ def test_compiled_code_takes_a_moved_level_as_it_is(name, backend):
         holder.rule = rule.at(several)
         assert all(torch.equal(one, other) for one, other in zip(compiled(logits), holder.rule(logits, 1), strict=True))
     assert counter.frame_count == 2, "once more for a level that differs by sequence"
+
+
+# -- the forms in which a model and its records take a routing -----------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [BH(max_k=5), TopP(max_k=5)], ids=lambda rule: type(rule).__name__)
+def test_forms_for_a_model_and_its_records(rule):
+    logits = random_logits(20, 16).to(torch.bfloat16)
+    weights, experts, counts = rule(logits, weighting="normalized")
+    forms = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16)
+    assert torch.equal(forms.weights, weights.to(torch.bfloat16)) and forms.kept is None
+    assert torch.equal(forms.experts, torch.where(experts < 0, 16, experts)) and (forms.experts == 16).any()
+    new = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, keep=True).kept
+    assert torch.equal(new.weights, weights) and torch.equal(new.experts.long(), experts)
+    assert torch.equal(new.counts.long(), counts) and new.experts.dtype == new.counts.dtype == torch.int16
+    room = Routing(torch.full((3, 20, 5), 7.0), torch.full((3, 20, 5), 7).short(), torch.full((3, 20), 7).short())
+    kept = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, keep=room, row=1).kept
+    for part, one, other in zip(room, kept, new, strict=True):
+        assert torch.equal(one, other) and torch.equal(part[1], other) and (part[0] == 7).all() and (part[2] == 7).all()

@@ -33,6 +33,24 @@ class Routing(NamedTuple):
     counts: Tensor
 
 
+class Forms(NamedTuple):
+    """A routing as a model's experts take it, and as records keep it.
+
+    Attributes
+    ----------
+    weights : Tensor [tokens, slots]
+        In the dtype of the model; 0 in an empty slot.
+    experts : Tensor [tokens, slots], int64
+        The number of experts in an empty slot.
+    kept : Routing or None
+        Weights in float32 or wider, experts in int16 with -1 in an empty slot, counts in int16; None if not asked for.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    kept: Routing | None
+
+
 @dataclass(frozen=True)
 class Rule:
     """Base of all rules. Subclasses write `select`; everything else follows.
@@ -235,6 +253,33 @@ class Rule:
         """The same routing, with the same options, by a kernel where rule and device have one; here, without."""
         return self(router_logits, layer, weighting=weighting, temperature=temperature)
 
+    def fused_forms(
+        self,
+        router_logits: Tensor,
+        layer: int | None = None,
+        *,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        dtype: torch.dtype,
+        keep: bool | Routing = False,
+        row: int = 0,
+    ) -> Forms:
+        """`fused`, in the forms in which a model and its records take it: of one launch, where there is a kernel.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of the weights for the model.
+        keep : bool or Routing
+            Whether to give what records keep: in new tensors, or written into these, weights and experts
+            [layers, tokens, slots] and counts [layers, tokens] of any dtypes. They may be slices by tokens of tensors
+            without gaps.
+        row : int
+            The layer among those that are kept.
+        """
+        routing = self.fused(router_logits, layer, weighting=weighting, temperature=temperature)
+        return forms_of(routing, router_logits.shape[-1], dtype, keep, row)
+
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""
 
@@ -345,3 +390,18 @@ def tokens_each(num_tokens: int, num_levels: int) -> int:
             f"batch, or a single one for all."
         )
     return num_tokens // num_levels
+
+
+def forms_of(
+    routing: Routing, num_experts: int, dtype: torch.dtype, keep: bool | Routing = False, row: int = 0
+) -> Forms:
+    """A routing in the forms in which a model and its records take it; the arguments of `Rule.fused_forms`."""
+    weights, experts, counts = routing
+    kept = None
+    if isinstance(keep, Routing):
+        for room, part in zip(keep, routing, strict=True):
+            room[row] = part
+        kept = Routing(*(room[row] for room in keep))
+    elif keep:
+        kept = Routing(weights, experts.to(torch.int16), counts.to(torch.int16))
+    return Forms(weights.to(dtype), experts.masked_fill(experts < 0, num_experts), kept)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from bhlib import kernels
 from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, reject
 from bhlib.pvalues import DirichletNull, PValueMaker, make_pvalues
-from bhlib.rules.base import Level, Routing, Rule, by_token, each, tokens_each
+from bhlib.rules.base import Forms, Level, Routing, Rule, by_token, each, forms_of, tokens_each
 from bhlib.weighting import find_weighting
 
 #: Procedures whose decision compares the k-th smallest p-value with a constant: no p-values are needed then.
@@ -135,26 +135,57 @@ class BH(Rule):
         Sums are taken in another order: weights agree to 1e-5, and a statistic so close to its threshold that
         rounding decides may fall on the other side.
         """
-        code, form = find_weighting(weighting).kernel, None
-        if code is not None and router_logits.dtype != torch.float64:
-            form = self.kernel_cuts(router_logits.shape[-1], layer, router_logits.device)
-        if form is None or code is None:
+        settings = self._kernel_settings(router_logits, layer, weighting)
+        if settings is None:
             return self(router_logits, layer, weighting=weighting, temperature=temperature)
         from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
 
+        return Routing(*bh_route(router_logits, **settings, temperature=temperature))
+
+    def fused_forms(
+        self,
+        router_logits: Tensor,
+        layer: int | None = None,
+        *,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        dtype: torch.dtype,
+        keep: bool | Routing = False,
+        row: int = 0,
+    ) -> Forms:
+        settings = self._kernel_settings(router_logits, layer, weighting)
+        if settings is None:
+            routing = self(router_logits, layer, weighting=weighting, temperature=temperature)
+            return forms_of(routing, router_logits.shape[-1], dtype, keep, row)
+        from bhlib.kernels.routing import bh_route, bh_route_both  # imports Triton, which not everybody has
+
+        settings |= {"temperature": temperature, "weights_dtype": dtype}
+        if keep is False:
+            weights, experts, _ = bh_route(router_logits, **settings, empty=router_logits.shape[-1])
+            return Forms(weights, experts, None)
+        room = keep if isinstance(keep, Routing) else None
+        weights, experts, *kept = bh_route_both(router_logits, **settings, room=room, layer=row)
+        return Forms(weights, experts, Routing(*kept))
+
+    def _kernel_settings(self, router_logits: Tensor, layer: int | None, weighting: str) -> dict[str, Any] | None:
+        """What the routing kernel is told; None if it cannot route these logits as this rule does."""
+        code = find_weighting(weighting).kernel
+        if code is None or router_logits.dtype == torch.float64:
+            return None
+        form = self.kernel_cuts(router_logits.shape[-1], layer, router_logits.device)
+        if form is None:
+            return None
         statistic, exclude_top, cuts = form
-        return Routing(
-            *bh_route(
-                router_logits,
-                cuts,
-                statistic=statistic,
-                exclude_top=exclude_top,
-                min_k=self.min_k,
-                max_k=self.max_k,
-                weighting=code,
-                temperature=temperature,
-            )
-        )
+        if cuts.dim() == 2:
+            tokens_each(len(router_logits), len(cuts))
+        return {
+            "cuts": cuts,
+            "statistic": statistic,
+            "exclude_top": exclude_top,
+            "min_k": self.min_k,
+            "max_k": self.max_k,
+            "weighting": code,
+        }
 
     def kernel_cuts(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[str, int, Tensor] | None:
         """What the routing kernel compares with what (`bhlib.kernels.routing.cut_table`); computed once.
