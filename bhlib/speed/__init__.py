@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from bhlib.speed.call import bench_call
 from bhlib.speed.generation import bench_generate
 from bhlib.speed.layer import bench_block, bench_router
 from bhlib.speed.results import Results
@@ -25,6 +26,7 @@ from bhlib.speed.whole_model import bench_decode, bench_prefill
 
 #: What can be measured, in this order: functions of (results, limits, quick, name).
 STAGES = {
+    "call": bench_call,
     "router": bench_router,
     "block": bench_block,
     "decode": bench_decode,
