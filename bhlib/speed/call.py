@@ -36,6 +36,8 @@ MOVED_K = 2
 #: Tokens of a prompt that is generated from, and of a second one: shorter, so that the cache of the first holds it.
 #: With what is generated, 32 sequences stay below the tokens that a patch records row by row.
 PROMPTS = (64, 48)
+#: Tokens of one generation: fewer where a step is launched from the host and takes long.
+NEW_TOKENS = {"eager": 24, "compiled": 48}
 #: Tokens of the prompt that is only read.
 PREFILL = 4096
 
@@ -60,7 +62,7 @@ def bench_call(results: Results, limits: dict[str, float], quick: bool = False, 
     model = load_model(name)
     rules = rules_by_mean_k(model, random_ids(model, 1, PREFILL))
     contexts = callers(model, rules[MEAN_K].alpha)
-    batches, rounds = ((1, 8), 3) if quick else ((1, 8, 32), 7)
+    batches, rounds = ((1, 8), 3) if quick else ((1, 8, 32), 5)
     _prefill(results, limits, model, contexts, rounds)
     for batch in batches:
         _eager(results, limits, model, contexts, random_ids(model, batch, PROMPTS[0]), rounds)
@@ -107,7 +109,7 @@ def _eager(
     results: Results, limits: dict[str, float], model: nn.Module, contexts: Contexts, ids: Tensor, rounds: int
 ) -> None:
     """`generate()` as it comes, in turns: a round is one generation, its time the mean of its steps."""
-    facts, new_tokens = {}, 24
+    facts, new_tokens = {}, NEW_TOKENS["eager"]
     for candidate, context in contexts.items():
         with results.attempt("call", "eager", len(ids), candidate), context():
             sequences = generate(model, ids, new_tokens, StepClock(model), static=False)
@@ -182,7 +184,7 @@ def _turn(
     from torch._dynamo.utils import counters
 
     before = counters["stats"]["unique_graphs"]
-    ids, new_tokens = prompts[0], 48
+    ids, new_tokens = prompts[0], NEW_TOKENS["compiled"]
     sequences = generate(model, ids, new_tokens, StepClock(model))
     graphs = counters["stats"]["unique_graphs"]
     clocks = [StepClock(model) for _ in range(3)]
