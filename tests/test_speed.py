@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.container import BarContainer
 from models import tiny_olmoe, tokens
 from transformers import StaticCache
 
@@ -280,7 +281,7 @@ def test_the_fastest_is_chosen_among_what_was_measured(tmp_path):
 
 def test_figure_shows_times_floor_and_ideal(tmp_path):
     fig = draw_speed(full_table(tmp_path))
-    panels = [axes for axes in fig.axes if axes.get_visible()]
+    panels = [axes for axes in fig.axes if axes.get_visible() and not axes.patches]
     assert len(panels) == 12
     lines = {line.get_label(): line.get_xydata() for line in panels[0].lines}
     ideal = next(data for label, data in lines.items() if label.startswith("ideal"))
@@ -288,6 +289,20 @@ def test_figure_shows_times_floor_and_ideal(tmp_path):
     floor = next(data for label, data in lines.items() if label.startswith("floor"))
     assert floor.ravel().tolist() == pytest.approx([2, 100, 4, 200, 8, 400])
     assert "1 GHz" in fig.texts[-1].get_text() and "medians of 5" in fig.texts[-1].get_text()
+
+
+def test_figure_begins_with_the_call_as_a_share_of_the_unpatched_time(tmp_path):
+    table = full_table(tmp_path)
+    fig = draw_speed(table)
+    panels = [axes for axes in fig.axes if axes.patches]
+    assert [len(axes.get_xticklabels()) for axes in panels] == [3, 3, 1]
+    bars = [group for group in panels[1].containers if isinstance(group, BarContainer)]
+    heights = {group.get_label().partition(",")[0]: [bar.get_height() for bar in group] for group in bars}
+    shares = {"patched as in the README": 1 / 2, "the same": 1 / 3, "no expert at all": 1 / 4}
+    assert heights == {label: pytest.approx([share] * 3) for label, share in shares.items()}
+    assert panels[1].get_xticklabels()[2].get_text() == "32 sequences\n6 ms"
+    assert len(draw_speed(table[table["stage"] == "call"]).axes) == 3
+    assert not any(axes.patches for axes in draw_speed(table[table["stage"] != "call"]).axes)
 
 
 # -- the command -------------------------------------------------------------------------------------------------
