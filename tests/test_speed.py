@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pandas as pd
@@ -169,6 +170,26 @@ def test_the_call_is_measured_unpatched_patched_and_without_statistics(called):
     assert (mean_k["unpatched"] == 8).all() and (mean_k["no experts"] == 0).all()
     assert mean_k["patched"].between(3, 5).all() and mean_k["patched"].equals(mean_k["no statistics"])
     assert (rows.loc["compiled", ["graphs", "graph_breaks", "recompiled"]] == 0).all(axis=None)
+
+
+def test_a_call_that_fails_is_a_row_and_the_others_go_on(results, model, monkeypatch):
+    def broken(ids, **_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(call, "NEW_TOKENS", {"compiled": 12})
+
+    @contextmanager
+    def failing():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(model, "generate", broken)
+            yield
+
+    with torch.no_grad():
+        call._compiled(results, LIMITS, model, {OURS: failing, OWN: nullcontext}, 0.1, [tokens(1, 9), tokens(1, 5)], 1)
+    table = pd.read_csv(results.path)
+    assert table["name"].tolist() == [OURS.name, OWN.name] and table["error"].tolist()[0] == "RuntimeError: no room"
+    assert table["median_us"].isna().tolist() == [True, False]
 
 
 @pytest.mark.xfail(strict=True, reason="the level of a patch cannot be set yet")

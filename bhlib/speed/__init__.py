@@ -5,9 +5,10 @@
 
 What is compared runs in one process, in turns, round after round, so that a clock that drifts or a busy host hits all
 alike; a row gives the median of the rounds and their quartiles. (A compiled model takes no turns: a patch that comes or
-goes makes compiled code forget itself; the stage "call" repeats the whole sequence.) Beside each time stands the floor: the bytes that must be read and written over
-the bandwidth of a large copy, or the operations over the rate of a large bfloat16 product, whichever takes longer, both
-measured in the same process. What fails, say for want of memory, is a row that says why.
+goes makes compiled code forget itself. The stage "call" compiles everything twice, one after the other.) Beside each
+time stands the floor: the bytes that must be read and written over the bandwidth of a large copy, or the operations
+over the rate of a large bfloat16 product, whichever takes longer, both measured in the same process. What fails, say
+for want of memory, is a row that says why.
 
 `bhlib.speed.goals` reads the table and needs no GPU.
 """

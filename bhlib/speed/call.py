@@ -149,20 +149,21 @@ def _compiled(
 
     In its last turn, the level of the patch is moved to `moved` while its compiled code stays.
     """
-    batch, found = len(prompts[0]), {}
+    batch, found = len(prompts[0]), dict[Candidate, list[_Compiled]]()
     for turn in range(turns):
         for candidate, context in contexts.items():
             _forget(model)
             with results.attempt("call", "compiled", batch, candidate), context() as patch:
-                found.setdefault(candidate, []).append(_turn(model, patch, prompts, limits))
+                done = _turn(model, patch, prompts, limits)
+                found.setdefault(candidate, []).append(done)
                 if candidate == PATCHED and turn == turns - 1:
                     with results.attempt("call", "compiled", batch, MOVED):
                         patch.alpha = moved
                         found[MOVED] = [_turn(model, patch, prompts, limits)]
-    for candidate, done in found.items():
-        seconds = np.concatenate([turn.seconds for turn in done])
-        worst = {what: max(getattr(turn, what) for turn in done) for what in ("graphs", "graph_breaks", "recompiled")}
-        results.add("call", "compiled", batch, candidate, done[0].mean_k, seconds, done[0].floor, **worst)
+    for candidate, those in found.items():
+        seconds = np.concatenate([one.seconds for one in those])
+        worst = {what: max(getattr(one, what) for one in those) for what in ("graphs", "graph_breaks", "recompiled")}
+        results.add("call", "compiled", batch, candidate, those[0].mean_k, seconds, those[0].floor, **worst)
 
 
 def _forget(model: nn.Module) -> None:
