@@ -163,7 +163,7 @@ def test_a_launch_writes_for_a_model_and_for_records(room, alpha):
     tokens, keep = len(logits), True
     if room != "none":
         size = tokens + (3 if room == "slice" else 0)
-        parts = torch.full((2, size, 6), 7.0), torch.full((2, size, 6), 7).short(), torch.full((2, size), 7).short()
+        parts = torch.full((2, size, 6), -7.0), torch.full((2, size, 6), -7).short(), torch.full((2, size), -7).short()
         parts = Routing(*(part.to(DEVICE) for part in parts))
         keep = Routing(*(part[:, 1 : 1 + tokens] if room == "slice" else part for part in parts))
     options = {"dtype": torch.float16, "weighting": "normalized", "temperature": 1.3}
@@ -179,7 +179,7 @@ def test_a_launch_writes_for_a_model_and_for_records(room, alpha):
     if room != "none":
         for part, kept, new in zip(parts, keep, expected.kept, strict=True):
             assert torch.equal(kept[1], new)
-            assert (part[0] == 7).all() and (part == 7).sum() == part.numel() - new.numel(), "nothing else is written"
+            assert (part[0] == -7).all() and (part == -7).sum() == part.numel() - new.numel(), "nothing else is written"
 
 
 def kernel_routing(rule, logits):

@@ -411,6 +411,23 @@ def test_compiled_code_takes_a_moved_level_as_it_is(name, backend):
     assert counter.frame_count == 2, "once more for a level that differs by sequence"
 
 
+def test_what_compiled_code_finds_unprepared_is_right_too():
+    holder, logits = SimpleNamespace(rule=TopP(0.4)), random_logits(40, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda logits: holder.rule(logits), backend="eager", fullgraph=True)
+    for level in (0.4, 0.2, 0.7):
+        holder.rule = TopP(level)
+        assert torch.equal(compiled(logits).counts, TopP(level)(logits).counts)
+
+
+def test_a_level_read_in_inference_is_good_for_training():
+    rule, logits = MinP(), random_logits(10, 64)
+    with torch.inference_mode():
+        rule(logits)
+    rule(logits.requires_grad_()).weights.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
 # -- the forms in which a model and its records take a routing -----------------------------------------------------
 
 

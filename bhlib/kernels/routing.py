@@ -265,8 +265,8 @@ def _launch(
                 cuts,
                 weights,
                 experts,
-                weights if kept_weights is None else kept_weights,
-                experts if kept_experts is None else kept_experts,
+                kept_weights,
+                kept_experts,
                 counts,
                 num_tokens,
                 num_tokens // len(cuts) if cuts.dim() == 2 else num_tokens,
@@ -283,8 +283,6 @@ def _launch(
                 EXCLUDE_TOP=exclude_top,
                 NORMALIZE=normalize,
                 TEMPERED=temperature != 1.0,
-                BY_SEQUENCE=cuts.dim() == 2,
-                BOTH=kept_weights is not None,
                 num_warps=warps,
             )
 
@@ -351,8 +349,6 @@ def _route(
     EXCLUDE_TOP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     TEMPERED: tl.constexpr,
-    BY_SEQUENCE: tl.constexpr,
-    BOTH: tl.constexpr,
 ):
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     rank = tl.arange(0, WIDTH)[None, :]  # of a logit after sorting, and of an expert before
@@ -395,10 +391,7 @@ def _route(
             value /= tl.maximum(tl.sqrt(tl.sum(squares, axis=1)[:, None] / (size - 1)), 1e-30)
 
     # Step-up: the largest k whose k-th largest statistic passes the k-th cut.
-    if BY_SEQUENCE:
-        cut = tl.load(cuts_ptr + token // tokens_each * NUM_EXPERTS + rank, mask=inside, other=float("inf"))
-    else:
-        cut = tl.load(cuts_ptr + rank, mask=valid, other=float("inf"))
+    cut = tl.load(cuts_ptr + token // tokens_each * NUM_EXPERTS + rank, mask=inside, other=float("inf"))
     significant = tl.max(tl.where(valid & (value >= cut), rank + 1, 0), axis=1)
     count = tl.minimum(tl.maximum(significant, MIN_K), MAX_K)
     kept = rank < count[:, None]
@@ -414,7 +407,7 @@ def _route(
     written = (token < num_tokens) & (rank < MAX_K)
     tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=written)
     tl.store(experts_ptr + slot, tl.where(kept, expert, EMPTY).to(tl.int64), mask=written)
-    if BOTH:
+    if kept_weights_ptr is not None:
         slot = (token.to(tl.int64) + kept_row) * MAX_K + rank
         tl.store(kept_weights_ptr + slot, weight.to(kept_weights_ptr.dtype.element_ty), mask=written)
         kept_expert = tl.where(kept, expert, -1).to(kept_experts_ptr.dtype.element_ty)

@@ -155,10 +155,10 @@ class Rule:
         """What depends on the level, as a tensor that is kept: [...] for one level, [levels, ...] for several."""
         key = dtype, str(device)
         if key not in self._level_tensors:
-            tensor = torch.tensor(self._level_values(), dtype=dtype, device=device)
-            if torch.compiler.is_compiling():  # a tensor of the trace, which holds no values
-                return tensor
-            self._level_tensors[key] = tensor
+            if torch.compiler.is_compiling():  # a tensor of the trace holds no values that could be kept
+                return torch.tensor(self._level_values(), dtype=dtype, device=device)
+            with torch.inference_mode(False):  # else it could not be used in training later
+                self._level_tensors[key] = torch.tensor(self._level_values(), dtype=dtype, device=device)
         return self._level_tensors[key]
 
     def _level_values(self) -> Any:
