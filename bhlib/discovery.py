@@ -188,7 +188,7 @@ def _mend_quantization(model: nn.Module) -> str:
     return (
         f"Its quantization ({getattr(method, 'value', method)}) replaces the experts' modules by its own. Load it with "
         f"dequantize=True in its quantization config, or quantize the plain checkpoint in a way that keeps them: "
-        f"bhlib/models.md lists those."
+        f"bhlib/large_models.md lists those."
     )
 
 
