@@ -10,6 +10,7 @@ This is the only module that reads or writes the attribute ``_experts_implementa
 has a public way to set it, for a whole model and for names that it knows, and none to ask for it.
 """
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 
+from bhlib.hooks import own_forward
 from bhlib.rules import TopK
 from bhlib.weighting import WEIGHTINGS
 
@@ -56,6 +58,11 @@ class MoELayer:
         How the router makes weights of its logits, one of `bhlib.weighting.WEIGHTINGS`.
     narrows : bool
         Whether the router takes float64 logits, those of a float64 model, to float32 first, as most do.
+    linear : bool
+        Whether the logits are the hidden states times the router's weight, plus its bias if it has one, and nothing
+        else, so that they can be had without all that the router goes on to do.
+    casts : bool
+        Whether a `linear` router gives its weights in the dtype of its logits, not in that of its scores.
     """
 
     index: int
@@ -66,6 +73,8 @@ class MoELayer:
     top_k: int
     weighting: str
     narrows: bool
+    linear: bool = False
+    casts: bool = False
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -208,13 +217,13 @@ def _num_rows(module: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def _probe(router: "RouterModule", name: str, num_experts: int) -> tuple[int, str, bool]:
-    """Run a router on random inputs: its top-k, which weighting gives its weights to the last bit, whether it narrows.
+def _probe(router: "RouterModule", name: str, num_experts: int) -> tuple[int, str, bool, bool, bool]:
+    """Run a router on random inputs: its top-k, which weighting gives its weights to the last bit, and the rest.
 
-    The last two as in `MoELayer`.
+    All as in `MoELayer`, in its order.
     """
     refusal = f"The router {name!r} ({type(router).__name__}) cannot be patched: "
-    logits, weights, index = _run_alone(router, refusal)
+    noise, (logits, weights, index) = _run_alone(router, refusal)
     if logits.shape[-1] != num_experts or weights.shape != index.shape or index.is_floating_point():
         raise ValueError(
             f"{refusal}it returns shapes {tuple(logits.shape)}, {tuple(weights.shape)}, {tuple(index.shape)}, "
@@ -227,7 +236,7 @@ def _probe(router: "RouterModule", name: str, num_experts: int) -> tuple[int, st
         routing = TopK(top_k)(as_scored(logits, narrows), weighting=weighting)
         if torch.equal(routing.experts, index) and torch.equal(routing.weights.to(weights.dtype), weights):
             _refuse_corrections(router, refusal, num_experts)
-            return top_k, weighting, narrows
+            return top_k, weighting, narrows, *_find_product(router, noise, logits)
     raise ValueError(
         f"{refusal}its weights follow from its logits in none of the ways that are known: {', '.join(WEIGHTINGS)} "
         f"(correction biases, groups and scaling factors are not supported). Another way is one more "
@@ -235,8 +244,30 @@ def _probe(router: "RouterModule", name: str, num_experts: int) -> tuple[int, st
     )
 
 
-def _run_alone(router: "RouterModule", refusal: str) -> tuple[Tensor, Tensor, Tensor]:
-    """What a router makes of random hidden states: three tensors, or an error that begins with `refusal`."""
+def _find_product(router: "RouterModule", noise: Tensor, logits: Tensor) -> tuple[bool, bool]:
+    """`MoELayer.linear` and `MoELayer.casts`, from the logits that a router gave to noise."""
+    wrapped = own_forward(router) is vars(router).get("forward")
+    if wrapped or next(router.children(), None) or not torch.equal(linear_logits(router, noise), logits):
+        return False, False
+    # In bfloat16 too: some routers compute in float32 whatever they are given, which shows there only.
+    low = copy.copy(router)
+    states = {"_parameters": router._parameters, "_buffers": router._buffers}
+    for name, tensors in states.items():
+        vars(low)[name] = {key: tensor if tensor is None else tensor.bfloat16() for key, tensor in tensors.items()}
+    low.training = False
+    low_logits, low_weights, _ = low.forward(noise.bfloat16())
+    linear = torch.equal(linear_logits(low, noise.bfloat16()), low_logits)
+    return linear, low_weights.dtype == low_logits.dtype
+
+
+def linear_logits(router: "RouterModule", hidden_states: Tensor) -> Tensor:
+    """Logits [tokens, experts] of a router that is `MoELayer.linear`, of hidden states [..., hidden]."""
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return nn.functional.linear(rows, router.weight, getattr(router, "bias", None))
+
+
+def _run_alone(router: "RouterModule", refusal: str) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Random hidden states, and the three tensors a router makes of them, or an error that begins with `refusal`."""
     if hasattr(router.weight, "device_mesh"):
         raise ValueError(
             f"{refusal}its weight is sharded over processes (a DTensor, as fully_shard or a tensor-parallel plan makes "
@@ -247,18 +278,19 @@ def _run_alone(router: "RouterModule", refusal: str) -> tuple[Tensor, Tensor, Te
         raise ValueError(f"{refusal}its weights are on the meta device, without values. Load the model first.")
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(256, router.weight.shape[1], generator=generator, device="cpu")
+    noise = noise.to(device, router.weight.dtype)
     training = router.training
     try:
         # Noise that a router adds in training would hide its rule. `forward` leaves other people's hooks alone.
         router.training = False
-        output = router.forward(noise.to(device, router.weight.dtype))
+        output = own_forward(router)(noise)
     except TypeError as error:
         raise ValueError(f"{refusal}it needs more than the hidden states ({error}).") from error
     finally:
         router.training = training
     if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(x, Tensor) for x in output)):
         raise ValueError(f"{refusal}it does not return (router_logits, top_k_weights, top_k_index).")
-    return output
+    return noise, output
 
 
 def as_scored(router_logits: Tensor, narrows: bool) -> Tensor:

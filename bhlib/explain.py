@@ -18,6 +18,7 @@ from torch import Tensor
 from bhlib.procedures import critical_values
 from bhlib.pvalues import check_logits
 from bhlib.rules import BH, Replay, Routing, Rule, Threshold
+from bhlib.rules.base import by_token, each
 from bhlib.weighting import find_weighting, probabilities
 
 COLUMNS = [
@@ -41,7 +42,8 @@ def explain(
     Parameters
     ----------
     rule : Rule
-        Any rule of `bhlib.rules`, or one of your own.
+        Any rule of `bhlib.rules`, or one of your own. If its level differs by sequence, the tokens are those of a
+        batch; for a single token give the rule at its own level, ``rule.at(rule.level[sequence])``.
     logits : Tensor [experts] or [tokens, experts], any float dtype
         Router logits of one token, or of several.
     layer : int, optional
@@ -107,7 +109,8 @@ def explain(
     weights.scatter_(-1, routing.experts % (num_experts + 1), routing.weights)
     decides = _deciding(rule)
     pvalues = decides.pvalues(rows, layer) if isinstance(decides, BH) else torch.full_like(rows, torch.nan)
-    probability_threshold, pvalue_threshold = _thresholds(decides, num_experts, layer, device)
+    needed = _thresholds(decides, num_experts, layer, device)
+    probability_threshold, pvalue_threshold = (by_token(threshold, num_tokens) for threshold in needed)
     bound = np.select([(counts > found[:, None]).cpu(), (counts < found[:, None]).cpu()], ["min_k", "max_k"], "none")
     columns = {
         "rank": ranks,
@@ -156,19 +159,26 @@ def _deciding(rule: Rule) -> Rule:
 
 
 def _thresholds(rule: Rule, num_experts: int, layer: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the probability, and the p-value, of each rank is compared with: float64 [experts], NaN where unknown."""
-    unknown = torch.full((num_experts,), torch.nan, dtype=torch.float64, device=device)
+    """What the probability, and the p-value, of each rank is compared with: float64, NaN where unknown.
+
+    Each [levels, experts], or [1, experts] if it is the same for all.
+    """
+    unknown = torch.full((1, num_experts), torch.nan, dtype=torch.float64, device=device)
     if isinstance(rule, Threshold):
-        return torch.full_like(unknown, rule.threshold), unknown
+        return torch.tensor(each(rule.level), dtype=torch.float64, device=device)[:, None].expand(
+            -1, num_experts
+        ), unknown
     if not isinstance(rule, BH):
         return unknown, unknown
     try:
-        critical = critical_values(num_experts, rule.level(layer), rule.method, device=device)
+        critical = [critical_values(num_experts, x, rule.method, device=device) for x in rule.layer_levels(layer)]
     except ValueError:  # the procedure has no constants
         return unknown, unknown
     null, probability = rule.pvalues, unknown
-    if rule.has_thresholds and hasattr(null, "probability"):
-        probability = null.probability(rule.thresholds(num_experts, layer, device), num_experts)
-    elif rule.has_thresholds and null.statistic == "log_prob":
-        probability = rule.thresholds(num_experts, layer, device).double().exp()
-    return probability, critical
+    if rule.has_thresholds:
+        thresholds = rule.thresholds(num_experts, layer, device).view(-1, num_experts)
+        if hasattr(null, "probability"):
+            probability = null.probability(thresholds, num_experts)
+        elif null.statistic == "log_prob":
+            probability = thresholds.double().exp()
+    return probability, torch.stack(critical)

@@ -11,15 +11,21 @@ An ``eos_token_id`` and a ``pad_token_id`` that `generate()` alone is told, both
 be seen in a forward pass: set them in ``model.generation_config`` before patching.
 """
 
+import itertools
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+
+#: Caches that were first seen by compiled code, of which sequences are remembered.
+MOST_UNSEEN_CACHES = 64
 
 
 @dataclass(frozen=True)
@@ -47,51 +53,97 @@ class PassTokens:
     first_sequence: int
     generated: bool
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pass, padding included."""
+        return self.valid.numel()
+
+
+@dataclass(eq=False)
+class PassNote:
+    """What a forward pass was given: enough to tell its real tokens later, when somebody asks.
+
+    To note it down waits for no device, whatever the cache; its tensors belong to nobody else.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        Batch, length.
+    past : int or Tensor [], int64
+        Tokens in the cache before the pass.
+    token_ids : Tensor [batch, length], int64, or None
+    own : Tensor [batch, length], bool, or None
+        Whether the attention mask lets a token attend to itself; None without a mask.
+    before : Tensor [batch], int64, or None
+        Real tokens before the pass, by the mask; -1 or None where it does not say.
+    cached : _Cached or None
+        The sequences that the pass goes on with.
+    """
+
+    shape: tuple[int, int]
+    past: int | Tensor
+    token_ids: Tensor | None
+    own: Tensor | None
+    before: Tensor | None
+    cached: "_Cached | None" = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pass, padding included."""
+        return self.shape[0] * self.shape[1]
+
 
 class _Sequences:
     """The sequences in one cache: the number of the first, and which of their tokens [batch, end] are real."""
 
-    def __init__(self, first: int, real: Tensor) -> None:
-        self.first = first
-        self._real, self.end = real.clone(), real.shape[1]  # columns from `end` on are room to grow
-        # Which rows were fed an end-of-text token, and with what they have been fed since (-1: nothing yet).
-        self._ended = real.new_zeros(len(real))
-        self._filler = torch.full_like(self._ended, -1, dtype=torch.long)
+    def __init__(self, first: int, batch: int) -> None:
+        self.first, self.end = first, 0
+        self._real = np.ones((batch, 64), dtype=bool)  # columns from `end` on are room to grow
+        self.resume()
 
     def __len__(self) -> int:
         return len(self._real)
 
-    def lengths(self, past: int) -> Tensor:
+    def lengths(self, past: int) -> np.ndarray:
         """Real tokens [batch] among the first `past` in the cache. Tokens that came unseen are taken for real."""
-        return self._real[:, : min(past, self.end)].sum(dim=-1) + max(past - self.end, 0)
+        return self._real[:, : min(past, self.end)].sum(axis=1) + max(past - self.end, 0)
 
-    def put(self, past: int, real: Tensor) -> None:
+    def put(self, past: int, real: np.ndarray) -> None:
         """Add tokens [batch, length] after the first `past`; what stood there was cropped from the cache."""
         end = past + real.shape[1]
         if end > self._real.shape[1]:
-            with torch.inference_mode(False):  # so that it can be written to in any mode
-                larger = torch.ones(len(real), 2 * end, dtype=torch.bool, device=real.device)
+            larger = np.ones((len(real), 2 * end), dtype=bool)
             larger[:, : self.end] = self._real[:, : self.end]
             self._real = larger
+        self._real[:, self.end : past] = True
         self._real[:, past:end] = real
         self.end = end
 
-    def idle(self, token_ids: Tensor, ends: Tensor) -> Tensor:
+    def idle(self, token_ids: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
         """Rows [batch] that a decoding step feeds with the same token over and over since their end of text."""
         idle = self._ended & ((self._filler < 0) | (self._filler == token_ids))
-        self._ended = idle | torch.isin(token_ids, ends)
-        self._filler = torch.where(idle, token_ids, -1)
+        self._ended = idle | np.isin(token_ids, ends)
+        self._filler = np.where(idle, token_ids, -1)
         return idle
 
     def resume(self) -> None:
         """Take all rows for unfinished."""
-        self._ended = torch.zeros_like(self._ended)
+        # Which rows were fed an end-of-text token, and with what they have been fed since (-1: nothing yet).
+        self._ended = np.zeros(len(self._real), dtype=bool)
+        self._filler = np.full(len(self._real), -1)
+
+
+class _Cached:
+    """What passes on the same cache have in common: the sequences that they go on with."""
+
+    sequences: _Sequences | None = None
 
 
 class PassReader:
     """Reads the arguments of forward passes, and follows sequences from pass to pass through their cache.
 
-    Two threads, or two interleaved generations, each with a cache of its own, do not disturb each other.
+    In two steps: a pass is noted down while it runs (`note`), and notes are read later, in the order of the passes
+    (`read`). Two threads, or two interleaved generations, each with a cache of its own, do not disturb each other.
 
     Parameters
     ----------
@@ -107,80 +159,105 @@ class PassReader:
 
     def reset(self) -> None:
         """Number sequences from 0 again."""
-        self._by_cache: WeakKeyDictionary = WeakKeyDictionary()
+        self._by_cache: WeakKeyDictionary[Any, _Cached] = WeakKeyDictionary()
+        self._by_address: dict[int, _Cached] = {}
         self._num_sequences = 0
 
-    def read(self, inputs: Mapping[str, Any]) -> PassTokens:
-        """Describe a pass from the arguments of a forward, by name.
+    def note(self, inputs: Mapping[str, Any], ran_on: Any | None = None) -> "PassNote | PassTokens":
+        """Note down a pass that is about to run, from the arguments of a forward, by name.
+
+        A packed pass, which says everything itself, is read at once. `ran_on` is the cache of a pass that has run
+        already, and is in it.
 
         Raises
         ------
         TypeError
             If there are neither token ids nor embeddings among them, or a mask that is no Tensor.
         """
-        token_ids, tokens = inputs.get("input_ids"), _tokens(inputs)
-        batch, length = tokens.shape[:2]
-        ends = inputs.get("cu_seq_lens_q")
-        if ends is not None:
-            return _packed_tokens(inputs, token_ids, ends, batch, length)
-        cache = find_cache(inputs.values())
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = _one_mask(inputs.get("attention_mask"))
-        valid = _valid_tokens(mask, batch, length, past, tokens.device)
-        sequences = self._sequences(cache, past, valid)
+        if inputs.get("cu_seq_lens_q") is not None:
+            return _packed_tokens(inputs)
+        cache = find_cache(inputs.values()) if ran_on is None else ran_on
+        past = 0 if cache is None else cache.get_seq_length()
+        note = note_inputs(inputs, past if ran_on is None else past - _tokens(inputs).shape[1])
+        note.cached = self._cached(cache)
+        return note
+
+    def follow(self, note: PassNote, cache: Any) -> None:
+        """Remember which sequences are in a cache that a pass has made itself."""
+        with self._lock:
+            if cache not in self._by_cache and note.cached is not None:
+                self._by_cache[cache] = note.cached
+
+    def cached_at(self, keys: Tensor) -> _Cached:
+        """The sequences in the cache whose first layer holds these keys: compiled code knows no more of a cache."""
+        address = keys.data_ptr()
+        with self._lock:
+            for cache, cached in self._by_cache.items():
+                if _address(cache) == address:
+                    return cached
+            while len(self._by_address) >= MOST_UNSEEN_CACHES:
+                del self._by_address[next(iter(self._by_address))]
+            return self._by_address.setdefault(address, _Cached())
+
+    def _cached(self, cache: Any | None) -> _Cached:
+        with self._lock:
+            cached = self._by_cache.get(cache) if cache is not None else None
+            if cached is None:
+                cached = self._by_address.pop(_address(cache), None) or _Cached()
+                if cache is not None:
+                    self._by_cache[cache] = cached
+            return cached
+
+    def read(self, notes: Sequence[PassNote]) -> list[PassTokens]:
+        """Which tokens of passes were real, and where they stood. In the order of the passes, each of them once."""
+        return [self._read(note, *facts) for note, facts in zip(notes, _on_host(notes), strict=True)]
+
+    def _read(
+        self, note: PassNote, past: int, ids: np.ndarray | None, own: np.ndarray | None, before: np.ndarray | None
+    ) -> PassTokens:
+        batch, length = note.shape
+        valid = np.ones(note.shape, dtype=bool) if own is None else own
+        sequences = self._sequences(note.cached, past, batch)
         generated = past > 0 and length == 1
         if not generated or past < sequences.end:
             sequences.resume()
-        if token_ids is not None and batch > 1:  # one sequence alone is neither padded nor fed after its end
+        position = valid.cumsum(axis=1) - 1
+        if ids is not None and batch > 1:  # one sequence alone is neither padded nor fed after its end
             if generated:
-                valid = valid & self._is_fed(token_ids, sequences)
-            elif inputs.get("attention_mask") is None and past == 0:
-                valid = valid & ~self._trailing_padding(token_ids)
-        if mask is not None and mask.dim() == 2 and mask.shape[1] >= past + length:
-            position = _last(mask.long().cumsum(dim=-1), past, length) - 1
+                idle = sequences.idle(ids[:, 0], self.ends) | np.isin(ids[:, 0], list({*self.padding} - {*self.ends}))
+                valid = valid & ~idle[:, None]
+            elif own is None and past == 0:
+                valid = valid & ~self._trailing_padding(ids)
+        if before is not None and (before >= 0).all():
+            position = position + before[:, None]
         else:
-            position = sequences.lengths(past)[:, None] + valid.long().cumsum(dim=-1) - 1
+            position = sequences.lengths(past)[:, None] + valid.cumsum(axis=1) - 1
         sequences.put(past, valid)
         return PassTokens(
-            # Copies: the caller may go on to write into its own tensors.
-            valid.clone(memory_format=torch.contiguous_format),
-            position.clamp(min=0).to(torch.int32),
-            None if token_ids is None else token_ids.to(torch.int32, copy=True),
+            torch.from_numpy(valid),
+            torch.from_numpy(position.clip(min=0).astype(np.int32)),
+            None if ids is None else torch.from_numpy(ids.astype(np.int32)),
             sequences.first,
             generated,
         )
 
-    def follow(self, tokens: PassTokens, cache: object) -> None:
-        """Remember the sequences of a pass that made its own cache."""
-        with self._lock:
-            if cache not in self._by_cache and tokens.first_sequence >= 0:
-                self._by_cache[cache] = _Sequences(tokens.first_sequence, tokens.valid)
-
-    def _sequences(self, cache: object | None, past: int, valid: Tensor) -> _Sequences:
+    def _sequences(self, cached: _Cached | None, past: int, batch: int) -> _Sequences:
         """Sequences that a pass goes on with, or newly numbered ones."""
-        with self._lock:
-            known = self._by_cache.get(cache) if cache is not None and past else None
-            if known is not None and len(known) == len(valid):
-                return known
-            new = _Sequences(self._num_sequences, valid[:, :0])
-            self._num_sequences += len(valid)
-            if cache is not None:
-                self._by_cache[cache] = new
-            return new
+        known = cached.sequences if cached is not None and past else None
+        if known is not None and len(known) == batch:
+            return known
+        new = _Sequences(self._num_sequences, batch)
+        self._num_sequences += batch
+        if cached is not None:
+            cached.sequences = new
+        return new
 
-    def _is_fed(self, token_ids: Tensor, sequences: _Sequences) -> Tensor:
-        """Rows [batch, 1] of a decoding step that are no fillers."""
-        idle = sequences.idle(token_ids[:, 0], token_ids.new_tensor(self.ends))
-        padding = token_ids.new_tensor([token for token in self.padding if token not in self.ends])
-        return ~(idle[:, None] | torch.isin(token_ids, padding))
-
-    def _trailing_padding(self, token_ids: Tensor) -> Tensor:
+    def _trailing_padding(self, ids: np.ndarray) -> np.ndarray:
         """Padding [batch, length] at the right end of rows that came without a mask."""
-        padding = torch.isin(token_ids, token_ids.new_tensor(self.padding))
-        if not self._has_warned and token_ids.shape[1] > 1:
-            fillers = token_ids.new_tensor([0, *self.ends])
-            last, before = token_ids[:, -1], token_ids[:, -2]
-            repeated = last[(last == before) & torch.isin(last, fillers) & ~padding[:, -1]]
+        padding = np.isin(ids, self.padding)
+        if not self._has_warned and ids.shape[1] > 1:
+            last, before = ids[:, -1], ids[:, -2]
+            repeated = last[(last == before) & np.isin(last, (0, *self.ends)) & ~padding[:, -1]]
             if len(repeated):
                 self._has_warned = True
                 warnings.warn(
@@ -189,7 +266,7 @@ class PassReader:
                     f"set model.config.pad_token_id before patching, if it is padding.",
                     stacklevel=2,
                 )
-        return padding.flip(-1).cumprod(dim=-1).flip(-1).bool()
+        return np.minimum.accumulate(padding[:, ::-1], axis=1)[:, ::-1]
 
 
 def special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
@@ -220,10 +297,99 @@ def _tokens(inputs: Mapping[str, Any]) -> Tensor:
     )
 
 
-def _packed_tokens(
-    inputs: Mapping[str, Any], token_ids: Tensor | None, ends: Tensor, batch: int, length: int
-) -> PassTokens:
-    """A pass of several sequences in a row; the i-th ends at `ends[i + 1]`, and padding may follow the last."""
+def note_inputs(inputs: Mapping[str, Any], past: int | Tensor) -> PassNote:
+    """What can be told of a pass from its arguments, by name, where the cache held `past` tokens before.
+
+    In operations that a compiler can follow, and none that waits for the device.
+    """
+    token_ids, tokens = inputs.get("input_ids"), _tokens(inputs)
+    batch, length = tokens.shape[:2]
+    mask = _one_mask(inputs.get("attention_mask"))
+    own = before = None
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                f"bhlib cannot tell padding from an attention mask of type {type(mask).__name__}: pass a Tensor "
+                f"[batch, length], or patch with collect_stats=False."
+            )
+        own, before = _read_mask(mask, past, batch, length)
+    return PassNote(
+        (batch, length),
+        past.clone() if isinstance(past, Tensor) else past,
+        None if token_ids is None else token_ids.clone(),  # the caller may go on to write into its own tensors
+        own,
+        before,
+    )
+
+
+def _read_mask(mask: Tensor, past: int | Tensor, batch: int, length: int) -> tuple[Tensor, Tensor | None]:
+    """`PassNote.own` and `PassNote.before`.
+
+    A mask of all keys has the pass's own after the past ones, and may reach on to the cache's end. Under
+    sliding-window attention the oldest keys are gone, and the pass's own are the last.
+    """
+    width = mask.shape[-1]
+    if not isinstance(past, Tensor):
+        start = min(past, width - length)
+        if mask.dim() == 2:
+            own = mask[:, start : start + length].to(torch.bool, copy=True)
+            return own, mask[:, :start].long().sum(dim=1) if start == past > 0 else None
+        # [batch, 1, query, key], True or 0.0 where attention is allowed: a real token may attend to itself.
+        own = mask[:, 0].diagonal(offset=start, dim1=-2, dim2=-1)
+        return _allowed(own).expand(batch, length).clone(), None
+    start = past.clamp(max=width - length)
+    column = start + torch.arange(length, device=mask.device)
+    if mask.dim() == 2:
+        is_past = torch.arange(width, device=mask.device) < start
+        before = torch.where(start == past, (mask.bool() & is_past).sum(dim=1), -1)
+        return mask.index_select(1, column).bool(), before
+    rows = mask[:, 0].gather(2, column[None, :, None].expand(mask.shape[0], length, 1))
+    return _allowed(rows[..., 0]).expand(batch, length).clone(), None
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _on_host(notes: Sequence[PassNote]) -> Iterator[tuple]:
+    """Past, token ids, own and before of each note, as numpy arrays, with one copy from the device for each kind."""
+    tensors = [(note.past, note.token_ids, note.own, note.before) for note in notes]
+    on_device: dict[tuple, list[Tensor]] = {}
+    for one in itertools.chain.from_iterable(tensors):
+        if isinstance(one, Tensor) and one.device.type != "cpu":
+            on_device.setdefault((one.device, one.dtype), []).append(one)
+    arrays: dict[int, np.ndarray] = {}
+    for group in on_device.values():
+        flat, start = torch.cat([one.reshape(-1) for one in group]).cpu().numpy(), 0
+        for one in group:
+            arrays[id(one)] = flat[start : start + one.numel()].reshape(one.shape)
+            start += one.numel()
+    for past, *others in tensors:
+        found = [None if x is None else arrays[id(x)] if id(x) in arrays else x.numpy() for x in others]
+        if isinstance(past, Tensor):
+            past = int(arrays[id(past)] if id(past) in arrays else past)
+        yield past, *found
+
+
+def _address(cache: Any | None) -> int | None:
+    """Where the keys of a cache's first layer lie; None if it has none yet."""
+    keys = first_keys(cache)
+    return None if keys is None else keys.data_ptr()
+
+
+def first_keys(cache: Any | None) -> Tensor | None:
+    """The keys of the first layer of a cache that holds any."""
+    for layer in getattr(cache, "layers", ()):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor):
+            return keys
+    return None
+
+
+def _packed_tokens(inputs: Mapping[str, Any]) -> PassTokens:
+    """A pass of several sequences in a row; the i-th ends at `cu_seq_lens_q[i + 1]`, padding may follow the last."""
+    token_ids, ends = inputs.get("input_ids"), inputs["cu_seq_lens_q"]
+    batch, length = _tokens(inputs).shape[:2]
     column = torch.arange(length, device=ends.device)
     position = inputs.get("position_ids")
     if position is None:
@@ -238,41 +404,10 @@ def _packed_tokens(
     )
 
 
-def _one_mask(mask: Any) -> Tensor | None:
+def _one_mask(mask: Any) -> Any:
     """The mask that says most, where there is one for each kind of attention."""
     if isinstance(mask, dict):
         if "full_attention" in mask:
             return mask["full_attention"]
         return next((mask[kind] for kind in sorted(mask) if mask[kind] is not None), None)
     return mask
-
-
-def _valid_tokens(mask: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
-    """Which tokens [batch, length] of a pass are no padding, by its attention mask."""
-    if mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"bhlib cannot tell padding from an attention mask of type {type(mask).__name__}: pass a Tensor "
-            f"[batch, length], or patch with collect_stats=False."
-        )
-    if mask.dim() == 2:
-        return _last(mask, past, length).bool()
-    # [batch, 1, query, key], True or 0.0 where attention is allowed: a real token may attend to itself.
-    own = mask[:, 0].diagonal(offset=_start(mask, past, length), dim1=-2, dim2=-1)
-    return (own if own.dtype == torch.bool else own == 0).expand(batch, length)
-
-
-def _start(mask: Tensor, past: int, length: int) -> int:
-    """Column of a pass's first token in a mask.
-
-    A mask of all keys has it after the past ones, and may reach on to the cache's end. Under sliding-window attention
-    the oldest keys are gone, and the pass's own are the last.
-    """
-    return min(past, mask.shape[-1] - length)
-
-
-def _last(mask: Tensor, past: int, length: int) -> Tensor:
-    """Columns of the current tokens."""
-    start = _start(mask, past, length)
-    return mask[:, start : start + length]

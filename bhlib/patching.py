@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import FrameType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pandas as pd
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
+from bhlib.compiled_passes import enroll, record
 from bhlib.discovery import (
     MoELayer,
     as_scored,
@@ -34,12 +36,14 @@ from bhlib.discovery import (
     find_moe_layers,
     implementation_of,
     implementations_changed,
+    linear_logits,
 )
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
-from bhlib.passes import PassReader, find_cache, special_tokens
+from bhlib.passes import PassNote, PassReader, find_cache, special_tokens
 from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
+from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
 from bhlib.rules import BH, Routing, Rule
 from bhlib.stats import RoutingStats
@@ -120,23 +124,38 @@ class RoutingPatch:
         if record_logits and not collect_stats:
             raise ValueError("record_logits=True keeps the logits with the records: leave collect_stats=True.")
         check_temperature(temperature)
-        self.model, self.rule, self.temperature, self.mode = model, rule, temperature, mode
+        self.model, self._rule, self.temperature, self.mode = model, rule, temperature, mode
         self.collect_stats, self.record_logits, self.weights = collect_stats, record_logits, weights
         self.layers = find_moe_layers(model)
-        for layer in self.layers:
-            rule.check_model(len(self.layers), layer.num_experts)
+        self._check(rule)
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
-        self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens)
         self._reader = PassReader(*special_tokens(model))
+        self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens, self._reader)
         self._hooks = PrivateHooks()
         self._implementations = ExitStack()  # how to set them back
         self._local = threading.local()
         self._body = find_body(model, self.layers)
+        self._input_names = tuple(inspect.signature(self._body.forward).parameters)
+        self._seen = [_Seen(layer) for layer in self.layers]
+        self._number = enroll(self)
         self._is_open = False  # to forward passes
         self._running: set[threading.Thread] = set()
 
     # -- patching and restoring ------------------------------------------------------------------------------
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that routes. Another can be set while the patch is in place; the next pass goes by it."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        self._check(rule)
+        if self.is_patched:
+            rule.rewind()
+            self._prepare(rule)
+        self._rule = rule
 
     @property
     def is_patched(self) -> bool:
@@ -156,17 +175,17 @@ class RoutingPatch:
                 )
         try:
             if rewind:
-                self.rule.rewind()
+                self._rule.rewind()
             self._is_open = True
+            self._compiles_whole = self._expects_whole_graphs()
+            self._ticket = torch.zeros(1, device=self.layers[-1].router.weight.device)
             for layer in self.layers:
                 _patched_routers[layer.router] = weakref.ref(self)
-                self._hooks.add(layer.router, layer.router.register_forward_hook(_RouterHook(self, layer)))
+                self._hook_router(layer)
             if self.mode == "patch":
                 twins = implementations_changed(self.layers, lambda name: pairwise.twin(name, self.kernels))
                 self._implementations.enter_context(twins)
-            if self.kernels:
-                for layer in self.layers:
-                    self.rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
+            self._prepare(self._rule)
             body = self._body
             self._hooks.add(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._hooks.add(body, body.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
@@ -199,13 +218,41 @@ class RoutingPatch:
     def _choose_kernels(self, wanted: bool | str) -> bool:
         """Whether to use the kernels; raises if they are demanded and cannot be used."""
         if wanted == "auto":
-            own_k = self.rule.min_k == self.rule.max_k == self.layers[0].top_k
+            own_k = self._rule.min_k == self._rule.max_k == self.layers[0].top_k
             experts = [layer.experts for layer in self.layers]
             replaceable = all(implementation_of(module) in pairwise.REPLACEABLE for module in experts)
             return not own_k and replaceable and pairwise.can_be_faster(experts)
         if wanted:
             triton_kernels.demand({layer.name: layer.experts for layer in self.layers})
         return bool(wanted)
+
+    def _check(self, rule: Rule) -> None:
+        """Raise if a rule cannot route the model."""
+        for layer in self.layers:
+            rule.check_model(len(self.layers), layer.num_experts)
+
+    def _prepare(self, rule: Rule) -> None:
+        """Let a rule compute ahead what the kernels look up."""
+        if self.kernels:
+            for layer in self.layers:
+                rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
+
+    def _hook_router(self, layer: MoELayer) -> None:
+        """Replace the forward of a router, or look at what it returns where it has to run, or is not its class's."""
+        router, seen = layer.router, self._seen[layer.index]
+        if self.mode == "patch" and layer.linear and "forward" not in vars(router):
+            self._hooks.replace_forward(router, _RouterForward(self, seen))
+        else:
+            self._hooks.add(router, router.register_forward_hook(_RouterHook(self, seen)))
+
+    def _expects_whole_graphs(self) -> bool:
+        """Whether nothing in a pass keeps a compiler from one graph: no loop over experts, no rule that counts passes."""
+        if type(self._rule).end_pass is not Rule.end_pass:
+            return False
+        experts = [layer.experts for layer in self.layers]
+        if self.mode == "analyze":
+            return all(implementation_of(module) not in (None, "eager") for module in experts)
+        return self.kernels and all(triton_kernels.module_fits(m) and triton_kernels.weights_fit(m) for m in experts)
 
     def __enter__(self) -> "RoutingPatch":
         return self.patch_model()
@@ -217,9 +264,9 @@ class RoutingPatch:
 
     def route(self, layer: MoELayer, router_logits: Tensor) -> Routing:
         """Apply the rule to one layer's logits [tokens, experts]."""
-        if router_logits.device.type == "cpu":  # elsewhere the check would wait for the device
+        if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
-        rule = self.rule.fused if self.kernels else self.rule
+        rule = self._rule.fused if self.kernels else self._rule
         logits = as_scored(router_logits, layer.narrows)
         return rule(logits, layer.index, weighting=self._weighting(layer), temperature=self.temperature)
 
@@ -234,27 +281,30 @@ class RoutingPatch:
                 f"forward pass was given up: wait for the thread (join) before the `with` block ends."
             )
 
-    def _watches(self) -> bool:
-        """Whether passes have to be known one by one; compiled code does not see them otherwise."""
-        follows = type(self.rule).end_pass is not Rule.end_pass
-        return self.collect_stats or follows or not torch.compiler.is_compiling()
+    def _is_traced(self) -> bool:
+        """Whether a compiler follows the pass from its beginning to its end."""
+        return torch.compiler.is_compiling() and self._compiles_whole and not torch.is_grad_enabled()
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._watches():
-            self._begin_pass(module, args, kwargs)
+        if not self._is_traced():
+            self._begin_pass(args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        if self._watches():
+        if not self._is_traced():
             self._end_pass(output)
+        elif self.collect_stats:
+            self._record_traced(args, kwargs, output)
+
+    def _inputs(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        return dict(zip(self._input_names, args, strict=False)) | kwargs if args else kwargs
 
     @torch.compiler.disable  # to count is not the compiler's business
-    def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin_pass(self, args: tuple, kwargs: dict) -> None:
         self._running.add(threading.current_thread())  # before the look whether the patch is open, or it might not wait
         self._local.current = None
         self.check_open()
         if self.collect_stats:
-            names = inspect.signature(module.forward).parameters if args else ()
-            self._local.current = self.records.begin(self._reader.read(dict(zip(names, args, strict=False)) | kwargs))
+            self._local.current = self.records.begin(self._reader.note(self._inputs(args, kwargs)), self._rule)
 
     @torch.compiler.disable
     def _end_pass(self, output: object) -> None:
@@ -263,21 +313,28 @@ class RoutingPatch:
         finished, self._local.current = getattr(self._local, "current", None), None
         if output is None:
             return
-        self.rule.end_pass()
+        self._rule.end_pass()
         if finished is not None:
             self.records.end(finished)
-            values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
-            cache = find_cache(values)
-            if cache is not None:
+            cache = _cache_of(output)
+            if cache is not None and isinstance(finished.tokens, PassNote):
                 self._reader.follow(finished.tokens, cache)
 
+    def record(self, seen: "_Seen", routing: Routing, router_logits: Tensor) -> None:
+        """Record what a layer decided in the pass that is running."""
+        layer = seen.layer
+        logits = as_scored(router_logits, layer.narrows) if self.record_logits else None
+        if self._is_traced():
+            seen.routing, seen.logits = routing, logits
+        else:
+            self._record(layer, routing, logits)
+
     @torch.compiler.disable
-    def _record(self, layer: MoELayer, routing: Routing, router_logits: Tensor) -> None:
+    def _record(self, layer: MoELayer, routing: Routing, logits: Tensor | None) -> None:
         current = getattr(self._local, "current", None)
         if current is not None and layer.index in current.routings and not _is_running(self._body):
             current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
-            logits = as_scored(router_logits, layer.narrows) if self.record_logits else None
             current.add(layer.index, routing, logits)
         elif torch._C._current_graph_task_id() < 0:  # else gradient checkpointing repeats a pass that has been counted
             warnings.warn(
@@ -286,11 +343,43 @@ class RoutingPatch:
                 stacklevel=2,
             )
 
+    # -- the same where a compiler follows: nothing may be known to Python but what stays as it is --------------
+
+    def _record_traced(self, args: tuple, kwargs: dict, output: object) -> None:
+        """Record a pass that has come to its end, and forget what the compiler was shown of it."""
+        inputs = self._inputs(args, kwargs)
+        routings = {one.layer.index: one.routing for one in self._seen if one.routing is not None}
+        logits = {one.layer.index: one.logits for one in self._seen if one.logits is not None}
+        for one in self._seen:
+            one.routing = one.logits = None
+        cache, made = find_cache(inputs.values()), _cache_of(output)
+        if made is None if cache is None else isinstance(cache.get_seq_length(), Tensor):
+            record(self._number, self._ticket, inputs, cache, routings, logits)
+        else:  # a cache that grows gives every pass another shape anyway
+            self._record_cached(inputs, made if cache is None else cache, routings, logits)
+
+    @torch.compiler.disable
+    def _record_cached(
+        self, inputs: dict[str, Any], cache: Any, routings: dict[int, Routing], logits: dict[int, Tensor]
+    ) -> None:
+        note = self._reader.note(inputs, cache)
+        if isinstance(note, PassNote):
+            self._reader.follow(note, cache)
+        self.records.end(RunningPass(note, self._rule, routings, logits))
+
+    def take(
+        self, note: PassNote, keys: Tensor | None, routings: dict[int, Routing], logits: dict[int, Tensor]
+    ) -> None:
+        """Take in a pass that compiled code has run (`bhlib.compiled_passes`), on the cache with these keys."""
+        if keys is not None:
+            note.cached = self._reader.cached_at(keys)
+        self.records.end(RunningPass(note, self._rule, routings, logits))
+
     # -- results -----------------------------------------------------------------------------------------------
 
     def get_routing_stats(self) -> RoutingStats:
         """Exact statistics of every token routed since the last reset, padding not counted."""
-        about = {"mode": self.mode, "alpha": getattr(self.rule, "alpha", None)}
+        about = {"mode": self.mode, "alpha": getattr(self._rule, "alpha", None)}
         return RoutingStats(self.records.stats(would=self.mode == "analyze") | about)
 
     def explain(self, token: int | tuple[int, int], layer: int) -> pd.DataFrame:
@@ -328,7 +417,6 @@ class RoutingPatch:
     def reset_stats(self) -> None:
         """Forget what was recorded."""
         self.records.reset()
-        self._reader.reset()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, {self.rule!r}, mode={self.mode!r})"
@@ -416,19 +504,33 @@ class BHRoutingIntegration(RoutingPatch):
         return self.rule.max_k
 
 
-class _RouterHook:
-    """Forward hook of one router."""
+class _Seen:
+    """What compiled code was shown of one layer while it was followed: nothing, before and after a pass."""
 
-    def __init__(self, patch: RoutingPatch, layer: MoELayer) -> None:
-        self.patch, self.layer = patch, layer
+    routing: Routing | None = None
+    logits: Tensor | None = None
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.layer = layer
+
+
+class _RouterHook:
+    """Forward hook of one router: replaces its weights and indices, or only looks on."""
+
+    def __init__(self, patch: RoutingPatch, seen: _Seen) -> None:
+        self.patch, self.seen = patch, seen
 
     def __call__(self, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
-        patch, layer = self.patch, self.layer
-        patch.check_open()
         router_logits, top_k_weights, _ = output
+        return self.decide(router_logits, top_k_weights.dtype)
+
+    def decide(self, router_logits: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the router is to return; None if the patch only watches. None for a dtype leaves that of the rule."""
+        patch, layer = self.patch, self.seen.layer
+        patch.check_open()
         routing = patch.route(layer, router_logits)
         if patch.collect_stats:
-            patch._record(layer, routing, router_logits)
+            patch.record(self.seen, routing, router_logits)
         if patch.mode == "analyze":
             return None
         implementation = implementation_of(layer.experts)
@@ -438,7 +540,33 @@ class _RouterHook:
                 f"skip empty slots: set it before patching, or unpatch first."
             )
         index = routing.experts.masked_fill(routing.experts < 0, layer.num_experts)
-        return router_logits, routing.weights.to(top_k_weights.dtype), index
+        return router_logits, routing.weights if dtype is None else routing.weights.to(dtype), index
+
+
+class _RouterForward(_RouterHook):
+    """Forward of one router, in the place of its own: the logits, and the rule's weights and indices.
+
+    The softmax and the top-k, which a hook would throw away, are never computed. For routers that are
+    `MoELayer.linear`.
+    """
+
+    def __init__(self, patch: RoutingPatch, seen: _Seen) -> None:
+        super().__init__(patch, seen)
+        self.own, self.is_in_place = seen.layer.router.forward, True
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        layer = self.seen.layer
+        if not self.is_in_place:  # whoever wrapped it meanwhile still calls it
+            return self.own(hidden_states)
+        if layer.router.training:  # some add noise then
+            return super().__call__(layer.router, (hidden_states,), self.own(hidden_states))
+        router_logits = linear_logits(layer.router, hidden_states)
+        return self.decide(router_logits, router_logits.dtype if layer.casts else None)
+
+
+def _cache_of(output: object) -> Any | None:
+    """The key-value cache among what a forward returns."""
+    return find_cache(output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ())
 
 
 def _is_running(module: nn.Module) -> bool:

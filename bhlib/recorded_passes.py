@@ -1,5 +1,6 @@
 """Rows of decisions, forward pass by forward pass, in blocks that many short passes share."""
 
+import itertools
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bhlib.passes import PassTokens
-from bhlib.rules import Routing
+from bhlib.passes import PassNote, PassTokens
+from bhlib.rules import Routing, Rule
 
 #: Tokens that a block of rows has room for, unless it was made for one longer pass.
 BLOCK_TOKENS = 256
@@ -42,36 +43,43 @@ class Rows(NamedTuple):
     logits: Tensor
 
     @classmethod
-    def pack(cls, finished: "RunningPass", num_layers: int) -> "Rows":
-        """Rows of one forward pass, from the decisions of the layers that ran."""
-        tokens, routings = finished.tokens, finished.routings
-        some = next(iter(routings.values()))
-        slots = max(routing.experts.shape[-1] for routing in routings.values())
-        absent = Routing(torch.zeros_like(some.weights), *(torch.full_like(part, -1) for part in some[1:]))
-        layers = [routings.get(layer, absent) for layer in range(num_layers)]
-        no_logits = torch.zeros_like(next(iter(finished.logits.values()), some.weights[:, :0]))
+    def pack(
+        cls, passes: Sequence["RunningPass"], known: Sequence[PassTokens], num_layers: int, num_experts: int
+    ) -> "Rows":
+        """Rows of passes of one `RunningPass.kind`, one after another, from the decisions of the layers that ran."""
+        device = passes[0].device
+        slots = max(one.slots for one in passes)
+        layers = [[one.layer(layer) for one in passes] for layer in range(num_layers)]
 
-        def stack(parts: Iterable[Tensor], empty: float) -> Tensor:
-            parts = [part.to(some.counts.device) for part in parts]
-            missing = [slots - part.shape[-1] for part in parts]
-            return torch.stack([pad(x, (0, n), value=empty) if n else x for x, n in zip(parts, missing, strict=True)])
+        def join(parts: Iterable[Tensor], width: int | None = None, empty: float = 0.0) -> Tensor:
+            parts = [part.to(device) for part in parts]
+            if width is not None:
+                parts = [pad(part, (0, width - part.shape[-1]), value=empty) for part in parts]
+            return torch.cat(parts).unflatten(0, (num_layers, -1))
 
-        ids = torch.full_like(tokens.position, -1) if tokens.token_ids is None else tokens.token_ids
-        known = (part.reshape(1, -1).to(some.counts.device) for part in (tokens.valid, tokens.position, ids))
-        valid, position, token_ids = known
+        routings = list(itertools.chain.from_iterable(layers))
+        experts = join((routing.experts for routing in routings), slots, -1)
+        logits = [one.logits_of(layer) for layer in range(num_layers) for one in passes]
+        place = known[0].valid.device
+        facts = zip(*((one.valid, one.position, _ids_of(one)) for one in known), strict=True)
+        valid, position, token_ids = (torch.cat([x.reshape(1, -1).to(place) for x in parts], 1) for parts in facts)
         return cls(
-            stack((routing.weights for routing in layers), 0.0),
-            stack((routing.experts for routing in layers), -1).to(torch.int16),
-            torch.stack([routing.counts.to(some.counts.device) for routing in layers]).to(torch.int16),
-            valid,
-            position,
-            token_ids,
-            torch.stack([finished.logits.get(layer, no_logits).to(some.counts.device) for layer in range(num_layers)]),
+            join((routing.weights for routing in routings), slots),
+            torch.where(experts < num_experts, experts, -1).to(torch.int16),
+            join(routing.counts for routing in routings).to(torch.int16),
+            valid.to(device),
+            position.to(device),
+            token_ids.to(device),
+            join(logits),
         )
 
     def between(self, start: int, stop: int) -> "Rows":
         """The rows of some of the tokens, as views."""
         return Rows(*(part[:, start:stop] for part in self))
+
+    def clone(self) -> "Rows":
+        """The same rows, in memory of their own."""
+        return Rows(*(part.clone() for part in self))
 
     def totals(self, num_experts: int) -> Tensor:
         """Tokens by number of experts, and tokens by expert: int64 [2, layers, experts + 2], the first column void."""
@@ -107,41 +115,90 @@ class Block:
     def close(self) -> None:
         """Give back the room that is left."""
         if self.has_room(1):
-            self.rows = Rows(*(part.clone() for part in self.filled))
+            self.rows = self.filled.clone()
 
     @property
     def filled(self) -> Rows:
         return self.rows.between(0, self.used)
 
 
-class RunningPass:
-    """What the routers decide in one forward pass, while it runs. It belongs to one thread."""
+def _ids_of(tokens: PassTokens) -> Tensor:
+    return torch.full_like(tokens.position, -1) if tokens.token_ids is None else tokens.token_ids
 
-    def __init__(self, tokens: PassTokens) -> None:
-        self.tokens = tokens
-        self.routings: dict[int, Routing] = {}
-        self.logits: dict[int, Tensor] = {}
+
+class RunningPass:
+    """What the routers decide in one forward pass, while it runs. It belongs to one thread.
+
+    Parameters
+    ----------
+    tokens : PassTokens or PassNote
+        The tokens of the pass, or what they will be read from.
+    rule : Rule, optional
+        The rule that decides.
+    routings, logits : dict, optional
+        By layer, of a pass that has run.
+    """
+
+    def __init__(
+        self,
+        tokens: PassTokens | PassNote,
+        rule: Rule | None = None,
+        routings: dict[int, Routing] | None = None,
+        logits: dict[int, Tensor] | None = None,
+    ) -> None:
+        self.tokens, self.rule = tokens, rule
+        self.routings: dict[int, Routing] = routings or {}
+        self.logits: dict[int, Tensor] = logits or {}
 
     def add(self, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
         """Take in the decisions of one layer, a row for each token of the pass, batch-major.
 
-        `logits` [tokens, experts] are those that they were made on, if these are to be kept: for every layer or none.
+        An empty slot holds -1, or what is no expert's number. `logits` [tokens, experts] are those that the decisions
+        were made on, if these are to be kept: for every layer or none. Nobody may write into these tensors later.
 
         Raises
         ------
         RuntimeError
             If the rows are not the tokens of the pass, or the layer was there already: such records would be wrong.
         """
-        if layer in self.routings or len(routing.counts) != self.tokens.valid.numel():
+        if layer in self.routings or len(routing.counts) != self.tokens.num_tokens:
             again = ", for the second time" if layer in self.routings else ""
             raise RuntimeError(
                 f"MoE layer {layer} routed {len(routing.counts)} tokens in a forward pass of "
-                f"{self.tokens.valid.numel()}{again}: its decisions cannot be aligned with the tokens. Patch with "
+                f"{self.tokens.num_tokens}{again}: its decisions cannot be aligned with the tokens. Patch with "
                 f"collect_stats=False to route without recording."
             )
         self.routings[layer] = Routing(routing.weights.detach(), routing.experts, routing.counts)
         if logits is not None:
             self.logits[layer] = logits.detach()
+
+    @property
+    def slots(self) -> int:
+        return max(routing.experts.shape[-1] for routing in self.routings.values())
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the decisions lie; None if there are none."""
+        return next((routing.counts.device for routing in self.routings.values()), None)
+
+    @property
+    def kind(self) -> tuple:
+        """What the rows of two passes must have in common to stand in one tensor."""
+        some, logits = next(iter(self.routings.values())), next(iter(self.logits.values()), None)
+        return self.slots, some.weights.dtype, None if logits is None else logits.dtype, self.device
+
+    def layer(self, layer: int) -> Routing:
+        """The decisions of a layer; void ones if it did not run."""
+        if layer in self.routings:
+            return self.routings[layer]
+        some = next(iter(self.routings.values()))
+        return Routing(torch.zeros_like(some.weights), *(torch.full_like(part, -1) for part in some[1:]))
+
+    def logits_of(self, layer: int) -> Tensor:
+        """The logits of a layer; zeros if it did not run, no columns if none are kept."""
+        if layer in self.logits:
+            return self.logits[layer]
+        return torch.zeros_like(next(iter(self.logits.values()), self.layer(layer).weights[:, :0]))
 
 
 class RecordedPass(NamedTuple):
@@ -202,10 +259,9 @@ class RecordedPasses(Sequence):
         layers = self._partial.get(number, range(self.num_layers))
         return RecordedPass(rows, layers, (batch, length), first_sequence, bool(generated))
 
-    def append(self, finished: RunningPass, rows: Rows) -> None:
-        if len(finished.routings) < self.num_layers:
-            self._partial[len(self)] = sorted(finished.routings)
-        kind = (rows.weights.shape[-1], rows.weights.dtype, rows.logits.dtype, rows.weights.device)
+    def append(self, passes: Sequence[RunningPass], known: Sequence[PassTokens], rows: Rows) -> None:
+        """Add passes of one kind, whose rows follow one another."""
+        kind = passes[0].kind
         number = self._open.get(kind)
         if number is not None and self.blocks[number].has_room(rows.counts.shape[1]):
             start = self.blocks[number].used
@@ -216,5 +272,8 @@ class RecordedPasses(Sequence):
             number, start = len(self.blocks), 0
             self._open[kind] = number
             self.blocks.append(Block(rows))
-        tokens = finished.tokens
-        self._index.extend((number, start, *tokens.valid.shape, tokens.first_sequence, tokens.generated))
+        for one, tokens in zip(passes, known, strict=True):
+            if len(one.routings) < self.num_layers:
+                self._partial[len(self)] = sorted(one.routings)
+            self._index.extend((number, start, *tokens.valid.shape, tokens.first_sequence, tokens.generated))
+            start += tokens.num_tokens

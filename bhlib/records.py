@@ -11,19 +11,23 @@ bfloat16, 4 kB in float32. Short passes share a block (`bhlib.recorded_passes`).
 keeps totals only; whatever reads rows that were cut short says so in a warning.
 """
 
+import itertools
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from bhlib.passes import PassTokens
+from bhlib.passes import PassNote, PassReader, PassTokens
 from bhlib.recorded_passes import RecordedPass, RecordedPasses, Rows, RunningPass
-from bhlib.rules import Routing
+from bhlib.rules import Routing, Rule
 from bhlib.stats import RoutingStats, mean_std
+
+#: Passes, and tokens in them, that may have ended before they are taken in together.
+MOST_PENDING_PASSES, MOST_PENDING_TOKENS = 64, 2048
 
 #: Tokens whose rows are kept unless more are asked for: 8 MB for OLMoE.
 MAX_RECORDED_TOKENS = 10_000
@@ -43,59 +47,107 @@ class Records:
         keeps all. After the first pass that did not fit none is kept, so that the rows have no gap. Totals are
         always complete.
 
-    Attributes
-    ----------
-    passes : sequence of RecordedPass
-        The recorded forward passes, in the order in which they ended.
-    truncated : bool
-        Whether `max_tokens` has left out a pass.
+    reader : PassReader, optional
+        Reads the notes of passes that `begin` is given.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, top_k: int, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int | None = None,
+        reader: PassReader | None = None,
+    ) -> None:
         self.num_layers, self.num_experts, self.top_k = num_layers, num_experts, top_k
         self.max_tokens = max_tokens
-        self._lock = threading.Lock()
+        self.reader = reader or PassReader()
+        self._lock = threading.RLock()
         self.reset()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        self._take_in()
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "reader")}
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        vars(self).update(state, _lock=threading.RLock(), reader=PassReader())
 
     def reset(self) -> None:
         """Forget everything."""
-        self._totals: Tensor | None = None
-        self.passes = RecordedPasses(self.num_layers)
-        self.truncated = False
-        self._num_passes = self._num_tokens = self._num_rows = 0
+        with self._lock:
+            self._pending: list[RunningPass] = []
+            self._totals: Tensor | None = None
+            self._passes = RecordedPasses(self.num_layers)
+            self._truncated = False
+            self._num_passes = self._num_tokens = self._num_rows = self._num_pending = 0
+            self.reader.reset()
 
-    def begin(self, tokens: PassTokens) -> RunningPass:
+    def begin(self, tokens: PassTokens | PassNote, rule: Rule | None = None) -> RunningPass:
         """Announce a forward pass; hand its decisions to `RunningPass.add`, and the pass to `end`."""
-        return RunningPass(tokens)
+        return RunningPass(tokens, rule)
+
+    def end(self, finished: RunningPass) -> None:
+        """Take a forward pass that has come to its end.
+
+        Its tensors are kept as they are, until there are enough passes to go through together, or somebody asks. Where
+        looking at them waits for no device, only single steps of decoding are gathered.
+        """
+        with self._lock:
+            num_tokens = finished.tokens.num_tokens
+            self._num_passes += 1
+            self._num_tokens += num_tokens
+            self._pending.append(finished)
+            self._num_pending += num_tokens
+            is_step = not isinstance(finished.tokens, PassNote) or finished.tokens.shape[1] == 1
+            at_hand = finished.device is not None and finished.device.type == "cpu"
+            many = len(self._pending) >= MOST_PENDING_PASSES or self._num_pending >= MOST_PENDING_TOKENS
+            if many or at_hand and not is_step:
+                self._take_in()
 
     # Made outside of inference mode, tensors can be written to in and out of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def end(self, finished: RunningPass) -> None:
-        """Take in a forward pass that has come to its end."""
-        num_tokens = finished.tokens.valid.numel()
-        rows = Rows.pack(finished, self.num_layers) if finished.routings else None
-        totals = None if rows is None else rows.totals(self.num_experts)
+    def _take_in(self) -> None:
+        """Go through the passes that have ended since the last time."""
         with self._lock:
-            self._num_passes += 1
-            self._num_tokens += num_tokens
-            if rows is None or totals is None:
-                return
-            if self._totals is None:
-                self._totals = totals
-            else:
-                self._totals += totals.to(self._totals.device)
-            if self.max_tokens is not None and self._num_rows + num_tokens > self.max_tokens:
-                self.truncated = True
-            if not self.truncated:
-                self.passes.append(finished, rows)
-                self._num_rows += num_tokens
+            pending, self._pending, self._num_pending = self._pending, [], 0
+            read = iter(self.reader.read([one.tokens for one in pending if isinstance(one.tokens, PassNote)]))
+            known = [next(read) if isinstance(one.tokens, PassNote) else one.tokens for one in pending]
+            routed = [(one, tokens) for one, tokens in zip(pending, known, strict=True) if one.routings]
+            for _, group in itertools.groupby(routed, key=lambda pair: pair[0].kind):
+                passes, tokens = zip(*group, strict=True)
+                rows = Rows.pack(passes, tokens, self.num_layers, self.num_experts)
+                totals = rows.totals(self.num_experts)
+                if self._totals is None:
+                    self._totals = totals
+                else:
+                    self._totals += totals.to(self._totals.device)
+                self._keep(passes, tokens, rows)
+
+    def _keep(self, passes: Sequence[RunningPass], tokens: Sequence[PassTokens], rows: Rows) -> None:
+        """Keep the rows of as many passes as there is room for."""
+        ends = self._num_rows + np.cumsum([one.num_tokens for one in tokens])
+        fitting = len(passes)
+        if self.max_tokens is not None:
+            fitting = 0 if self._truncated else int(np.searchsorted(ends, self.max_tokens, side="right"))
+        self._truncated |= fitting < len(passes)
+        if fitting:
+            num_rows = int(ends[fitting - 1]) - self._num_rows
+            kept = rows if fitting == len(passes) else rows.between(0, num_rows).clone()
+            self._passes.append(passes[:fitting], tokens[:fitting], kept)
+            self._num_rows += num_rows
+
+    @property
+    def passes(self) -> RecordedPasses:
+        """The recorded forward passes, a sequence of `RecordedPass` in the order in which they ended."""
+        self._take_in()
+        return self._passes
+
+    @property
+    def truncated(self) -> bool:
+        """Whether `max_tokens` has left out a pass."""
+        self._take_in()
+        return self._truncated
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +213,7 @@ class Records:
         return totals
 
     def _read_totals(self) -> np.ndarray:
+        self._take_in()
         if self._totals is None:
             return np.zeros((2, self.num_layers, self.num_experts + 1), dtype=np.int64)
         return self._totals.cpu().numpy()[:, :, 1:]

@@ -132,8 +132,20 @@ def test_every_procedure_and_null_is_explained_as_it_decides(null, method):
 def test_thresholds_are_those_of_the_layers_own_level():
     rule = BH(0.05, layer_weights=(1.0, 4.0, 1.0))
     table = explain(rule, random_logits(EXPERTS), LAYER)
-    np.testing.assert_array_equal(table["pvalue_threshold"], critical_values(EXPERTS, rule.level(LAYER)))
-    assert rule.level(LAYER) > 0.05
+    np.testing.assert_array_equal(table["pvalue_threshold"], critical_values(EXPERTS, rule.layer_levels(LAYER)[0]))
+    assert rule.layer_levels(LAYER)[0] > 0.05
+
+
+@pytest.mark.parametrize(
+    "rule", [BH(method="by"), BH(layer_weights=(1.0, 4.0, 1.0)), BH(method="storey"), Threshold(), TopP()]
+)
+def test_tokens_at_two_levels_are_explained_each_at_its_own(rule):
+    logits, levels = random_logits(6, EXPERTS), (0.05, 0.3)
+    table = explain(rule.at(levels), logits, LAYER)
+    check_agreement(rule.at(levels), logits, table)
+    for level, half, part in zip(levels, logits.split(3), (table[: 3 * EXPERTS], table[3 * EXPERTS :]), strict=True):
+        alone = explain(rule.at(level), half, LAYER).drop(columns="token")
+        pd.testing.assert_frame_equal(part.drop(columns="token").reset_index(drop=True), alone)
 
 
 def test_the_pseudo_pvalues_are_explained_too():

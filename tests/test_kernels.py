@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
@@ -26,7 +27,7 @@ from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
 from bhlib.kernels.vector import vector_forward  # noqa: E402
 from bhlib.procedures import critical_values  # noqa: E402
 from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
-from bhlib.rules import BH  # noqa: E402
+from bhlib.rules import BH, Routing, forms_of  # noqa: E402
 from bhlib.weighting import WEIGHTINGS  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -131,6 +132,102 @@ def test_nan_is_the_largest_logit_whatever_its_sign(sign):
     assert counts.tolist() == [60, 60, 60]
     assert (experts.sort(dim=-1).values == torch.arange(60, device=DEVICE)).all()
     assert experts[0, 0] == 7 and experts[2].tolist() == list(range(60))
+
+
+# one launch for a batch at several levels, and for a model and its records
+
+
+def test_two_levels_in_one_launch():
+    """Each sequence as it would be alone, to the bit; the sequences' ends do not fall on those of programs."""
+    logits = spread_logits(6, 60)
+    both = kernel_route(BH(alpha=(0.01, 0.3)), logits)
+    alone = [kernel_route(BH(alpha), part) for alpha, part in zip((0.01, 0.3), logits.split(3), strict=True)]
+    for found, parts in zip(both, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(parts))
+    assert both[2][:3].sum() < both[2][3:].sum()
+
+
+@pytest.mark.skipif(not CUDA, reason="takes long in the interpreter: needs a CUDA device")
+def test_two_levels_of_many_tokens():
+    logits = spread_logits(3002, 64)
+    both = kernel_route(BH(alpha=(0.01, 0.3)), logits)
+    alone = [kernel_route(BH(alpha), part) for alpha, part in zip((0.01, 0.3), logits.split(1501), strict=True)]
+    for found, parts in zip(both, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(parts))
+
+
+@pytest.mark.parametrize("alpha", [0.1, (0.01, 0.3)])
+@pytest.mark.parametrize("room", ["none", "whole", "slice"])
+def test_a_launch_writes_for_a_model_and_for_records(room, alpha):
+    rule, logits = BH(alpha, max_k=6), spread_logits(TOKENS // 2 * 2, 64, dtype=torch.float16)
+    tokens, keep = len(logits), True
+    if room != "none":
+        size = tokens + (3 if room == "slice" else 0)
+        parts = torch.full((2, size, 6), 7.0), torch.full((2, size, 6), 7).short(), torch.full((2, size), 7).short()
+        parts = Routing(*(part.to(DEVICE) for part in parts))
+        keep = Routing(*(part[:, 1 : 1 + tokens] if room == "slice" else part for part in parts))
+    options = {"dtype": torch.float16, "weighting": "normalized", "temperature": 1.3}
+    found = rule.fused_forms(logits, 0, keep=keep, row=1, **options)
+    expected = forms_of(kernel_routing(rule, logits), 64, torch.float16, keep=True)
+    assert torch.equal(found.weights, expected.weights) and torch.equal(found.experts, expected.experts)
+    for mine, other in zip(found.kept, expected.kept, strict=True):
+        assert torch.equal(mine, other) and mine.dtype == other.dtype
+    assert (found.experts == 64).any() and (found.kept.experts == -1).any()
+    without = rule.fused_forms(logits, 0, **options)
+    assert torch.equal(without.weights, found.weights) and torch.equal(without.experts, found.experts)
+    assert without.kept is None
+    if room != "none":
+        for part, kept, new in zip(parts, keep, expected.kept, strict=True):
+            assert torch.equal(kept[1], new)
+            assert (part[0] == 7).all() and (part == 7).sum() == part.numel() - new.numel(), "nothing else is written"
+
+
+def kernel_routing(rule, logits):
+    return Routing(*kernel_route(rule, logits, 0, weighting="normalized", temperature=1.3))
+
+
+def test_room_and_cuts_that_do_not_fit_are_refused():
+    rule, logits = BH(), spread_logits(6, 64)
+    room = [torch.zeros(shape, device=DEVICE) for shape in ((2, 6, 8), (2, 6, 8), (2, 6))]
+    options = {"dtype": torch.float32, "keep": Routing(*room)}
+    for wrong in (logits[:5], logits[:3]):
+        with pytest.raises(ValueError, match=r"room for \d tokens must be .*; got \(2, 6, 8\), \(2, 6, 8\), \(2, 6\)"):
+            rule.fused_forms(wrong, **options)
+    with pytest.raises(ValueError, match="all three with the same steps between layers"):
+        rule.fused_forms(
+            logits[:5], dtype=torch.float32, keep=Routing(room[0][:, :5], room[1][:, :5], room[2][:, :5].clone())
+        )
+    for several in (rule.at((0.1, 0.2, 0.3, 0.4)).fused, rule.at((0.1, 0.2, 0.3, 0.4))):
+        with pytest.raises(ValueError, match="6 tokens cannot be divided among 4 levels"):
+            several(logits)
+    with pytest.raises(ValueError, match="6 tokens cannot be divided among 4 rows of cuts"):
+        bh_route(logits, torch.zeros(4, 64, device=DEVICE))
+
+
+def tensors_in(forms):
+    return [*forms[:2], *(forms.kept or ())]
+
+
+@pytest.mark.parametrize("keep", [False, True, "room"])
+def test_compiled_code_takes_a_moved_level_as_it_is(keep):
+    rule, logits = BH(0.05), spread_logits(4, 64)
+    if keep == "room":
+        shapes = ((2, 4, 8), torch.float32), ((2, 4, 8), torch.int16), ((2, 4), torch.int16)
+        keep = Routing(*(torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in shapes))
+    rule.prepare(64, 0, logits.device)
+    holder, counter = SimpleNamespace(rule=rule), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def route(logits):
+        return holder.rule.fused_forms(logits, 0, dtype=torch.float32, keep=keep, row=1)
+
+    compiled = torch.compile(route, backend=counter, fullgraph=True)
+    for alpha in (0.05, 0.3, 0.001):
+        holder.rule = rule.at(alpha)
+        found = [part.clone() for part in tensors_in(compiled(logits))]
+        assert len(found) == (5 if keep else 2)
+        assert all(torch.equal(one, other) for one, other in zip(found, tensors_in(route(logits)), strict=True))
+    assert counter.frame_count == 1
 
 
 def test_no_tokens():

@@ -24,16 +24,17 @@ class RankedCut(ProbabilityRule):
     """Keep as many experts as have a probability above `cut`, divided by their rank."""
 
     cut: float = 0.1
+    level_name = "cut"
 
     def count(self, top, probs, layer):
-        return (top > self.cut / torch.arange(1, top.shape[-1] + 1)).sum(dim=-1)
+        return (top > self.level_for(top) / torch.arange(1, top.shape[-1] + 1)).sum(dim=-1)
 
 
 @pytest.fixture
 def entry():
     """The rule's entry, as long as a test lasts."""
     look = free_look(family.look for family in FAMILIES.values())
-    yield register(RuleFamily("ranked cut", look, RankedCut, "cut"))
+    yield register(RuleFamily("ranked cut", look, RankedCut))
     del FAMILIES["ranked cut"]
 
 
@@ -53,6 +54,15 @@ def test_it_is_compared(entry):
     rule = rivals()["ranked cut"](logits, 4.0)
     assert isinstance(rule, RankedCut) and mean_experts(rule, logits) == pytest.approx(4.0, abs=0.01)
     assert entry.level_of(rule) == rule.cut
+
+
+def test_its_level_is_moved_and_may_differ_by_sequence():
+    logits = 1.5 * torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    rule = RankedCut(0.1, max_k=6)
+    assert rule.at(0.2) == RankedCut(0.2, max_k=6)
+    both = rule.at([0.05, 0.2])(logits).counts
+    assert torch.equal(both, torch.cat([rule.at(0.05)(logits[:10]).counts, rule.at(0.2)(logits[10:]).counts]))
+    assert both[:10].sum() > both[10:].sum()
 
 
 @pytest.mark.parametrize("name", ["loss_vs_experts", "matched_compute", "whole_test_split"])

@@ -1,21 +1,29 @@
 """Rules: from logits to experts and weights."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from models import tiny_olmoe, tokens
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bhlib import BHRoutingIntegration, benjamini_hochberg_routing, topk_routing
 from bhlib.procedures import PROCEDURES, critical_values, reject
-from bhlib.pvalues import DirichletNull, TokenGaussian
+from bhlib.pvalues import ConformalNull, DirichletNull, KDENull, TokenGaussian
 from bhlib.rules import (
     BH,
+    FAMILIES,
     EntropyK,
+    KeepMass,
+    MinP,
+    Routing,
     StaticPerLayer,
     Threshold,
     TopK,
+    TopP,
+    WeightRatio,
     compare_max_k,
 )
 
@@ -261,3 +269,162 @@ def test_comparison_of_bounds():
         assert row["share_at_max_k"] == pytest.approx((counts >= max_k).double().mean().item())
     with pytest.raises(ValueError, match="max_k=65 for 64 experts"):
         compare_max_k(logits, (2, 65))
+
+
+# -- a level that is moved, or differs by sequence -----------------------------------------------------------------
+
+
+def fitted_null(maker, **options):
+    """A null for each of three layers, the noise of each more spread than that of the one before."""
+    draw = np.random.default_rng(0)
+    shape = (64, 200) if options else (1000,)
+    samples = [(1 + 0.3 * layer) * draw.normal(size=shape) for layer in range(3)]
+    return maker.fit(samples, model_name="noise", num_experts=64, statistic="logit", **options)
+
+
+#: The rules of each family, or those that stand for it, and two levels.
+MOVED = {
+    "threshold": (Threshold(), (0.02, 0.06)),
+    "top-p": (TopP(), (0.2, 0.7)),
+    "min-p": (MinP(), (0.1, 0.6)),
+    "weight ratio": (WeightRatio(), (0.05, 0.3)),
+    "entropy": (EntropyK(), (1.8, 2.9)),
+    "BH": (BH(), (0.001, 0.2)),
+    "BH, layer weights": (BH(layer_weights=(1.0, 4.0, 0.5)), (0.001, 0.2)),
+    "BH, fitted null": (BH(pvalues=fitted_null(KDENull)), (0.05, 0.4)),
+    "fixed cut, fitted null": (BH(pvalues=fitted_null(KDENull), method="fixed"), (0.01, 0.1)),
+    "threshold, layer weights": (BH(method="fixed", layer_weights=(1.0, 4.0, 0.5)), (0.001, 0.05)),
+    "null per expert": (BH(pvalues=fitted_null(ConformalNull, per_expert=True)), (0.1, 0.5)),
+    "keep mass": (KeepMass(TopP()), (0.2, 0.7)),
+} | {f"BH by {method}": (BH(method=method, max_k=64), (0.01, 0.3)) for method in sorted(PROCEDURES)}
+
+
+def test_every_family_with_a_level_is_moved():
+    assert set(FAMILIES) - set(MOVED) == {"static top-k", "static per layer"}
+    for name, (rule, levels) in MOVED.items():
+        assert rule.at(levels[0]).level == levels[0] and rule.at(rule.level) == rule
+        assert name not in FAMILIES or FAMILIES[name].level_of(rule) == rule.level
+
+
+@pytest.mark.filterwarnings("ignore::bhlib.pvalues.ResolutionWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MOVED)
+def test_each_sequence_is_routed_as_it_would_be_alone(name, dtype):
+    rule, levels = MOVED[name]
+    logits = random_logits(4, 30, 64).to(dtype)  # four sequences; the first level is for two of them
+    both = rule.at(levels)(logits.flatten(0, 1), 1, weighting="normalized")
+    of_each = (levels[0], levels[0], levels[1], levels[1])
+    alone = [rule.at(level)(one, 1, weighting="normalized") for level, one in zip(of_each, logits, strict=True)]
+    for found, expected in zip(both, zip(*alone, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(expected))
+    assert both.counts[:60].double().mean() != both.counts[60:].double().mean()
+
+
+def test_levels_of_many_tokens_and_of_none():
+    """More tokens than are decided in one piece on a CPU."""
+    logits = random_logits(9000, 64)
+    for method in ("bh", "storey"):
+        rule = BH(method=method)
+        alone = [rule.at(level)(part).counts for level, part in zip((0.3, 0.01), logits.split(4500), strict=True)]
+        assert torch.equal(rule.at((0.3, 0.01))(logits).counts, torch.cat(alone))
+        assert rule.at((0.3, 0.01))(logits[:0]).counts.shape == (0,)
+    per_expert, _ = MOVED["null per expert"]
+    assert per_expert.at((0.3, 0.01))(logits[:0], 1).counts.shape == (0,)
+
+
+def test_the_routing_function_takes_a_level_for_each_sequence():
+    logits = random_logits(2, 50, 64)
+    weights, experts, counts, stats = benjamini_hochberg_routing(logits, alpha=[0.01, 0.3], return_stats=True)
+    for row, alpha in enumerate((0.01, 0.3)):
+        alone = benjamini_hochberg_routing(logits[row], alpha)
+        assert torch.equal(weights[row], alone[0])
+        assert torch.equal(experts[row], alone[1])
+        assert torch.equal(counts[row], alone[2])
+    assert stats["alpha"] == (0.01, 0.3)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_tokens_that_cannot_be_divided_are_refused(name):
+    rule, levels = MOVED[name]
+    with pytest.raises(ValueError, match="7 tokens cannot be divided among 2 levels: give one level for each sequence"):
+        rule.at(levels)(random_logits(7, 64), 1)
+
+
+@pytest.mark.parametrize("make", [tuple, list, np.array, torch.tensor])
+def test_levels_are_kept_as_numbers(make):
+    null = DirichletNull()
+    assert BH(make([0.25, 0.5]), null) == BH((0.25, 0.5), null) and isinstance(hash(BH(make([0.25, 0.5]))), int)
+    assert TopP().at(make([0.25, 0.5])).p == (0.25, 0.5) == TopP((0.25, 0.5)).level
+    assert repr(Threshold(make([0.25, 0.5]))) == "Threshold(min_k=1, max_k=8, threshold=(0.25, 0.5))"
+    assert EntropyK((1.0, 1.5)).at(make([0.25, 0.5])).thresholds == ((0.25, 0.75), (0.5, 1.0))
+
+
+def test_moving_a_level_keeps_all_else():
+    rule = BH(0.05, TokenGaussian(), "by", (1.0, 2.0), min_k=2, max_k=5)
+    moved = rule.at(0.1)
+    assert moved == BH(0.1, rule.pvalues, "by", (1.0, 2.0), min_k=2, max_k=5) and moved.pvalues is rule.pvalues
+    assert EntropyK((1.0, 1.5, 2.5), (1, 2, 3, 4)).at(2.0) == EntropyK((2.0, 2.5, 3.5), (1, 2, 3, 4))
+    assert EntropyK(((1.0, 1.5), (2.0, 2.5))).at(0.5) == EntropyK((0.5, 1.0))
+    assert KeepMass(TopP(0.4), 4).at(0.5) == KeepMass(TopP(0.5), 4) and KeepMass(TopP(0.4)).level_name == "p"
+
+
+@pytest.mark.parametrize(
+    ("move", "error", "message"),
+    [
+        (lambda: TopK(4).at(0.5), TypeError, r"TopK\(.*k=4\) has no level to move: make another TopK"),
+        (lambda: KeepMass(TopK(4)).at(0.5), TypeError, "has no level to move"),
+        (lambda: BH().at(1.5), ValueError, "alpha=1.5 must lie strictly between 0 and 1"),
+        (lambda: BH().at([0.1, 1.5]), ValueError, "alpha=1.5 must lie strictly between 0 and 1"),
+        (lambda: BH().at("0.1"), TypeError, "alpha must be a number, not str"),
+        (lambda: BH().at([0.1, None]), TypeError, "alpha must be a number, not NoneType"),
+        (lambda: BH().at([]), ValueError, r"alpha must be one number, or one for each sequence of a batch, got \[\]"),
+        (lambda: TopP().at((0.1, -1.0)), ValueError, r"p must be a number in \[0, 1\], got -1.0"),
+        (lambda: Threshold([[0.1]]), ValueError, r"threshold must be a number in \[0, 1\], got \[0.1\]"),
+        (lambda: EntropyK().at([]), ValueError, r"first_threshold must be one number, or one for each sequence"),
+        (lambda: EntropyK().at("1"), TypeError, "first_threshold must be a number, got '1' of type str"),
+        (lambda: EntropyK().at([1.0, None]), TypeError, "first_threshold must be a number, got None"),
+    ],
+)
+def test_a_level_that_cannot_be_is_refused(move, error, message):
+    with pytest.raises(error, match=message):
+        move()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["BH", "BH, layer weights", "threshold", "top-p", "min-p", "weight ratio", "entropy"])
+def test_compiled_code_takes_a_moved_level_as_it_is(name, backend):
+    """One graph, whatever the level; and the level of the moment decides."""
+    rule, levels = MOVED[name]
+    rule.prepare(64, 1, torch.device("cpu"))
+    holder = SimpleNamespace(rule=rule)
+    counter = CompileCounterWithBackend(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda logits: holder.rule(logits, 1), backend=counter, fullgraph=True)
+    logits = random_logits(40, 64)
+    for level in (rule.level, *levels, rule.level):
+        holder.rule = rule.at(level)
+        assert all(torch.equal(one, other) for one, other in zip(compiled(logits), holder.rule(logits, 1), strict=True))
+    assert counter.frame_count == 1
+    for several in (levels, levels[::-1]):
+        holder.rule = rule.at(several)
+        assert all(torch.equal(one, other) for one, other in zip(compiled(logits), holder.rule(logits, 1), strict=True))
+    assert counter.frame_count == 2, "once more for a level that differs by sequence"
+
+
+# -- the forms in which a model and its records take a routing -----------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [BH(max_k=5), TopP(max_k=5)], ids=lambda rule: type(rule).__name__)
+def test_forms_for_a_model_and_its_records(rule):
+    logits = random_logits(20, 16).to(torch.bfloat16)
+    weights, experts, counts = rule(logits, weighting="normalized")
+    forms = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16)
+    assert torch.equal(forms.weights, weights.to(torch.bfloat16)) and forms.kept is None
+    assert torch.equal(forms.experts, torch.where(experts < 0, 16, experts)) and (forms.experts == 16).any()
+    new = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, keep=True).kept
+    assert torch.equal(new.weights, weights) and torch.equal(new.experts.long(), experts)
+    assert torch.equal(new.counts.long(), counts) and new.experts.dtype == new.counts.dtype == torch.int16
+    room = Routing(torch.full((3, 20, 5), 7.0), torch.full((3, 20, 5), 7).short(), torch.full((3, 20), 7).short())
+    kept = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, keep=room, row=1).kept
+    for part, one, other in zip(room, kept, new, strict=True):
+        assert torch.equal(one, other) and torch.equal(part[1], other) and (part[0] == 7).all() and (part[2] == 7).all()

@@ -26,10 +26,10 @@ def random_logits(*shape, seed=0):
 
 def test_layer_weights_multiply_the_odds_of_alpha():
     rule = BH(0.2, layer_weights=[1, 4, 0.25])
-    assert [rule.level(layer) for layer in range(3)] == pytest.approx([0.2, 0.5, 1 / 17])
+    assert [rule.layer_levels(layer)[0] for layer in range(3)] == pytest.approx([0.2, 0.5, 1 / 17])
     logits = random_logits(3, 400, 64)
     for layer, weighted in enumerate(logits):
-        assert torch.equal(rule(weighted, layer).counts, BH(rule.level(layer))(weighted).counts)
+        assert torch.equal(rule(weighted, layer).counts, BH(rule.layer_levels(layer)[0])(weighted).counts)
     by_expert = BH(0.2, layer_weights=[1, 4, 0.25], method="storey")
     assert torch.equal(by_expert(logits[1], 1).counts, BH(0.5, method="storey")(logits[1]).counts)
 
@@ -40,7 +40,7 @@ def test_layer_weights_are_a_step_up_per_layer_and_not_one_over_all():
     rule = BH(0.05, layer_weights=weights.tolist(), min_k=0, max_k=64)
     pvals = torch.stack([rule.pvalues(layer) for layer in logits], dim=1)  # [tokens, layers, experts]
     for layer, tested in enumerate(logits):
-        alone = benjamini_hochberg(pvals[:, layer], rule.level(layer))
+        alone = benjamini_hochberg(pvals[:, layer], rule.layer_levels(layer)[0])
         assert torch.equal(rule(tested, layer).counts, alone.sum(-1))
     pooled = benjamini_hochberg((pvals / weights[:, None]).clamp(max=1).flatten(1), 0.05).view(pvals.shape)
     counts = torch.stack([rule(tested, layer).counts for layer, tested in enumerate(logits)], dim=1)

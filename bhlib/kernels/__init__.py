@@ -38,6 +38,7 @@ __all__ = [
     "module_fits",
     "on_device",
     "run_on",
+    "weights_fit",
 ]
 
 #: What the kernels are compiled for: bfloat16 products came with Ampere.
@@ -90,6 +91,11 @@ def module_fits(module: nn.Module) -> bool:
             for matrices in (module.gate_up_proj, module.down_proj)
         )
     )
+
+
+def weights_fit(module: nn.Module) -> bool:
+    """Whether the weights of a module that fits are where, and in a precision in which, the kernels compute."""
+    return run_on(module.gate_up_proj.device) and module.gate_up_proj.dtype == module.down_proj.dtype in DTYPES
 
 
 def inputs_fit(module: nn.Module, hidden_states: Tensor) -> bool:

@@ -1,9 +1,13 @@
 """Benjamini-Hochberg routing of a token in one launch: logits in, weights, experts and counts out.
 
+The same launch can write them a second time, as records keep them (`bh_route_both`).
+
 A program takes a few tokens. It sorts each token's logits once, as integers that carry the expert's index in their last
 byte; everything else is then a running look at the sorted row: the softmax, the statistic, and the step-up decision,
 which compares the k-th largest statistic with the k-th entry of a table made beforehand (`cut_table`).
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,19 +31,24 @@ def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> Ker
     ----------
     pvalues : PValueMaker
         A maker whose null is shared by all experts.
-    thresholds : Tensor [experts], float32
-        ``pvalues.critical_statistics(critical_values(...), layer)``.
+    thresholds : Tensor [experts] or [levels, experts], float32
+        ``pvalues.critical_statistics(critical_values(...), layer)``, for one level or for several.
     num_experts : int
 
     Returns
     -------
     KernelForm or None
-        None if the maker has no such form, or the kernel does not know its statistic.
+        With cuts of the shape of `thresholds`. None if the maker has no such form, or the kernel does not know its
+        statistic.
     """
     if not pvalues.shared or num_experts > MOST_EXPERTS:
         return None
-    form = pvalues.kernel_form(num_experts, thresholds)
-    return form if form is not None and form.statistic in _STATISTICS else None
+    forms = [pvalues.kernel_form(num_experts, row) for row in thresholds.view(-1, num_experts)]
+    first = forms[0]
+    if first is None or first.statistic not in _STATISTICS:
+        return None
+    cuts = torch.stack([form.cuts for form in forms if form is not None])
+    return first._replace(cuts=cuts.view(thresholds.shape))
 
 
 def bh_route(
@@ -61,7 +70,8 @@ def bh_route(
     ----------
     router_logits : Tensor [tokens, experts], any float dtype, on a CUDA device
         At most 256 experts. Decisions are made in float32.
-    cuts : Tensor [experts], float32
+    cuts : Tensor [experts] or [sequences, experts], float32
+        Of all tokens, or of each sequence of a batch: the first of as many equal parts of the tokens, and so on.
     statistic, exclude_top
         See `cut_table`, which gives all three.
     min_k, max_k : int
@@ -85,22 +95,108 @@ def bh_route(
     Raises
     ------
     ValueError
-        If `weighting` is no code that the kernel knows.
+        If `weighting` is no code that the kernel knows, or the tokens cannot be divided among the cuts.
     """
-    if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED):
-        raise ValueError(
-            f"weighting must be {KERNEL_PLAIN} (plain) or {KERNEL_NORMALIZED} (normalized), got {weighting!r}: the "
-            f"kernel computes no other weights. Call the rule itself, which routes in plain torch."
-        )
+    _check(router_logits, cuts, weighting)
     # See `bhlib.kernels.forward.experts_forward`.
-    route = _route_operator if torch.compiler.is_compiling() else _launch
+    route = _route_operator if torch.compiler.is_compiling() else _route_one
     return route(
         router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED,
         temperature, weights_dtype, empty,
     )  # fmt: skip
 
 
-def _launch(
+def bh_route_both(
+    router_logits: Tensor,
+    cuts: Tensor,
+    *,
+    statistic: str = "rest",
+    exclude_top: int = 0,
+    min_k: int = 1,
+    max_k: int = 8,
+    weighting: int = KERNEL_PLAIN,
+    temperature: float = 1.0,
+    weights_dtype: torch.dtype = torch.float32,
+    room: Sequence[Tensor] | None = None,
+    layer: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`bh_route` in one launch for a model and for records; errors and what is not named here as there.
+
+    Parameters
+    ----------
+    weights_dtype : torch.dtype
+        Of the weights for the model.
+    room : (Tensor [layers, tokens, max_k], Tensor [layers, tokens, max_k], Tensor [layers, tokens]), optional
+        Of some float dtype, and of integer dtypes twice: where to write what is for records. The rows of a layer lie
+        without gaps; what is between those of two layers is left as it is, so that these may be slices by tokens.
+        By default new tensors are made.
+    layer : int
+        Where in the room.
+
+    Returns
+    -------
+    weights : Tensor [tokens, max_k], `weights_dtype`
+    experts : Tensor [tokens, max_k], int64
+        With the number of experts in an empty slot.
+    kept_weights : Tensor [tokens, max_k], float32, or as the room
+    kept_experts : Tensor [tokens, max_k], int16, or as the room
+        With -1 in an empty slot.
+    kept_counts : Tensor [tokens], int16, or as the room
+
+    Raises
+    ------
+    ValueError
+        If the room is not for these tokens and `max_k`, too.
+    """
+    _check(router_logits, cuts, weighting)
+    settings = (
+        _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED, temperature, weights_dtype,
+    )  # fmt: skip
+    if room is not None:
+        _check_room(room, len(router_logits), max_k)
+    if torch.compiler.is_compiling():  # the operator is a function of its inputs
+        weights, experts, *kept = _route_both_operator(router_logits, cuts, *settings)
+        if room is not None:
+            for part, new in zip(room, kept, strict=True):
+                part[layer] = new
+            kept = [part[layer] for part in room]
+        return weights, experts, *kept
+    if room is None:
+        return _route_both(router_logits, cuts, *settings)
+    weights, experts = _outputs(router_logits, max_k, weights_dtype)
+    _launch(router_logits, cuts, *settings[:-1], router_logits.shape[1], weights, experts, room, layer)
+    return weights, experts, room[0][layer], room[1][layer], room[2][layer]
+
+
+def _check(router_logits: Tensor, cuts: Tensor, weighting: int) -> None:
+    if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED):
+        raise ValueError(
+            f"weighting must be {KERNEL_PLAIN} (plain) or {KERNEL_NORMALIZED} (normalized), got {weighting!r}: the "
+            f"kernel computes no other weights. Call the rule itself, which routes in plain torch."
+        )
+    if cuts.dim() == 2 and len(router_logits) % len(cuts):
+        raise ValueError(
+            f"{len(router_logits)} tokens cannot be divided among {len(cuts)} rows of cuts: give one row for each "
+            f"sequence of the batch, or cuts [experts] for all."
+        )
+
+
+def _check_room(room: Sequence[Tensor], num_tokens: int, max_k: int) -> None:
+    weights, experts, counts = room
+    if not (
+        weights.shape == experts.shape == (len(counts), num_tokens, max_k)
+        and counts.shape[1:] == (num_tokens,)
+        and weights.stride() == experts.stride() == (counts.stride(0) * max_k, max_k, 1)
+        and counts.stride(1) == 1
+    ):
+        shapes = ", ".join(str(tuple(part.shape)) for part in room)
+        raise ValueError(
+            f"room for {num_tokens} tokens must be [layers, {num_tokens}, {max_k}] twice and [layers, {num_tokens}], "
+            f"all three with the same steps between layers and no gaps in a layer; got {shapes}."
+        )
+
+
+def _route_one(
     router_logits: Tensor,
     cuts: Tensor,
     statistic: int,
@@ -112,9 +208,54 @@ def _launch(
     weights_dtype: torch.dtype,
     empty: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    weights, experts = _outputs(router_logits, max_k, weights_dtype)
+    counts = router_logits.new_empty(len(router_logits), dtype=torch.int64)
+    _launch(
+        router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, empty, weights, experts,
+        (None, None, counts), 0,
+    )  # fmt: skip
+    return weights, experts, counts
+
+
+def _route_both(
+    router_logits: Tensor,
+    cuts: Tensor,
+    statistic: int,
+    exclude_top: int,
+    min_k: int,
+    max_k: int,
+    normalize: bool,
+    temperature: float,
+    weights_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, experts = _outputs(router_logits, max_k, weights_dtype)
+    kept = _kept_outputs(router_logits, max_k)
+    _launch(
+        router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, router_logits.shape[1],
+        weights, experts, kept, 0,
+    )  # fmt: skip
+    return weights, experts, *kept
+
+
+def _launch(
+    router_logits: Tensor,
+    cuts: Tensor,
+    statistic: int,
+    exclude_top: int,
+    min_k: int,
+    max_k: int,
+    normalize: bool,
+    temperature: float,
+    empty: int,
+    weights: Tensor,
+    experts: Tensor,
+    kept: Sequence[Tensor | None],
+    layer: int,
+) -> None:
+    """Write `weights` and `experts` as asked for, and weights, experts and counts into what is `kept` of a layer."""
     num_tokens, num_experts = router_logits.shape
     router_logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
-    weights, experts, counts = _outputs(router_logits, max_k, weights_dtype)
+    kept_weights, kept_experts, counts = kept
     width = triton.next_power_of_2(num_experts)
     rows, warps = _tokens_and_warps(num_tokens, width)
     if num_tokens:
@@ -124,8 +265,12 @@ def _launch(
                 cuts,
                 weights,
                 experts,
+                weights if kept_weights is None else kept_weights,
+                experts if kept_experts is None else kept_experts,
                 counts,
                 num_tokens,
+                num_tokens // len(cuts) if cuts.dim() == 2 else num_tokens,
+                layer * counts.stride(0),
                 router_logits.stride(0),
                 temperature,
                 NUM_EXPERTS=num_experts,
@@ -138,29 +283,43 @@ def _launch(
                 EXCLUDE_TOP=exclude_top,
                 NORMALIZE=normalize,
                 TEMPERED=temperature != 1.0,
+                BY_SEQUENCE=cuts.dim() == 2,
+                BOTH=kept_weights is not None,
                 num_warps=warps,
             )
-    return weights, experts, counts
 
 
-def _outputs(router_logits: Tensor, max_k: int, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the weights, the experts and the counts."""
+def _outputs(router_logits: Tensor, max_k: int, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for the weights and the experts."""
+    shape = router_logits.shape[0], max_k
+    return router_logits.new_empty(shape, dtype=weights_dtype), router_logits.new_empty(shape, dtype=torch.int64)
+
+
+def _kept_outputs(router_logits: Tensor, max_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what records keep: of one layer, without an axis for it."""
     num_tokens = router_logits.shape[0]
     return (
-        router_logits.new_empty(num_tokens, max_k, dtype=weights_dtype),
-        router_logits.new_empty(num_tokens, max_k, dtype=torch.int64),
-        router_logits.new_empty(num_tokens, dtype=torch.int64),
+        router_logits.new_empty(num_tokens, max_k, dtype=torch.float32),
+        router_logits.new_empty(num_tokens, max_k, dtype=torch.int16),
+        router_logits.new_empty(num_tokens, dtype=torch.int16),
     )
 
 
-_route_operator = torch.library.custom_op("bhlib::route", _launch, mutates_args=())
+_route_operator = torch.library.custom_op("bhlib::route", _route_one, mutates_args=())
+_route_both_operator = torch.library.custom_op("bhlib::route_both", _route_both, mutates_args=())
 
 
 @_route_operator.register_fake
 def _(
     router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype, empty
 ):  # fmt: skip
-    return _outputs(router_logits, max_k, weights_dtype)
+    counts = router_logits.new_empty(router_logits.shape[0], dtype=torch.int64)
+    return *_outputs(router_logits, max_k, weights_dtype), counts
+
+
+@_route_both_operator.register_fake
+def _(router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype):
+    return *_outputs(router_logits, max_k, weights_dtype), *_kept_outputs(router_logits, max_k)
 
 
 def _tokens_and_warps(num_tokens: int, width: int) -> tuple[int, int]:
@@ -168,14 +327,18 @@ def _tokens_and_warps(num_tokens: int, width: int) -> tuple[int, int]:
     return (1, 1) if num_tokens <= 1024 else (max(1, 256 // width), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "tokens_each", "kept_row"])
 def _route(
     logits_ptr,
     cuts_ptr,
     weights_ptr,
     experts_ptr,
+    kept_weights_ptr,
+    kept_experts_ptr,
     counts_ptr,
     num_tokens,
+    tokens_each,  # of the tokens that share a row of cuts
+    kept_row,  # where the rows begin in what is kept
     row_stride,
     temperature,
     NUM_EXPERTS: tl.constexpr,
@@ -188,6 +351,8 @@ def _route(
     EXCLUDE_TOP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     TEMPERED: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr,
+    BOTH: tl.constexpr,
 ):
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     rank = tl.arange(0, WIDTH)[None, :]  # of a logit after sorting, and of an expert before
@@ -230,7 +395,10 @@ def _route(
             value /= tl.maximum(tl.sqrt(tl.sum(squares, axis=1)[:, None] / (size - 1)), 1e-30)
 
     # Step-up: the largest k whose k-th largest statistic passes the k-th cut.
-    cut = tl.load(cuts_ptr + rank, mask=valid, other=float("inf"))
+    if BY_SEQUENCE:
+        cut = tl.load(cuts_ptr + token // tokens_each * NUM_EXPERTS + rank, mask=inside, other=float("inf"))
+    else:
+        cut = tl.load(cuts_ptr + rank, mask=valid, other=float("inf"))
     significant = tl.max(tl.where(valid & (value >= cut), rank + 1, 0), axis=1)
     count = tl.minimum(tl.maximum(significant, MIN_K), MAX_K)
     kept = rank < count[:, None]
@@ -246,5 +414,10 @@ def _route(
     written = (token < num_tokens) & (rank < MAX_K)
     tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=written)
     tl.store(experts_ptr + slot, tl.where(kept, expert, EMPTY).to(tl.int64), mask=written)
+    if BOTH:
+        slot = (token.to(tl.int64) + kept_row) * MAX_K + rank
+        tl.store(kept_weights_ptr + slot, weight.to(kept_weights_ptr.dtype.element_ty), mask=written)
+        kept_expert = tl.where(kept, expert, -1).to(kept_experts_ptr.dtype.element_ty)
+        tl.store(kept_experts_ptr + slot, kept_expert, mask=written)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(counts_ptr + row, count.to(tl.int64), mask=row < num_tokens)
+    tl.store(counts_ptr + kept_row + row, count.to(counts_ptr.dtype.element_ty), mask=row < num_tokens)

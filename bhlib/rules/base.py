@@ -1,13 +1,18 @@
 """What every rule is: its question, its bounds, and what follows from its answer."""
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from bhlib.procedures import is_whole
 from bhlib.weighting import find_weighting, probabilities
+
+#: One number, or one for each sequence of a batch.
+Level = float | Sequence[float]
 
 
 class Routing(NamedTuple):
@@ -28,6 +33,24 @@ class Routing(NamedTuple):
     counts: Tensor
 
 
+class Forms(NamedTuple):
+    """A routing as a model's experts take it, and as records keep it.
+
+    Attributes
+    ----------
+    weights : Tensor [tokens, slots]
+        In the dtype of the model; 0 in an empty slot.
+    experts : Tensor [tokens, slots], int64
+        The number of experts in an empty slot.
+    kept : Routing or None
+        Weights in float32 or wider, experts in int16 with -1 in an empty slot, counts in int16; None if not asked for.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    kept: Routing | None
+
+
 @dataclass(frozen=True)
 class Rule:
     """Base of all rules. Subclasses write `select`; everything else follows.
@@ -37,9 +60,10 @@ class Rule:
         @dataclass(frozen=True)
         class AboveAverage(ProbabilityRule):
             factor: float = 4.0  # keep the experts whose probability is above `factor` times the mean of all
+            level_name = "factor"
 
             def count(self, top, probs, layer):
-                return (top > self.factor / probs.shape[-1]).sum(dim=-1)
+                return (top > self.level_for(top) / probs.shape[-1]).sum(dim=-1)
 
         with RoutingPatch(model, AboveAverage(factor=3.0, max_k=16)) as patch: ...
 
@@ -50,10 +74,25 @@ class Rule:
     min_k, max_k : int
         Bounds on the number of experts per token, 0 <= min_k <= max_k. If a rule asks for fewer than `min_k`,
         the next best are added; if for more than `max_k`, only the best are kept.
+
+    Attributes
+    ----------
+    level_name : str or None
+        The field that gives more experts or fewer, such as `alpha` of `BH`: the rule's level. None if there is none.
+
+    Notes
+    -----
+    A level is one number, or one for each sequence of a batch. The tokens of a call are then divided among the numbers,
+    the first of as many equal parts at the first level and so on, as the rows of a batch follow each other; every
+    sequence is routed as it would be alone. A rule that reads its level with `level_for`, and not from the field, can
+    do this, and in compiled code its level moves (`at`) without a new compilation.
     """
 
     min_k: int = field(default=1, kw_only=True)
     max_k: int = field(default=8, kw_only=True)
+    _level_tensors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    level_name: ClassVar[str | None] = None
 
     _upper_bound = "max_k"  # what the user calls the largest number of experts
 
@@ -72,6 +111,89 @@ class Rule:
                 f"min_k must not exceed max_k, got min_k={self.min_k} and max_k={self.max_k}: "
                 f"lower min_k or raise max_k."
             )
+        self._settle_level()
+
+    @property
+    def level(self) -> Any:
+        """The level: a number, a tuple with one for each sequence of a batch, or None for a rule without."""
+        return None if self.level_name is None else getattr(self, self.level_name)
+
+    def at(self, level: Level) -> Self:
+        """The same rule at another level, one number or one for each sequence of a batch.
+
+        What this rule has computed ahead from its level, the new one has too.
+
+        Raises
+        ------
+        TypeError
+            If the rule has no level. A level that it does not take is refused as when a rule is made.
+        """
+        if self.level_name is None:
+            raise TypeError(f"{self!r} has no level to move: make another {type(self).__name__} and use that.")
+        changed: dict[str, Any] = {self.level_name: level}
+        moved = replace(self, **changed)
+        moved._prepare_like(self)
+        return moved
+
+    def level_for(self, values: Tensor) -> Tensor:
+        """The level as a tensor, to be compared with `values` [tokens, ...] in their dtype.
+
+        Returns
+        -------
+        Tensor [] or [tokens, 1]
+            The latter if the level differs by sequence.
+
+        Raises
+        ------
+        ValueError
+            If the tokens cannot be divided among the levels.
+        """
+        level = self._level_tensor(values.dtype, values.device)
+        return level if level.dim() == 0 else by_token(level, len(values))[:, None]
+
+    def _level_tensor(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What depends on the level, as a tensor that is kept: [...] for one level, [levels, ...] for several."""
+        key = dtype, str(device)
+        if key not in self._level_tensors:
+            tensor = torch.tensor(self._level_values(), dtype=dtype, device=device)
+            if torch.compiler.is_compiling():  # a tensor of the trace, which holds no values
+                return tensor
+            self._level_tensors[key] = tensor
+        return self._level_tensors[key]
+
+    def _level_values(self) -> Any:
+        """The numbers in `_level_tensor`."""
+        return self.level
+
+    def _prepare_like(self, other: Self) -> None:
+        """Compute ahead what another rule of this kind has."""
+        for dtype, device in other._level_tensors:
+            self._level_tensor(dtype, torch.device(device))
+
+    def _settle_level(self) -> None:
+        """Check the level, and keep it."""
+        if self.level_name is not None:
+            object.__setattr__(self, self.level_name, self._checked(self.level))
+
+    def _checked(self, level: Any) -> Any:
+        """A level as it is kept: one number as it is, several as a tuple of floats."""
+        several = isinstance(level, Sequence) and not isinstance(level, str)
+        if not several and getattr(level, "ndim", 0) != 1:  # of an array or a tensor
+            self._check_level(level)
+            return level
+        levels = level.tolist() if hasattr(level, "tolist") else level
+        if not levels:
+            raise ValueError(
+                f"{self.level_name} must be one number, or one for each sequence of a batch, got {level!r}."
+            )
+        for one in levels:
+            self._check_level(one)
+        return tuple(map(float, levels))
+
+    def _check_level(self, level: float) -> None:
+        """Raise if this is no level of the rule."""
+        if isinstance(level, bool) or not isinstance(level, numbers.Real):
+            raise TypeError(f"{self.level_name} must be a number, got {level!r} of type {type(level).__name__}.")
 
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         """Rank the experts and say how many to keep.
@@ -116,7 +238,9 @@ class Rule:
         return Routing(weights, order.masked_fill(~kept, -1), counts)
 
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
-        """Compute ahead what `fused` looks up, so that no compiler has to see it computed."""
+        """Compute ahead what a call or `fused` looks up, so that no compiler has to see it computed."""
+        if self.level_name is not None:
+            self._level_tensor(torch.float32, device)
 
     def fused(
         self,
@@ -128,6 +252,33 @@ class Rule:
     ) -> Routing:
         """The same routing, with the same options, by a kernel where rule and device have one; here, without."""
         return self(router_logits, layer, weighting=weighting, temperature=temperature)
+
+    def fused_forms(
+        self,
+        router_logits: Tensor,
+        layer: int | None = None,
+        *,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        dtype: torch.dtype,
+        keep: bool | Routing = False,
+        row: int = 0,
+    ) -> Forms:
+        """`fused`, in the forms in which a model and its records take it: of one launch, where there is a kernel.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of the weights for the model.
+        keep : bool or Routing
+            Whether to give what records keep: in new tensors, or written into these, weights and experts
+            [layers, tokens, slots] and counts [layers, tokens] of any dtypes. They may be slices by tokens of tensors
+            without gaps.
+        row : int
+            The layer among those that are kept.
+        """
+        routing = self.fused(router_logits, layer, weighting=weighting, temperature=temperature)
+        return forms_of(routing, router_logits.shape[-1], dtype, keep, row)
 
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""
@@ -213,3 +364,44 @@ class TopK(PrefixRule):
 
     def count(self, top: Tensor, scores: Tensor, layer: int | None) -> Tensor:
         return torch.full(top.shape[:1], self.k, device=top.device)
+
+
+def each(level: Any) -> tuple:
+    """The numbers of a level: those of several, or the one."""
+    return level if isinstance(level, tuple) else (level,)
+
+
+def by_token(values: Tensor, num_tokens: int) -> Tensor:
+    """What differs by sequence [sequences, ...], for each token of a batch [num_tokens, ...]."""
+    return values.repeat_interleave(tokens_each(num_tokens, len(values)), dim=0)
+
+
+def tokens_each(num_tokens: int, num_levels: int) -> int:
+    """How many tokens each of several levels is for.
+
+    Raises
+    ------
+    ValueError
+        If the tokens cannot be divided among the levels.
+    """
+    if num_tokens % num_levels:
+        raise ValueError(
+            f"{num_tokens} tokens cannot be divided among {num_levels} levels: give one level for each sequence of the "
+            f"batch, or a single one for all."
+        )
+    return num_tokens // num_levels
+
+
+def forms_of(
+    routing: Routing, num_experts: int, dtype: torch.dtype, keep: bool | Routing = False, row: int = 0
+) -> Forms:
+    """A routing in the forms in which a model and its records take it; the arguments of `Rule.fused_forms`."""
+    weights, experts, counts = routing
+    kept = None
+    if isinstance(keep, Routing):
+        for room, part in zip(keep, routing, strict=True):
+            room[row] = part
+        kept = Routing(*(room[row] for room in keep))
+    elif keep:
+        kept = Routing(weights, experts.to(torch.int16), counts.to(torch.int16))
+    return Forms(weights.to(dtype), experts.masked_fill(experts < 0, num_experts), kept)

@@ -1,7 +1,8 @@
 """`BH`: multiple testing per token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from bhlib import kernels
 from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, reject
 from bhlib.pvalues import DirichletNull, PValueMaker, make_pvalues
-from bhlib.rules.base import Routing, Rule
+from bhlib.rules.base import Forms, Level, Routing, Rule, by_token, each, forms_of, tokens_each
 from bhlib.weighting import find_weighting
 
 #: Procedures whose decision compares the k-th smallest p-value with a constant: no p-values are needed then.
@@ -25,8 +26,8 @@ class BH(Rule):
 
     Parameters
     ----------
-    alpha : float
-        Level of the procedure, in (0, 1).
+    alpha : float or sequence of float
+        Level of the procedure, in (0, 1); or one for each sequence of a batch (`Rule`).
     pvalues : PValueMaker or str
         Maker of the p-values (`bhlib.pvalues`), or the name of one that needs no calibration; kept as a maker.
     method : str
@@ -48,17 +49,17 @@ class BH(Rule):
     best `max_k`.
     """
 
-    alpha: float = 0.05
+    alpha: Level = 0.05
     pvalues: PValueMaker = field(default_factory=DirichletNull)
     method: str = "bh"
     layer_weights: Sequence[float] | None = None
     _thresholds: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     _cuts: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    level_name = "alpha"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alpha(self.alpha)
-        object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "method", canonical_method(self.method))
         object.__setattr__(self, "pvalues", make_pvalues(self.pvalues))
         self.pvalues.check()
@@ -71,24 +72,36 @@ class BH(Rule):
                 )
             object.__setattr__(self, "layer_weights", weights)
 
-    def level(self, layer: int | None) -> float:
-        """The level at which a layer is tested, by itself: `alpha`, its odds times the layer's weight."""
+    def _checked(self, level: Level) -> float | tuple[float, ...]:
+        levels = super()._checked(level)
+        return levels if isinstance(levels, tuple) else float(levels)
+
+    def _check_level(self, level: float) -> None:
+        check_alpha(level)
+
+    def layer_levels(self, layer: int | None) -> tuple[float, ...]:
+        """The levels at which a layer is tested, by itself: each `alpha`, its odds times the layer's weight.
+
+        One number, or one for each sequence of the batch if `alpha` is several.
+        """
+        alphas = each(self.alpha)
         if self.layer_weights is None:
-            return self.alpha
+            return alphas
         if layer is None or not 0 <= layer < len(self.layer_weights):
             raise ValueError(f"layer must lie in 0..{len(self.layer_weights) - 1} for layer_weights, got {layer}.")
-        weighted = self.layer_weights[layer] * self.alpha
-        return weighted / (1 - self.alpha + weighted)
+        weight = self.layer_weights[layer]
+        return tuple(weight * alpha / (1 - alpha + weight * alpha) for alpha in alphas)
 
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         if self.pvalues.shared:
             order = torch.topk(scores, self.max_k, dim=-1).indices
             # On a CPU in pieces that stay in its cache: twice as fast.
             size = _CACHED_TOKENS if router_logits.device.type == "cpu" else max(len(router_logits), 1)
-            counts = torch.cat([self._num_significant(piece, layer) for piece in router_logits.split(size)])
+            counts = torch.cat(list(self._num_significant(router_logits, layer, size)))
         else:
             pvals = self.pvalues(router_logits, layer)
-            counts = reject(pvals, self.level(layer), self.method, check=False).sum(dim=-1)
+            parts = zip(self.layer_levels(layer), self._by_level(pvals), strict=True)
+            counts = torch.cat([reject(part, level, self.method, check=False).sum(dim=-1) for level, part in parts])
             # Smallest p-value first; among equals (p = 0, conformal steps) the better-scored expert.
             by_score = torch.argsort(scores, dim=-1, descending=True, stable=True)
             by_pvalue = torch.argsort(pvals.gather(-1, by_score), dim=-1, stable=True)
@@ -105,6 +118,8 @@ class BH(Rule):
             )
 
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
+        if self.has_thresholds:
+            self._ranked_thresholds(num_experts, layer, device)
         self.kernel_cuts(num_experts, layer, device)
 
     def fused(
@@ -120,32 +135,64 @@ class BH(Rule):
         Sums are taken in another order: weights agree to 1e-5, and a statistic so close to its threshold that
         rounding decides may fall on the other side.
         """
-        code, form = find_weighting(weighting).kernel, None
-        if code is not None and router_logits.dtype != torch.float64:
-            form = self.kernel_cuts(router_logits.shape[-1], layer, router_logits.device)
-        if form is None or code is None:
+        settings = self._kernel_settings(router_logits, layer, weighting)
+        if settings is None:
             return self(router_logits, layer, weighting=weighting, temperature=temperature)
         from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
 
+        return Routing(*bh_route(router_logits, **settings, temperature=temperature))
+
+    def fused_forms(
+        self,
+        router_logits: Tensor,
+        layer: int | None = None,
+        *,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        dtype: torch.dtype,
+        keep: bool | Routing = False,
+        row: int = 0,
+    ) -> Forms:
+        settings = self._kernel_settings(router_logits, layer, weighting)
+        if settings is None:
+            routing = self(router_logits, layer, weighting=weighting, temperature=temperature)
+            return forms_of(routing, router_logits.shape[-1], dtype, keep, row)
+        from bhlib.kernels.routing import bh_route, bh_route_both  # imports Triton, which not everybody has
+
+        settings |= {"temperature": temperature, "weights_dtype": dtype}
+        if keep is False:
+            weights, experts, _ = bh_route(router_logits, **settings, empty=router_logits.shape[-1])
+            return Forms(weights, experts, None)
+        room = keep if isinstance(keep, Routing) else None
+        weights, experts, *kept = bh_route_both(router_logits, **settings, room=room, layer=row)
+        return Forms(weights, experts, Routing(*kept))
+
+    def _kernel_settings(self, router_logits: Tensor, layer: int | None, weighting: str) -> dict[str, Any] | None:
+        """What the routing kernel is told; None if it cannot route these logits as this rule does."""
+        code = find_weighting(weighting).kernel
+        if code is None or router_logits.dtype == torch.float64:
+            return None
+        form = self.kernel_cuts(router_logits.shape[-1], layer, router_logits.device)
+        if form is None:
+            return None
         statistic, exclude_top, cuts = form
-        return Routing(
-            *bh_route(
-                router_logits,
-                cuts,
-                statistic=statistic,
-                exclude_top=exclude_top,
-                min_k=self.min_k,
-                max_k=self.max_k,
-                weighting=code,
-                temperature=temperature,
-            )
-        )
+        if cuts.dim() == 2:
+            tokens_each(len(router_logits), len(cuts))
+        return {
+            "cuts": cuts,
+            "statistic": statistic,
+            "exclude_top": exclude_top,
+            "min_k": self.min_k,
+            "max_k": self.max_k,
+            "weighting": code,
+        }
 
     def kernel_cuts(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[str, int, Tensor] | None:
         """What the routing kernel compares with what (`bhlib.kernels.routing.cut_table`); computed once.
 
         None if it cannot run on the device, or cannot decide as this rule does.
         """
+        layer = self._own_layer(layer)
         key = (num_experts, layer, str(device))
         if key not in self._cuts:
             form = None
@@ -173,7 +220,7 @@ class BH(Rule):
 
         Returns
         -------
-        Tensor [experts]
+        Tensor [experts] or, for several levels, [levels, experts]
             The expert with the k-th largest statistic (`pvalues.statistic_of`) passes at entry k - 1 or above. The
             procedure keeps all up to the last one that passes.
 
@@ -184,30 +231,54 @@ class BH(Rule):
         """
         return self._ranked_thresholds(num_experts, layer, torch.device(device))[0]
 
-    def _num_significant(self, router_logits: Tensor, layer: int | None) -> Tensor:
-        """Number of rejections per token [tokens], for a null shared by all experts."""
+    def _num_significant(self, router_logits: Tensor, layer: int | None, size: int) -> Iterator[Tensor]:
+        """Number of rejections per token, for a null shared by all experts: in pieces of up to `size` tokens."""
         if not self.has_thresholds:
-            pvals = self.pvalues(router_logits, layer)
-            return reject(pvals, self.level(layer), self.method, check=False).sum(dim=-1)
+            for level, part in zip(self.layer_levels(layer), self._by_level(router_logits), strict=True):
+                for piece in part.split(size):
+                    yield reject(self.pvalues(piece, layer), level, self.method, check=False).sum(dim=-1)
+            return
         threshold, rank = self._ranked_thresholds(router_logits.shape[-1], layer, router_logits.device)
-        statistic = self.pvalues.statistic_of(router_logits, top=ascending(router_logits.float()).flip(-1))
-        # Step-up: the largest k whose k-th largest statistic passes the k-th threshold.
-        return (rank * (statistic >= threshold)).amax(dim=-1).long()
+        pieces = router_logits.split(size)
+        several = threshold.dim() == 2
+        thresholds = by_token(threshold, len(router_logits)).split(size) if several else (threshold,) * len(pieces)
+        for piece, passed in zip(pieces, thresholds, strict=True):
+            statistic = self.pvalues.statistic_of(piece, top=ascending(piece.float()).flip(-1))
+            # Step-up: the largest k whose k-th largest statistic passes the k-th threshold.
+            yield (rank * (statistic >= passed)).amax(dim=-1).long()
+
+    def _by_level(self, values: Tensor) -> tuple[Tensor, ...]:
+        """What stands for the tokens of a batch [tokens, ...], parted by their level."""
+        num_levels = len(each(self.alpha))
+        return values.unflatten(0, (num_levels, tokens_each(len(values), num_levels))).unbind(0)
+
+    def _prepare_like(self, other: Self) -> None:
+        super()._prepare_like(other)
+        for num_experts, layer, device in other._thresholds:
+            self._ranked_thresholds(num_experts, layer, torch.device(device))
+        for num_experts, layer, device in other._cuts:
+            self.kernel_cuts(num_experts, layer, torch.device(device))
 
     def _ranked_thresholds(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`thresholds`, and the ranks from 1 on, each [experts]; computed once per layer."""
+        """`thresholds`, and the ranks from 1 on [experts]; computed once per layer."""
         if not self.has_thresholds:
             raise ValueError(
                 f"{self!r} has no thresholds: they need one null for all experts and a procedure among "
                 f"{', '.join(_CONSTANT_CRITICAL_VALUES)}."
             )
-        level = self.level(layer)
-        if self.pvalues.num_layers is None:
-            layer = None  # one null for all layers
-        key = (num_experts, layer, level, device)
+        layer = self._own_layer(layer)
+        key = num_experts, layer, str(device)
         if key not in self._thresholds:
-            self.pvalues.check_resolution(level, num_experts)
-            critical = critical_values(num_experts, level, self.method)
-            threshold = self.pvalues.critical_statistics(critical, layer).to(device)
+            critical = []
+            for level in self.layer_levels(layer):
+                self.pvalues.check_resolution(level, num_experts)
+                critical.append(critical_values(num_experts, level, self.method))
+            threshold = self.pvalues.critical_statistics(torch.cat(critical), layer).to(device)
+            if isinstance(self.alpha, tuple):
+                threshold = threshold.view(-1, num_experts)
             self._thresholds[key] = threshold, torch.arange(1, num_experts + 1, dtype=torch.int16, device=device)
         return self._thresholds[key]
+
+    def _own_layer(self, layer: int | None) -> int | None:
+        """The layer, or None if all are decided alike."""
+        return None if self.layer_weights is None and self.pvalues.num_layers is None else layer

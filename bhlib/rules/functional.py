@@ -7,13 +7,13 @@ import pandas as pd
 from torch import Tensor
 
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
-from bhlib.rules.base import Rule, TopK
+from bhlib.rules.base import Level, Rule, TopK
 from bhlib.rules.bh import BH
 
 
 def benjamini_hochberg_routing(
     router_logits: Tensor,
-    alpha: float = 0.05,
+    alpha: Level = 0.05,
     temperature: float = 1.0,
     min_k: int = 1,
     max_k: int = 8,
@@ -29,8 +29,8 @@ def benjamini_hochberg_routing(
     ----------
     router_logits : Tensor [tokens, experts] or [batch, sequence, experts]
         Raw logits, any float dtype. Decisions are made in float32 or wider.
-    alpha : float
-        Level of the procedure, in (0, 1).
+    alpha : float or sequence of float
+        Level of the procedure, in (0, 1); or one for each sequence of the batch.
     temperature : float
         Divides the logits in the softmax that the weights are read from, > 0. It changes the weights, not the
         selection (except with ``pvalues="softmax"``, whose p-values are read from that softmax).

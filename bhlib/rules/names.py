@@ -1,13 +1,13 @@
 """The families of rules by name: one entry brings a rule into the sweep command, the comparisons and their figures.
 
-    register(RuleFamily("above average", Look(BLUE, "*", "-."), AboveAverage, "factor"))
+    register(RuleFamily("above average", Look(BLUE, "*", "-."), AboveAverage))
 
 From then on ``python -m bhlib sweep --rules above-average:3,4`` measures it, and every figure that compares families
 finds the level that gives a wanted mean number of experts (`bhlib.figures.families`), measures it and draws it.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,6 @@ class RuleFamily:
         Its colour, marker and line in every figure. No two families have the same.
     make : callable, optional
         Makes a rule of a level, for instance the class. None if the rules of the family need more than one number.
-    level : str, optional
-        The field of a rule that tells its level in tables.
     is_rival : bool
         Whether it is among the rules that `BH` is compared with at equal cost. Its levels then have to lie in (0, 1),
         with numbers of experts that rise or fall with them, unless `bhlib.figures.families.FITTED` knows another way.
@@ -44,18 +42,17 @@ class RuleFamily:
     name: str
     look: Look
     make: Callable[[float], Rule] | None = None
-    level: str | None = None
-    is_rival: bool = True
-    command: str = ""
-    written: str = ""
+    is_rival: bool = field(default=True, kw_only=True)
+    command: str = field(default="", kw_only=True)
+    written: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "command", self.command or self.name.lower().replace(" ", "-"))
         object.__setattr__(self, "written", self.written or f"{self.name} {{}}")
 
     def level_of(self, rule: Rule) -> float:
-        """The level of one of its rules; NaN for a family without."""
-        return getattr(rule, self.level) if self.level else np.nan
+        """The level of one of its rules, for tables; NaN for a rule without."""
+        return np.nan if rule.level is None else rule.level
 
 
 #: Every family by its name, in the order of legends and of tables.
@@ -107,16 +104,16 @@ def _top_k(k: Any) -> TopK:
 
 for _family in (
     RuleFamily("static top-k", Look(BLACK, "s"), _top_k, is_rival=False, command="top-k", written="top-{}"),
-    RuleFamily("BH", Look(BLUE, "o"), BH, "alpha", is_rival=False),
-    RuleFamily("BH, layer weights", Look(BLUE, "^", "--"), None, "alpha", is_rival=False),
-    RuleFamily("BH, fitted null", Look(BLUE, "p", ":"), None, "alpha", is_rival=False),
-    RuleFamily("fixed cut, fitted null", Look(GREEN, "d", ":"), None, "alpha", is_rival=False),
-    RuleFamily("threshold", Look(GREEN, "D"), Threshold, "threshold"),
-    RuleFamily("threshold, layer weights", Look(GREEN, "v", "--"), None, "alpha", is_rival=False),
-    RuleFamily("top-p", Look(RED, "P"), TopP, "p"),
-    RuleFamily("min-p", Look(ORANGE, "X"), MinP, "ratio"),
-    RuleFamily("entropy", Look(PINK, "h"), None, "first_threshold"),
-    RuleFamily("weight ratio", Look(SKY, "<"), WeightRatio, "beta"),
+    RuleFamily("BH", Look(BLUE, "o"), BH, is_rival=False),
+    RuleFamily("BH, layer weights", Look(BLUE, "^", "--"), None, is_rival=False),
+    RuleFamily("BH, fitted null", Look(BLUE, "p", ":"), None, is_rival=False),
+    RuleFamily("fixed cut, fitted null", Look(GREEN, "d", ":"), None, is_rival=False),
+    RuleFamily("threshold", Look(GREEN, "D"), Threshold),
+    RuleFamily("threshold, layer weights", Look(GREEN, "v", "--"), None, is_rival=False),
+    RuleFamily("top-p", Look(RED, "P"), TopP),
+    RuleFamily("min-p", Look(ORANGE, "X"), MinP),
+    RuleFamily("entropy", Look(PINK, "h")),
+    RuleFamily("weight ratio", Look(SKY, "<"), WeightRatio),
     RuleFamily("static per layer", Look(YELLOW, ">", "--")),
 ):
     register(_family)

@@ -1,13 +1,15 @@
 """Rivals: what people use, under the same interface. Each but `KeepMass` keeps a prefix of the token's best experts."""
 
 import numbers
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from bhlib.procedures import is_whole
-from bhlib.rules.base import PrefixRule, ProbabilityRule, Routing, Rule, TopK
+from bhlib.rules.base import Level, PrefixRule, ProbabilityRule, Routing, Rule, TopK, by_token, each
 
 
 @dataclass(frozen=True)
@@ -49,62 +51,65 @@ class StaticPerLayer(PrefixRule):
 
 
 @dataclass(frozen=True)
-class Threshold(ProbabilityRule):
+class _FractionRule(ProbabilityRule):
+    """A rule whose level is a number in [0, 1]."""
+
+    def _check_level(self, level: float) -> None:
+        if isinstance(level, bool) or not isinstance(level, numbers.Real) or not 0 <= level <= 1:
+            raise ValueError(f"{self.level_name} must be a number in [0, 1], got {level!r}.")
+
+
+@dataclass(frozen=True)
+class Threshold(_FractionRule):
     """Keep every expert with a probability of at least `threshold`.
 
     One constant for all tokens, where the top-any gating of DynMoE (Guo et al. 2024, arXiv:2405.14297) trains one per
     expert. It is also `BH` with ``method="fixed"`` and ``DirichletNull(1)``, at alpha = (1 - threshold)^(experts - 1).
     """
 
-    threshold: float = 0.05
+    threshold: Level = 0.05
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_fraction("threshold", self.threshold)
+    level_name = "threshold"
 
     def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
-        return (top >= self.threshold).sum(dim=-1)
+        return (top >= self.level_for(top)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
-class TopP(ProbabilityRule):
+class TopP(_FractionRule):
     """Keep the fewest experts whose probabilities add up to at least `p`.
 
     Huang et al. 2024, "Harder tasks need more experts: dynamic routing in MoE models" (arXiv:2403.07652), there with a
     router that is trained for it.
     """
 
-    p: float = 0.4
+    p: Level = 0.4
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_fraction("p", self.p)
+    level_name = "p"
 
     def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
         mass_before = top.cumsum(dim=-1) - top
-        return (mass_before < self.p).sum(dim=-1)
+        return (mass_before < self.level_for(top)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
-class MinP(ProbabilityRule):
+class MinP(_FractionRule):
     """Keep the experts with a probability above `ratio` times that of the best one, and at least `min_k`.
 
     The min-p of sampling (Nguyen et al. 2024, arXiv:2407.01082), applied to experts as "smart expert reduction" in
     ik_llama.cpp (pull request 239, 2025), whose ``-ser K,t`` is ``MinP(t, min_k=K)``.
     """
 
-    ratio: float = 0.3
+    ratio: Level = 0.3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_fraction("ratio", self.ratio)
+    level_name = "ratio"
 
     def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
-        return (top > self.ratio * top[:, :1]).sum(dim=-1)
+        return (top > self.level_for(top) * top[:, :1]).sum(dim=-1)
 
 
 @dataclass(frozen=True)
-class WeightRatio(ProbabilityRule):
+class WeightRatio(_FractionRule):
     """Keep the next expert while its probability is at least `beta` times the sum of those kept before it.
 
     Expert skipping of NAEE (Lu et al. 2024, "Not all experts are equal", arXiv:2402.14800) is defined for two experts:
@@ -112,15 +117,13 @@ class WeightRatio(ProbabilityRule):
     and extends it to any number. The ratio falls with the rank, so that the experts kept are a prefix.
     """
 
-    beta: float = 0.2
+    beta: Level = 0.2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_fraction("beta", self.beta)
+    level_name = "beta"
 
     def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
         kept_before = top.cumsum(dim=-1) - top
-        return (top >= self.beta * kept_before).sum(dim=-1)
+        return (top >= self.level_for(top) * kept_before).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -134,40 +137,70 @@ class EntropyK(ProbabilityRule):
     Parameters
     ----------
     thresholds : sequence of float, increasing
-        Entropies in nats, at most log(experts).
+        Entropies in nats, at most log(experts); or one such sequence for each sequence of a batch.
     ks : sequence of int, one more than `thresholds`
         ``ks[i]`` experts for a token whose entropy exceeds i of the thresholds: ``ks[-1]`` if all.
     """
 
-    thresholds: tuple[float, ...] = (2.0, 2.5)
+    thresholds: tuple[Any, ...] = (2.0, 2.5)
     ks: tuple[int, ...] = (2, 4, 8)
 
+    level_name = "first_threshold"
     _upper_bound = "ks"
 
     def __post_init__(self) -> None:
         thresholds, ks = tuple(self.thresholds), tuple(self.ks)
-        if len(ks) != len(thresholds) + 1:
-            raise ValueError(
-                f"ks must have one entry more than thresholds, got {len(ks)} and {len(thresholds)}: ks={ks}, "
-                f"thresholds={thresholds}."
-            )
-        if list(thresholds) != sorted(thresholds):
-            raise ValueError(f"thresholds must be increasing, got {thresholds}.")
+        if thresholds and isinstance(thresholds[0], Sequence):
+            thresholds = tuple(tuple(row) for row in thresholds)
+        object.__setattr__(self, "thresholds", thresholds)
+        for row in self._rows():
+            if len(ks) != len(row) + 1:
+                raise ValueError(
+                    f"ks must have one entry more than thresholds, got {len(ks)} and {len(row)}: ks={ks}, "
+                    f"thresholds={row}."
+                )
+            if list(row) != sorted(row):
+                raise ValueError(f"thresholds must be increasing, got {row}.")
         if not all(is_whole(k) and k >= 1 for k in ks):
             raise ValueError(f"ks must hold ints of 1 or more, got {ks}.")
         ks = tuple(map(int, ks))
-        for name, value in (("thresholds", thresholds), ("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
+        for name, value in (("ks", ks), ("min_k", min(ks)), ("max_k", max(ks))):
             object.__setattr__(self, name, value)
 
     @property
-    def first_threshold(self) -> float:
-        """The least entropy that gives more than ``ks[0]`` experts, in nats: the level of the family in tables."""
-        return self.thresholds[0]
+    def first_threshold(self) -> float | tuple[float, ...]:
+        """The least entropy that gives more than ``ks[0]`` experts, in nats: the level, which all thresholds follow."""
+        rows = self._rows()
+        return tuple(row[0] for row in rows) if self._differ() else rows[0][0]
+
+    def at(self, level: Level) -> Self:
+        """The same rule with its first threshold at `level`, the others as far from that as in the first sequence."""
+        levels = self._checked(level)
+        first, *others = self._rows()[0]
+        rows = [(one, *(other + (one - first) for other in others)) for one in each(levels)]
+        thresholds = tuple(rows) if isinstance(levels, tuple) else rows[0]
+        moved = replace(self, thresholds=thresholds)
+        moved._prepare_like(self)
+        return moved
+
+    def _differ(self) -> bool:
+        """Whether the thresholds differ by sequence."""
+        return bool(self.thresholds) and isinstance(self.thresholds[0], tuple)
+
+    def _rows(self) -> tuple[tuple[float, ...], ...]:
+        """The thresholds of each sequence, or those of all."""
+        return self.thresholds if self._differ() else (self.thresholds,)
+
+    def _level_values(self) -> tuple:
+        return self.thresholds
 
     def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
         entropy = torch.special.entr(probs).sum(dim=-1)
-        thresholds = torch.tensor(self.thresholds, dtype=entropy.dtype, device=entropy.device)
-        return torch.tensor(self.ks, device=entropy.device)[torch.searchsorted(thresholds, entropy)]
+        thresholds = self._level_tensor(entropy.dtype, entropy.device)
+        if thresholds.dim() == 2:
+            thresholds = by_token(thresholds, len(entropy))
+        exceeded = ~(entropy[:, None] <= thresholds)  # NaN exceeds all
+        return torch.tensor(self.ks, device=entropy.device)[exceeded.sum(dim=-1)]
 
 
 @dataclass(frozen=True)
@@ -188,7 +221,21 @@ class KeepMass(Rule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "min_k", self.rule.min_k)
         object.__setattr__(self, "max_k", self.rule.max_k)
+        object.__setattr__(self, "level_name", self.rule.level_name)
         super().__post_init__()
+
+    @property
+    def level(self) -> Any:
+        return self.rule.level
+
+    def at(self, level: Level) -> Self:
+        return replace(self, rule=self.rule.at(level))
+
+    def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
+        self.rule.prepare(num_experts, layer, device)
+
+    def _settle_level(self) -> None:
+        """The rule inside has."""
 
     def __call__(
         self, router_logits: Tensor, layer: int | None = None, *, weighting: str = "softmax", temperature: float = 1.0
@@ -200,8 +247,3 @@ class KeepMass(Rule):
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
         self.rule.check_model(num_layers, num_experts)
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}.")

@@ -1,0 +1,122 @@
+"""Recording inside compiled code: one operator at the end of a forward pass, into which the compiler does not look.
+
+A compiled forward pass has no place for Python of ours: what the routers decide is stacked by the compiled code itself,
+and handed to `record` once, which a CUDA graph leaves out and the host calls between two of them. It runs while the
+device is still busy with the pass, copies a few small tensors, and waits for nothing.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from bhlib.passes import PassNote, first_keys, note_inputs
+from bhlib.rules import Routing
+
+if TYPE_CHECKING:
+    from bhlib.patching import RoutingPatch
+
+#: Patches by the number that compiled code knows them by.
+_patches: "WeakValueDictionary[int, RoutingPatch]" = WeakValueDictionary()
+
+
+def enroll(patch: "RoutingPatch") -> int:
+    """A number by which compiled code finds a patch again."""
+    number = 1 + max(_patches, default=0)
+    _patches[number] = patch
+    return number
+
+
+def record(
+    number: int,
+    ticket: Tensor,
+    inputs: Mapping[str, Any],
+    cache: Any | None,
+    routings: Mapping[int, Routing],
+    logits: Mapping[int, Tensor],
+) -> None:
+    """Record a pass that has come to its end, in operations that a compiler can follow.
+
+    Parameters
+    ----------
+    number : int
+        From `enroll`.
+    ticket : Tensor
+        Any: it is passed for written to, so that the compiler neither drops nor reorders the operator.
+    inputs : mapping
+        Arguments of the forward, by name.
+    cache : object or None
+        The static cache among them.
+    routings : dict of int to Routing
+        By MoE layer.
+    logits : dict of int to Tensor
+        By MoE layer, if they are to be kept; else empty.
+    """
+    past: int | Tensor = 0
+    if cache is not None:
+        past = cache.get_seq_length() - _length(inputs)  # the pass is in it by now
+    note = note_inputs(inputs, past)
+    weights, experts, counts = zip(*routings.values(), strict=True)
+    torch.ops.bhlib.record(
+        ticket,
+        number,
+        note.shape[0],
+        note.shape[1],
+        list(routings),
+        note.past if isinstance(note.past, Tensor) else None,
+        note.token_ids,
+        note.own,
+        note.before,
+        first_keys(cache),
+        [part.detach() for part in weights],
+        experts,
+        counts,
+        [part.detach() for part in logits.values()],
+    )
+
+
+def _length(inputs: Mapping[str, Any]) -> int:
+    return next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None).shape[1]
+
+
+@torch.library.custom_op("bhlib::record", mutates_args=("ticket",), tags=(torch.Tag.cudagraph_unsafe,))
+def _record(
+    ticket: Tensor,
+    number: int,
+    batch: int,
+    length: int,
+    layers: list[int],
+    past: Tensor | None,
+    token_ids: Tensor | None,
+    own: Tensor | None,
+    before: Tensor | None,
+    keys: Tensor | None,
+    weights: list[Tensor],
+    experts: list[Tensor],
+    counts: list[Tensor],
+    logits: list[Tensor],
+) -> None:
+    patch = _patches.get(number)
+    if patch is None:
+        return
+    # Copies, since the next pass is written to the same memory.
+    facts = [None if fact is None else fact.clone() for fact in (past, token_ids, own, before)]
+    note = PassNote((batch, length), 0 if facts[0] is None else facts[0], *facts[1:])
+    routings = map(Routing, *(_copies(parts) for parts in (weights, experts, counts)))
+    patch.take(note, keys, dict(zip(layers, routings, strict=True)), dict(zip(layers, _copies(logits), strict=False)))
+
+
+def _copies(parts: list[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of tensors of any widths and the same number of rows, made at once."""
+    if not parts:
+        return ()
+    if any(part.shape != parts[0].shape or part.device != parts[0].device for part in parts):
+        return tuple(part.clone() for part in parts)
+    return torch.cat(parts).chunk(len(parts))
+
+
+@_record.register_fake
+def _(ticket, number, batch, length, layers, past, token_ids, own, before, keys, weights, experts, counts, logits):
+    return None
