@@ -169,9 +169,9 @@ def _count_experts(model: nn.Module, name: str, experts: "ExpertsModule") -> int
         raise ValueError(
             f"{type(model).__name__} cannot be patched under this expert parallelism (EP): {name!r} holds the "
             f"{experts.num_experts} experts of one process, the gate beside it chooses among those of all, and "
-            f"ep_implementation={way!r} may look up whose each slot is, where an empty slot is nobody's. Load the model with "
-            f"DistributedConfig(tp_size=N, ep_size=N, ep_implementation='all_reduce'), which transformers 5.24 has, "
-            f"or with tp_size=N alone."
+            f"ep_implementation={way!r} may look up whose each slot is, where an empty slot is nobody's. Load the "
+            f"model with DistributedConfig(tp_size=N, ep_size=N, ep_implementation='all_reduce'), which transformers "
+            f"5.24 has, or with tp_size=N alone."
         )
     return experts.num_experts * distributed.ep_size
 
