@@ -128,7 +128,7 @@ def test_what_has_no_room_is_offloaded_and_routed_as_ever(tmp_path):
     whole, _ = load_olmoe(str(DEMO), device_map=None)
     spread, _ = load_olmoe(str(DEMO), max_memory={"cpu": "16MiB"}, offload_folder=str(tmp_path))
     assert {"cpu", "disk"} <= set(spread.hf_device_map.values())
-    data = load_heldout("validation", length=64, max_sequences=1)
+    data = {"novels": load_heldout("validation", length=64, max_sequences=1)["novels"]}
     for rule in (None, BH(0.05)):
         got, expected = (evaluate(model, data, rule).drop(columns="seconds") for model in (spread, whole))
         assert got.equals(expected)
