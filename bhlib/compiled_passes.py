@@ -6,7 +6,7 @@ device is still busy with the pass, copies a few small tensors, and waits for no
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,17 +15,23 @@ from torch import Tensor
 from bhlib.passes import PassNote, first_keys, note_inputs
 from bhlib.rules import Routing
 
-if TYPE_CHECKING:
-    from bhlib.patching import RoutingPatch
 
-#: Patches by the number that compiled code knows them by.
-_patches: "WeakValueDictionary[int, RoutingPatch]" = WeakValueDictionary()
+class Taker(Protocol):
+    """What takes in the passes that compiled code has run (`bhlib.patching.RoutingPatch`)."""
+
+    def take(
+        self, note: PassNote, keys: Tensor | None, routings: dict[int, Routing], logits: dict[int, Tensor]
+    ) -> None: ...
 
 
-def enroll(patch: "RoutingPatch") -> int:
-    """A number by which compiled code finds a patch again."""
-    number = 1 + max(_patches, default=0)
-    _patches[number] = patch
+#: Takers by the number that compiled code knows them by.
+_takers: "WeakValueDictionary[int, Taker]" = WeakValueDictionary()
+
+
+def enroll(taker: Taker) -> int:
+    """A number by which compiled code finds a taker again."""
+    number = 1 + max(_takers, default=0)
+    _takers[number] = taker
     return number
 
 
@@ -98,14 +104,14 @@ def _record(
     counts: list[Tensor],
     logits: list[Tensor],
 ) -> None:
-    patch = _patches.get(number)
-    if patch is None:
+    taker = _takers.get(number)
+    if taker is None:
         return
     # Copies, since the next pass is written to the same memory.
-    facts = [None if fact is None else fact.clone() for fact in (past, token_ids, own, before)]
-    note = PassNote((batch, length), 0 if facts[0] is None else facts[0], *facts[1:])
+    past, token_ids, own, before = (None if x is None else x.clone() for x in (past, token_ids, own, before))
+    note = PassNote((batch, length), 0 if past is None else past, token_ids, own, before)
     routings = map(Routing, *(_copies(parts) for parts in (weights, experts, counts)))
-    patch.take(note, keys, dict(zip(layers, routings, strict=True)), dict(zip(layers, _copies(logits), strict=False)))
+    taker.take(note, keys, dict(zip(layers, routings, strict=True)), dict(zip(layers, _copies(logits), strict=False)))
 
 
 def _copies(parts: list[Tensor]) -> tuple[Tensor, ...]:

@@ -251,9 +251,9 @@ def _find_product(router: "RouterModule", noise: Tensor, logits: Tensor) -> tupl
         return False, False
     # In bfloat16 too: some routers compute in float32 whatever they are given, which shows there only.
     low = copy.copy(router)
-    states = {"_parameters": router._parameters, "_buffers": router._buffers}
-    for name, tensors in states.items():
-        vars(low)[name] = {key: tensor if tensor is None else tensor.bfloat16() for key, tensor in tensors.items()}
+    for name in ("_parameters", "_buffers"):
+        tensors: dict[str, Tensor | None] = vars(router)[name]
+        vars(low)[name] = {key: None if tensor is None else tensor.bfloat16() for key, tensor in tensors.items()}
     low.training = False
     low_logits, low_weights, _ = low.forward(noise.bfloat16())
     linear = torch.equal(linear_logits(low, noise.bfloat16()), low_logits)

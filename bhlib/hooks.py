@@ -9,9 +9,25 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
+class NewForward:
+    """A forward that `PrivateHooks.replace_forward` puts in the place of a module's own. Subclasses say what it does.
+
+    Attributes
+    ----------
+    own : callable
+        The module's own.
+    is_in_place : bool
+        False once it has been taken back. Where somebody has wrapped it meanwhile, it may still be called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own: Callable = module.forward
+        self.is_in_place = True
+
+
 def own_forward(module: nn.Module) -> Callable:
-    """The forward of a module, without one that `PrivateHooks.replace_forward` put in its place."""
-    return getattr(module.forward, "own", module.forward)
+    """The forward of a module, without one that was put in its place."""
+    return module.forward.own if isinstance(module.forward, NewForward) else module.forward
 
 
 class PrivateHooks:
@@ -19,7 +35,7 @@ class PrivateHooks:
 
     def __init__(self) -> None:
         self._hooks: list[tuple[nn.Module, RemovableHandle]] = []
-        self._forwards: list[tuple[nn.Module, Callable]] = []
+        self._forwards: list[tuple[nn.Module, NewForward]] = []
 
     def __bool__(self) -> bool:
         return bool(self._hooks or self._forwards)
@@ -29,11 +45,8 @@ class PrivateHooks:
         self._hooks.append((module, handle))
         self._hide(module)
 
-    def replace_forward(self, module: nn.Module, forward: Callable) -> None:
-        """Put another forward in the place of a module's own, which is its attribute `own`.
-
-        Where somebody has wrapped it meanwhile, it goes on being called, and its attribute `is_in_place` is False.
-        """
+    def replace_forward(self, module: nn.Module, forward: NewForward) -> None:
+        """Put another forward in the place of a module's own."""
         vars(module)["forward"] = forward
         self._forwards.append((module, forward))
         self._hide(module)

@@ -98,7 +98,8 @@ class _Sequences:
     def __init__(self, first: int, batch: int) -> None:
         self.first, self.end = first, 0
         self._real = np.ones((batch, 64), dtype=bool)  # columns from `end` on are room to grow
-        self.resume()
+        # Which rows were fed an end-of-text token, and with what they have been fed since (-1: nothing yet).
+        self._ended, self._filler = np.zeros(batch, dtype=bool), np.full(batch, -1)
 
     def __len__(self) -> int:
         return len(self._real)
@@ -127,9 +128,7 @@ class _Sequences:
 
     def resume(self) -> None:
         """Take all rows for unfinished."""
-        # Which rows were fed an end-of-text token, and with what they have been fed since (-1: nothing yet).
-        self._ended = np.zeros(len(self._real), dtype=bool)
-        self._filler = np.full(len(self._real), -1)
+        self._ended, self._filler = np.zeros(len(self), dtype=bool), np.full(len(self), -1)
 
 
 class _Cached:
@@ -159,7 +158,7 @@ class PassReader:
     def reset(self) -> None:
         """Number sequences from 0 again."""
         self._by_cache: WeakKeyDictionary[Any, _Cached] = WeakKeyDictionary()
-        self._by_address: dict[int, _Cached] = {}
+        self._by_address: dict[int | None, _Cached] = {}
         self._num_sequences = 0
 
     def note(self, inputs: Mapping[str, Any], ran_on: Any | None = None) -> "PassNote | PassTokens":
@@ -336,11 +335,11 @@ def _read_mask(mask: Tensor, past: int | Tensor, batch: int, length: int) -> tup
         # [batch, 1, query, key], True or 0.0 where attention is allowed: a real token may attend to itself.
         own = mask[:, 0].diagonal(offset=start, dim1=-2, dim2=-1)
         return _allowed(own).expand(batch, length).clone(), None
-    start = past.clamp(max=width - length)
-    column = start + torch.arange(length, device=mask.device)
+    first = past.clamp(max=width - length)
+    column = first + torch.arange(length, device=mask.device)
     if mask.dim() == 2:
-        is_past = torch.arange(width, device=mask.device) < start
-        before = torch.where(start == past, (mask.bool() & is_past).sum(dim=1), -1)
+        is_past = torch.arange(width, device=mask.device) < first
+        before = (mask.bool() & is_past).sum(dim=1).masked_fill(first < past, -1)
         return mask.index_select(1, column).bool(), before
     rows = mask[:, 0].gather(2, column[None, :, None].expand(mask.shape[0], length, 1))
     return _allowed(rows[..., 0]).expand(batch, length).clone(), None

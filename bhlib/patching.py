@@ -36,7 +36,6 @@ from bhlib.discovery import (
     find_moe_layers,
     implementation_of,
     implementations_changed,
-    linear_logits,
 )
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
@@ -44,6 +43,7 @@ from bhlib.passes import PassNote, PassReader, find_cache, special_tokens
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
+from bhlib.router_hooks import RouterForward, RouterHook, Seen
 from bhlib.rules import BH, Forms, Level, Routing, Rule
 from bhlib.stats import RoutingStats
 from bhlib.weighting import WEIGHTINGS
@@ -136,7 +136,7 @@ class RoutingPatch:
         self._local = threading.local()
         self._body = find_body(model, self.layers)
         self._input_names = tuple(inspect.signature(self._body.forward).parameters)
-        self._seen = [_Seen(layer) for layer in self.layers]
+        self._seen = [Seen(layer) for layer in self.layers]
         self._number = enroll(self)
         self._is_open = False  # to forward passes
         self._running: set[threading.Thread] = set()
@@ -251,12 +251,12 @@ class RoutingPatch:
         """Replace the forward of a router, or look at what it returns where it has to run, or is not its class's."""
         router, seen = layer.router, self._seen[layer.index]
         if self.mode == "patch" and layer.linear and "forward" not in vars(router):
-            self._hooks.replace_forward(router, _RouterForward(self, seen))
+            self._hooks.replace_forward(router, RouterForward(self, seen))
         else:
-            self._hooks.add(router, router.register_forward_hook(_RouterHook(self, seen)))
+            self._hooks.add(router, router.register_forward_hook(RouterHook(self, seen)))
 
     def _expects_whole_graphs(self) -> bool:
-        """Whether nothing in a pass keeps a compiler from one graph: no loop over experts, no rule that counts passes."""
+        """Whether a compiler can make one graph of a pass: no loop over experts, no rule that counts passes."""
         if type(self._rule).end_pass is not Rule.end_pass:
             return False
         experts = [layer.experts for layer in self.layers]
@@ -336,7 +336,7 @@ class RoutingPatch:
             if cache is not None and isinstance(finished.tokens, PassNote):
                 self._reader.follow(finished.tokens, cache)
 
-    def record(self, seen: "_Seen", routing: Routing, router_logits: Tensor) -> None:
+    def record(self, seen: "Seen", routing: Routing, router_logits: Tensor) -> None:
         """Record what a layer decided in the pass that is running."""
         layer = seen.layer
         logits = as_scored(router_logits, layer.narrows) if self.record_logits else None
@@ -522,68 +522,6 @@ class BHRoutingIntegration(RoutingPatch):
     @property
     def max_k(self) -> int:
         return self.rule.max_k
-
-
-class _Seen:
-    """What compiled code was shown of one layer while it was followed: nothing, before and after a pass."""
-
-    routing: Routing | None = None
-    logits: Tensor | None = None
-
-    def __init__(self, layer: MoELayer) -> None:
-        self.layer = layer
-
-
-class _RouterHook:
-    """Forward hook of one router: replaces its weights and indices, or only looks on."""
-
-    def __init__(self, patch: RoutingPatch, seen: _Seen) -> None:
-        self.patch, self.seen = patch, seen
-
-    def __call__(self, router: nn.Module, args: tuple, output: tuple) -> tuple | None:
-        router_logits, top_k_weights, _ = output
-        return self.decide(router_logits, top_k_weights.dtype)
-
-    def decide(self, router_logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the router is to return, with weights in a dtype; None if the patch only watches."""
-        patch, layer = self.patch, self.seen.layer
-        patch.check_open()
-        forms = patch.route(layer, router_logits, dtype)
-        if forms.exact is not None:
-            patch.record(self.seen, Routing(forms.exact, forms.experts, forms.counts), router_logits)
-        if patch.mode == "analyze":
-            return None
-        implementation = implementation_of(layer.experts)
-        if not pairwise.is_twin(implementation):
-            raise RuntimeError(
-                f"The experts implementation was set to {implementation!r} while the model was patched, and cannot "
-                f"skip empty slots: set it before patching, or unpatch first."
-            )
-        return router_logits, forms.weights, forms.experts
-
-
-class _RouterForward(_RouterHook):
-    """Forward of one router, in the place of its own: the logits, and the rule's weights and indices.
-
-    The softmax and the top-k, which a hook would throw away, are never computed. For routers that are
-    `MoELayer.linear`.
-    """
-
-    def __init__(self, patch: RoutingPatch, seen: _Seen) -> None:
-        super().__init__(patch, seen)
-        self.own, self.is_in_place = seen.layer.router.forward, True
-
-    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        layer = self.seen.layer
-        if not self.is_in_place:  # whoever wrapped it meanwhile still calls it
-            return self.own(hidden_states)
-        if layer.router.training:  # some add noise then
-            return super().__call__(layer.router, (hidden_states,), self.own(hidden_states))
-        router_logits = linear_logits(layer.router, hidden_states)
-        dtype = router_logits.dtype
-        if not layer.casts:  # as its scores
-            dtype = torch.float32 if layer.narrows else torch.promote_types(dtype, torch.float32)
-        return self.decide(router_logits, dtype)
 
 
 def _cache_of(output: object) -> Any | None:

@@ -23,9 +23,11 @@ FLOORS = [
     "rules",  # p-values -> experts and weights; the rival rules
     "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only
-    "discovery",  # the MoE layers of a model: find, watch, choose implementations
     "hooks",  # hooks that copies of a module leave behind
+    "discovery",  # the MoE layers of a model: find, watch, choose implementations
+    "router_hooks",  # what a patch puts on a router
     "passes",  # which tokens of a forward pass are real, and where they stand
+    "compiled_passes",  # recording inside compiled code
     "recorded_passes",  # decisions about tokens, pass by pass
     "stats",  # counts -> the statistics of a run
     "records",  # what was routed where
