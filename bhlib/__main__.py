@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     routing.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
     experts = benches.add_parser("experts", help="time of the embedded model's experts when it uses fewer of them")
     experts.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
-    speed = benches.add_parser("speed", help="a full-size OLMoE on a CUDA device: router, experts, prefill, decoding")
+    call = benches.add_parser("call", help="processor time of the README's call, with the embedded model in one thread")
+    call.add_argument("--csv", metavar="FILE", help="write the table to a file as well")
+    speed = benches.add_parser("speed", help="a full-size OLMoE on a CUDA device: the call, router, experts, decoding")
     speed.add_argument("--folder", default="figures", help="where speed.csv is, or goes (default: figures)")
     speed.add_argument("--only", action="append", metavar="STAGE", help="measure this stage only; may be repeated")
     speed.add_argument("--quick", action="store_true", help="fewer rounds, fewer things compiled")
@@ -68,9 +70,13 @@ def main(argv: list[str] | None = None) -> None:
             print(benchmarks.format_routing(table))
         else:
             model, _ = load_demo()
-            sequences = load_heldout("validation", length=512, max_sequences=1)
-            table = benchmarks.bench_experts(model, torch.cat(list(sequences.values()))[:8])
-            print(benchmarks.format_experts(table))
+            documents = torch.cat(list(load_heldout("validation", length=512, max_sequences=1).values()))
+            if arguments.bench == "experts":
+                table = benchmarks.bench_experts(model, documents[:8])
+                print(benchmarks.format_experts(table))
+            else:
+                table = benchmarks.bench_call(model, documents[:1, :16], documents[:4])
+                print(benchmarks.format_call(table))
         if arguments.csv:
             table.to_csv(arguments.csv, index=False)
 

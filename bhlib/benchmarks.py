@@ -2,14 +2,20 @@
 
     python -m bhlib bench routing
 
-and how much faster a model runs that skips experts:
+how much faster a model runs that skips experts:
 
     python -m bhlib bench experts
+
+and what the call of the README costs on a CPU (on a GPU: `bhlib.speed.call`):
+
+    python -m bhlib bench call
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
-from time import perf_counter
+from functools import partial
+from time import perf_counter, process_time
 
 import numpy as np
 import pandas as pd
@@ -23,7 +29,7 @@ from tqdm.auto import tqdm
 
 from bhlib.calibration import fit_null
 from bhlib.discovery import find_moe_layers, watch
-from bhlib.patching import RoutingPatch
+from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.procedures import PROCEDURES, reject
 from bhlib.pvalues import NULLS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
@@ -273,4 +279,108 @@ def format_experts(frame: pd.DataFrame) -> str:
     return (
         f"{frame['tokens'].iloc[0]:,} tokens, {frame['threads'].iloc[0]} threads; ratios to the unpatched model of the "
         f"same round\n\n{table}\n"
+    )
+
+
+def bench_call(
+    model: nn.Module,
+    prompt: torch.Tensor,
+    documents: torch.Tensor,
+    *,
+    alpha: float = 0.01,
+    new_tokens: int = 32,
+    repetitions: int = 9,
+    threads: int = 1,
+) -> pd.DataFrame:
+    """Processor time of the call of the README: unpatched, patched as it stands, and patched without statistics.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model that can be patched, on the CPU.
+    prompt : Tensor [1, length]
+        Tokens that `generate()` goes on from, greedily.
+    documents : Tensor [batch, length]
+        Tokens of one prefill, without a cache.
+    alpha : float
+        By default the level that gives the embedded model four experts per token and layer.
+    new_tokens : int
+        Tokens that are generated.
+    repetitions : int
+        Rounds. In each, everything takes its turn: patched anew, called once, and called again for the clock.
+    threads : int
+        Of torch, meanwhile. With one, processor time is how long it takes on a quiet machine.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per call (``generate()`` or ``prefill``) and ``name`` (``unpatched``, ``patched``, ``no statistics``):
+        ``mean_k`` (experts per token and layer), ``cpu_ms`` (median over the rounds, of a whole `generate()` by
+        the tokens that it made, or of a prefill), ``cpu_q1``, ``cpu_q3`` (its quartiles), ``ratio`` and ``ratio_iqr``
+        (median and interquartile range of the ratio to the unpatched model of the same round), ``tokens`` (generated,
+        or read), ``threads``.
+    """
+    contexts = {
+        "unpatched": nullcontext,
+        "patched": partial(BHRoutingIntegration, model, alpha=alpha),
+        "no statistics": partial(BHRoutingIntegration, model, alpha=alpha, collect_stats=False),
+    }
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    generate = partial(model.generate, prompt, attention_mask=torch.ones_like(prompt), **length)
+    calls = {
+        "generate()": (generate, new_tokens, new_tokens),
+        "prefill": (partial(model, input_ids=documents, use_cache=False), documents.numel(), 1),
+    }
+    rows = []
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name, (call, tokens, parts) in calls.items():
+            times, used = _processor_times(call, contexts, repetitions, name)
+            rows += _call_rows(name, {what: seconds / parts for what, seconds in times.items()}, used, tokens, model)
+    finally:
+        torch.set_num_threads(threads_before)
+    return pd.DataFrame(rows).assign(threads=threads)
+
+
+@torch.no_grad()
+def _processor_times(
+    call: Callable, contexts: dict[str, Callable], repetitions: int, name: str
+) -> tuple[dict[str, np.ndarray], float]:
+    """Seconds [repetitions] of a call in each context, in turns; and the experts that it used where that is counted."""
+    times: dict[str, list[float]] = {what: [] for what in contexts}
+    for _ in tqdm(range(repetitions), desc=f"bench call, {name}", unit="round"):
+        for what, context in contexts.items():
+            with context() as patch:
+                call()
+                if patch is not None:
+                    patch.reset_stats()  # so that the second call is recorded as the first was
+                began = process_time()
+                call()
+                times[what].append(process_time() - began)
+            if what == "patched":
+                used = patch.get_routing_stats()["mean_experts_per_token"]
+    return {what: np.array(seconds) for what, seconds in times.items()}, used
+
+
+def _call_rows(call: str, times: dict[str, np.ndarray], used: float, tokens: int, model: nn.Module) -> list[dict]:
+    rows = []
+    for name, seconds in times.items():
+        low, middle, high = np.quantile(1e3 * seconds, (0.25, 0.5, 0.75))
+        ratio_low, ratio, ratio_high = np.quantile(seconds / times["unpatched"], (0.25, 0.5, 0.75))
+        mean_k = find_moe_layers(model)[0].top_k if name == "unpatched" else used
+        rows.append(
+            {"call": call, "name": name, "mean_k": mean_k, "cpu_ms": middle, "cpu_q1": low, "cpu_q3": high,
+             "ratio": ratio, "ratio_iqr": ratio_high - ratio_low, "tokens": tokens}
+        )  # fmt: skip
+    return rows
+
+
+def format_call(frame: pd.DataFrame) -> str:
+    """The table of `bench_call` as text."""
+    table = frame.drop(columns=["tokens", "threads"]).to_string(index=False, float_format="{:.2f}".format)
+    tokens = frame.groupby("call", sort=False)["tokens"].first()
+    return (
+        f"processor time, torch in {frame['threads'].iloc[0]} thread: for each of {tokens['generate()']} tokens that "
+        f"generate() makes, the prompt included; for a prefill of {tokens['prefill']:,} tokens\n\n{table}\n"
     )

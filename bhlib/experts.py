@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from bhlib import kernels
-from bhlib.expert_loop import is_plain, loop_forward
+from bhlib.expert_loop import is_plain, loop_forward, token_forward
 
 if TYPE_CHECKING:
     from bhlib.expert_loop import ExpertsModule
@@ -31,11 +31,6 @@ KERNELS = "kernels_"
 
 #: Implementations of transformers that compute what the kernels compute, by name; any other was chosen for a reason.
 REPLACEABLE = (None, "eager", "grouped_mm", "batched_mm")
-
-#: On a CPU, from this many bytes of gathered hidden states on, the loop over experts is faster (measured on the demo's
-#: layers; on OLMoE's the two are equal). Smaller buffers are used again and again, and cost no page faults.
-LOOP_BYTES = 3 * 2**20
-
 
 #: From here on torch.compile traces a subclass of str. Before, a configuration that is copied while its model is
 #: patched keeps the twin's name; the twin of a model that is not patched computes the model's own bits.
@@ -180,9 +175,12 @@ def kernel_forward(
 
 @torch.compiler.disable  # as for `pairwise_forward`
 def _cpu_forward(implementation: str, module: "ExpertsModule", hidden_states: Tensor, *routing: Tensor) -> Tensor:
-    filled = routing[0] < module.num_experts
-    gathered = filled.sum() * hidden_states.shape[-1] * hidden_states.element_size()
     # Autocast means float32 or half precision according to the implementation: there, only the model's own will do.
-    if filled.all() or gathered < LOOP_BYTES or torch.is_autocast_enabled("cpu"):
-        return pairwise_forward(implementation, module, hidden_states, *routing)
-    return loop_forward(module, hidden_states, *routing)
+    if routing[0].numel() and not torch.is_autocast_enabled("cpu"):
+        lowest, highest = (int(index) for index in routing[0].aminmax())
+        if highest < module.num_experts:
+            return original_forward(module, implementation)(module, hidden_states, *routing)
+        if lowest < module.num_experts:
+            forward = token_forward if len(hidden_states) == 1 else loop_forward
+            return forward(module, hidden_states, *routing)
+    return pairwise_forward(implementation, module, hidden_states, *routing)

@@ -41,11 +41,10 @@ from bhlib.discovery import (
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
 from bhlib.passes import PassNote, PassReader, find_cache, special_tokens
-from bhlib.procedures import check_alpha
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
-from bhlib.rules import BH, Routing, Rule
+from bhlib.rules import BH, Forms, Level, Routing, Rule, forms_of
 from bhlib.stats import RoutingStats
 from bhlib.weighting import WEIGHTINGS
 
@@ -158,6 +157,18 @@ class RoutingPatch:
         self._rule = rule
 
     @property
+    def level(self) -> Any:
+        """The level of the rule: one number, or one for each sequence of a batch; None if the rule has none.
+
+        It can be set while the patch is in place. The next pass goes by it, and nothing is compiled anew.
+        """
+        return self._rule.level
+
+    @level.setter
+    def level(self, level: Level) -> None:
+        self.rule = self._rule.at(level)
+
+    @property
     def is_patched(self) -> bool:
         """Whether hooks are in place now."""
         return bool(self._hooks)
@@ -232,10 +243,9 @@ class RoutingPatch:
             rule.check_model(len(self.layers), layer.num_experts)
 
     def _prepare(self, rule: Rule) -> None:
-        """Let a rule compute ahead what the kernels look up."""
-        if self.kernels:
-            for layer in self.layers:
-                rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
+        """Let a rule compute ahead what it looks up."""
+        for layer in self.layers:
+            rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
 
     def _hook_router(self, layer: MoELayer) -> None:
         """Replace the forward of a router, or look at what it returns where it has to run, or is not its class's."""
@@ -262,13 +272,15 @@ class RoutingPatch:
 
     # -- what happens in a forward pass ------------------------------------------------------------------------
 
-    def route(self, layer: MoELayer, router_logits: Tensor) -> Routing:
-        """Apply the rule to one layer's logits [tokens, experts]."""
+    def route(self, layer: MoELayer, router_logits: Tensor, dtype: torch.dtype) -> Forms:
+        """Apply the rule to one layer's logits [tokens, experts]; weights for the model in a dtype."""
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
-        rule = self._rule.fused if self.kernels else self._rule
-        logits = as_scored(router_logits, layer.narrows)
-        return rule(logits, layer.index, weighting=self._weighting(layer), temperature=self.temperature)
+        logits, rule = as_scored(router_logits, layer.narrows), self._rule
+        convention = {"weighting": self._weighting(layer), "temperature": self.temperature}
+        if self.kernels:
+            return rule.fused_forms(logits, layer.index, **convention, dtype=dtype, keep=self.collect_stats)
+        return forms_of(rule(logits, layer.index, **convention), layer.num_experts, dtype, self.collect_stats)
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights
@@ -404,9 +416,9 @@ class RoutingPatch:
             If logits were not recorded, the layer did not run, or several recorded tokens have that place (then their
             numbers are named).
         """
-        logits, routing = self.records.find(token, layer)
+        logits, routing, rule = self.records.find(token, layer)
         return explain(
-            self.rule,
+            rule or self._rule,
             logits,
             layer,
             weighting=self._weighting(self.layers[layer]),
@@ -429,8 +441,8 @@ class BHRoutingIntegration(RoutingPatch):
     ----------
     model : nn.Module
         A transformers MoE model such as `OlmoeForCausalLM`.
-    alpha : float
-        Level of the procedure, in (0, 1).
+    alpha : float, or a sequence of float
+        Level of the procedure, in (0, 1): one, or one for each sequence of a batch.
     temperature : float
         Divides the logits in the softmax that the weights are read from, > 0.
     min_k, max_k : int
@@ -462,7 +474,7 @@ class BHRoutingIntegration(RoutingPatch):
     def __init__(
         self,
         model: nn.Module,
-        alpha: float = 0.05,
+        alpha: Level = 0.05,
         temperature: float = 1.0,
         min_k: int = 1,
         max_k: int = 8,
@@ -477,7 +489,6 @@ class BHRoutingIntegration(RoutingPatch):
         record_logits: bool = False,
         kernels: bool | str = "auto",
     ) -> None:
-        check_alpha(alpha)
         check_temperature(temperature)
         super().__init__(
             model,
@@ -492,8 +503,13 @@ class BHRoutingIntegration(RoutingPatch):
         )
 
     @property
-    def alpha(self) -> float:
-        return self.rule.alpha
+    def alpha(self) -> float | tuple[float, ...]:
+        """The level of the procedure: one number, or one for each sequence of a batch. Can be set as `level` can."""
+        return self.level
+
+    @alpha.setter
+    def alpha(self, alpha: Level) -> None:
+        self.level = alpha
 
     @property
     def min_k(self) -> int:
@@ -524,13 +540,13 @@ class _RouterHook:
         router_logits, top_k_weights, _ = output
         return self.decide(router_logits, top_k_weights.dtype)
 
-    def decide(self, router_logits: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the router is to return; None if the patch only watches. None for a dtype leaves that of the rule."""
+    def decide(self, router_logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the router is to return, with weights in a dtype; None if the patch only watches."""
         patch, layer = self.patch, self.seen.layer
         patch.check_open()
-        routing = patch.route(layer, router_logits)
-        if patch.collect_stats:
-            patch.record(self.seen, routing, router_logits)
+        forms = patch.route(layer, router_logits, dtype)
+        if forms.kept is not None:
+            patch.record(self.seen, forms.kept, router_logits)
         if patch.mode == "analyze":
             return None
         implementation = implementation_of(layer.experts)
@@ -539,8 +555,7 @@ class _RouterHook:
                 f"The experts implementation was set to {implementation!r} while the model was patched, and cannot "
                 f"skip empty slots: set it before patching, or unpatch first."
             )
-        index = routing.experts.masked_fill(routing.experts < 0, layer.num_experts)
-        return router_logits, routing.weights if dtype is None else routing.weights.to(dtype), index
+        return router_logits, forms.weights, forms.experts
 
 
 class _RouterForward(_RouterHook):
@@ -561,7 +576,10 @@ class _RouterForward(_RouterHook):
         if layer.router.training:  # some add noise then
             return super().__call__(layer.router, (hidden_states,), self.own(hidden_states))
         router_logits = linear_logits(layer.router, hidden_states)
-        return self.decide(router_logits, router_logits.dtype if layer.casts else None)
+        dtype = router_logits.dtype
+        if not layer.casts:  # as its scores
+            dtype = torch.float32 if layer.narrows else torch.promote_types(dtype, torch.float32)
+        return self.decide(router_logits, dtype)
 
 
 def _cache_of(output: object) -> Any | None:

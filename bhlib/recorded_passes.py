@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from bhlib.passes import PassNote, PassTokens
 from bhlib.rules import Routing, Rule
+from bhlib.rules.base import tokens_each
 
 #: Tokens that a block of rows has room for, unless it was made for one longer pass.
 BLOCK_TOKENS = 256
@@ -215,6 +216,8 @@ class RecordedPass(NamedTuple):
     first_sequence : int
     generated : bool
         As in `PassTokens`.
+    rule : Rule or None
+        The rule that decided.
     """
 
     rows: Rows
@@ -222,6 +225,14 @@ class RecordedPass(NamedTuple):
     shape: tuple[int, int]
     first_sequence: int
     generated: bool
+    rule: Rule | None
+
+    def rule_of(self, row: int) -> Rule | None:
+        """The rule that decided about a row, at the level of the row's sequence."""
+        level = None if self.rule is None else self.rule.level
+        if self.rule is None or not isinstance(level, tuple):
+            return self.rule
+        return self.rule.at(level[row // tokens_each(self.shape[0] * self.shape[1], len(level))])
 
     @property
     def tokens(self) -> PassTokens:
@@ -239,7 +250,7 @@ class RecordedPass(NamedTuple):
 class RecordedPasses(Sequence):
     """The forward passes whose rows are kept, in the order in which they ended."""
 
-    _FIELDS = 6  # block, first row in it, batch, length, first sequence, generated
+    _FIELDS = 7  # block, first row in it, batch, length, first sequence, generated, rule
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
@@ -247,6 +258,7 @@ class RecordedPasses(Sequence):
         self._index = array("q")
         self._open: dict[tuple, int] = {}
         self._partial: dict[int, list[int]] = {}
+        self._rules: list[Rule | None] = []
 
     def __len__(self) -> int:
         return len(self._index) // self._FIELDS
@@ -254,10 +266,10 @@ class RecordedPasses(Sequence):
     def __getitem__(self, number: int) -> RecordedPass:  # type: ignore[override]  # no slices
         number = range(len(self))[number]
         at = number * self._FIELDS
-        block, start, batch, length, first_sequence, generated = self._index[at : at + self._FIELDS]
+        block, start, batch, length, first_sequence, generated, rule = self._index[at : at + self._FIELDS]
         rows = self.blocks[block].rows.between(start, start + batch * length)
         layers = self._partial.get(number, range(self.num_layers))
-        return RecordedPass(rows, layers, (batch, length), first_sequence, bool(generated))
+        return RecordedPass(rows, layers, (batch, length), first_sequence, bool(generated), self._rules[rule])
 
     def append(self, passes: Sequence[RunningPass], known: Sequence[PassTokens], rows: Rows) -> None:
         """Add passes of one kind, whose rows follow one another."""
@@ -275,5 +287,8 @@ class RecordedPasses(Sequence):
         for one, tokens in zip(passes, known, strict=True):
             if len(one.routings) < self.num_layers:
                 self._partial[len(self)] = sorted(one.routings)
-            self._index.extend((number, start, *tokens.valid.shape, tokens.first_sequence, tokens.generated))
+            if not self._rules or self._rules[-1] is not one.rule:
+                self._rules.append(one.rule)
+            place = number, start, *tokens.valid.shape, tokens.first_sequence, tokens.generated, len(self._rules) - 1
+            self._index.extend(place)
             start += tokens.num_tokens

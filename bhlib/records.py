@@ -263,7 +263,7 @@ class Records:
             parts.append(one.rows.counts.T[one.rows.valid[0]].cpu().numpy().astype(np.int64))
         return np.concatenate(parts)
 
-    def find(self, token: int | tuple[int, int], layer: int) -> tuple[Tensor, Routing]:
+    def find(self, token: int | tuple[int, int], layer: int) -> tuple[Tensor, Routing, Rule | None]:
         """The recorded logits of a token in a layer, and what was decided on them.
 
         Parameters
@@ -278,6 +278,8 @@ class Records:
         logits : Tensor [experts]
         routing : Routing
             Of one row.
+        rule : Rule or None
+            By which it was routed.
 
         Raises
         ------
@@ -300,7 +302,8 @@ class Records:
             raise ValueError("The logits were not recorded: patch with record_logits=True, and run the model again.")
         row = slice(int(real[number]), int(real[number]) + 1)
         weights, experts, counts = (part[layer, row] for part in one.rows[:3])
-        return one.rows.logits[layer, row][0], Routing(weights, experts.long(), counts.long())
+        rule = one.rule_of(row.start)
+        return one.rows.logits[layer, row][0], Routing(weights, experts.long(), counts.long()), rule
 
     def _number_of(self, token: int | tuple[int, int]) -> int:
         """Number of a token among the rows of `counts`, from 0."""

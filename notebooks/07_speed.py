@@ -31,8 +31,8 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 # A token that uses half of the experts needs half of the experts' arithmetic. Does it also need half of the time? Seldom: other
 # parts of the model take time too, weights have to be read whether one token uses them or a hundred, and a library that
 # computes a dropped expert and multiplies the result by zero saves nothing at all. This notebook reads what was
-# measured on a GPU, with `bhlib`'s kernels and with every experts implementation that `transformers` has, and asks of each
-# number how far it is from the best that the hardware allows.
+# measured on a GPU. It begins with the call that a user makes, and then takes it apart: with `bhlib`'s kernels and with every
+# experts implementation that `transformers` has, it asks of each number how far it is from the best that the hardware allows.
 #
 # Nothing here needs a GPU: the table comes with the repository. The last section says how to measure on your own.
 
@@ -59,6 +59,67 @@ for column, meaning in COLUMNS.items():
     print(f"{column:22}{meaning}")
 
 # %% [markdown]
+# ## The call
+#
+# This is what you will feel: the lines of the README, with a level that gives tokens four experts on average. `unpatched` is the
+# model as it comes, `patched` is `BHRoutingIntegration(model, alpha=...)` as it stands, with its statistics on, and
+# `no statistics` is the same with `collect_stats=False`. `no experts` computes none at all: whatever a rule skips, and however
+# well, no call can be much faster than that. Times are milliseconds, for a step of `generate()` (all sequences of the batch
+# together), or for one pass over a prompt.
+#
+# Each is called in three ways. `eager` is plain `generate()`: the host launches every kernel of every step. `compiled` is
+# `generate(cache_implementation="static")`: `transformers` compiles a step and replays it as one CUDA graph. `prefill` reads a
+# prompt and generates nothing.
+
+# %%
+call = table[(table["stage"] == "call") & table["median_us"].notna()]
+times = call.pivot_table(index=["mode", "tokens"], columns="name", values="median_us", sort=False) / 1000
+times.round(2)
+
+# %% [markdown]
+# Why three ways, and not one? Because in each something else takes the time.
+#
+# **Launched from the host**, a step of few sequences is a queue of hundreds of small kernels. To launch one takes the host some
+# microseconds, and most are done before the next one comes, so that the GPU waits. The time is the number of launches and the
+# Python between them, and an expert that is skipped is no launch less: even `no experts` saves no more than the launches of the
+# experts. Here a patch has to save launches, or at least not add any. With more sequences the GPU has more to do for each launch:
+# `transformers` decodes by `batched_mm`, which copies the weights of every slot before it multiplies.
+#
+# **Compiled**, the host launches one graph per step, and only now does the time say what the GPU does. But a graph is one graph only if
+# nothing in it asks the host. Statistics that are counted in Python break it into pieces at every layer, and then the whole queue of
+# launches is back. Hence they must be counted on the GPU, where the decisions are made, and read when somebody asks.
+#
+# **A prompt** of thousands of tokens keeps the GPU busy with large products. Launches cost nothing beside them, and skipping
+# shows at once.
+#
+# The speedup over the unpatched call of the same row:
+
+# %%
+names = [name for name in ("patched", "no statistics", "no experts") if name in times]
+speedups = (1 / times[names]).mul(times["unpatched"], axis=0)
+speedups.round(2)
+
+# %% [markdown]
+# Compare `patched` with `no experts`: the second is the most that could be reached. And compare `patched` with `no statistics`. What
+# statistics cost, in per cent of the time without them:
+
+# %%
+(100 * (times["patched"] / times["no statistics"] - 1)).round(1).rename("cost of statistics, %").to_frame()
+
+# %% [markdown]
+# Below, all that was measured of it. What is launched from the host takes turns within a round, and a row gives the median of the
+# rounds and their quartiles. What is compiled cannot, since a patch that comes or goes resets compiled code: there the whole
+# sequence is run twice, everything compiled anew in its turn, and the rounds are the generations of both.
+#
+# `graphs` counts what the compiler made of a step: 1 is one graph for all of it. `graph_breaks` counts the places at which it had to
+# give up, and `recompiled` what had to be compiled anew while counts changed and a second, shorter prompt came. `level moved` is the
+# patched model after its level was set to another one, in place, between two generations: its counts are new, its graph is not.
+
+# %%
+columns = ("median_us", "q1_us", "q3_us", "speedup", "over_floor", "graphs", "graph_breaks", "recompiled")
+rows_of(table, "call", columns)
+
+# %% [markdown]
 # ## The floor
 #
 # Two things take a GPU time, whatever the program: moving bytes from memory, and multiplying matrices. Both rates are measured in the
@@ -82,19 +143,22 @@ floors.round(1)
 #
 # ## All of it in one picture
 #
-# Blue circles are the patched model, the dashed red line is its floor. The black square is the fastest of `transformers` with its
-# eight experts per token, whichever implementation and mode that is. The dotted line is the naive promise: k experts in k / 8
-# of the time. Where circles lie below the dotted line, the kernels gain more than skipping explains. The green
-# diamond computes no expert at all: it is what remains if experts cost nothing, so no circle can get below it, except by as
-# much as our kernels leave out beside the experts.
+# The bars on top are the call once more: each is a share of the time of the unpatched call, whose milliseconds stand below it. Below
+# the line is faster, and the green bar is where experts cost nothing.
+#
+# In the panels beneath, blue circles are the patched model, the dashed red line is its floor. The black square is the fastest of
+# `transformers` with its eight experts per token, whichever implementation and mode that is. The dotted line is the naive
+# promise: k experts in k / 8 of the time. Where circles lie below the dotted line, the kernels gain more than skipping explains.
+# The green diamond computes no expert at all: it is what remains if experts cost nothing, so no circle can get below it, except
+# by as much as our kernels leave out beside the experts.
 
 # %%
 draw_speed(table)
 
 # %% [markdown]
-# Look at a panel of the first row, then at the one of a whole model below it. The first row falls steeply with k. A whole model also has
-# attention, norms, rotary embeddings and a head over the vocabulary, and these do not know about experts: its line is
-# flatter, the more so the fewer tokens there are, when it is small kernels and their launches that take the time.
+# Look at a panel for the experts of a layer, then at the one of a whole model below it. The first falls steeply with k. A whole
+# model also has attention, norms, rotary embeddings and a head over the vocabulary, and these do not know about experts: its line
+# is flatter, the more so the fewer tokens there are, when it is small kernels and their launches that take the time.
 #
 # ## The router
 #
@@ -141,27 +205,36 @@ rows_of(table, "decode", ("median_us", "speedup", "best_speedup", "over_floor", 
 # %% [markdown]
 # ## `generate()`, compiled by `transformers`
 #
-# This is what a user calls: greedy generation with a static cache, whose decoding steps `transformers` compiles and captures itself.
-# Left alone, it decodes by `batched_mm`, which copies the weights of every slot. That is quick for one sequence and slow for many,
-# so `grouped_mm` is measured beside it, under a name that `generate()` does not swap; `name` says what really ran.
-# `graphs` counts what the compiler made of a step, and `recompiled` what it had to make anew while counts changed: it should be 0.
+# The compiled call again, without statistics: at several levels, and against more of what `transformers` can do. Left alone, it
+# decodes by `batched_mm`, which copies the weights of every slot. That is quick for one sequence and slow for many, so
+# `grouped_mm` is measured beside it, under a name that `generate()` does not swap; `name` says what really ran. `graphs` counts
+# what the compiler made of a step, and `recompiled` what it had to make anew while counts changed: it should be 0.
 
 # %%
 rows_of(table, "generate", ("median_us", "speedup", "over_floor", "peak_gib", "graphs", "recompiled"))
 
 # %% [markdown]
-# These rows could not take turns, since what is compiled for one is thrown away for the next, and the host's part in a step of one
-# sequence varies by half a millisecond over the minutes between them: that two experts take longer than four, at one
-# sequence, is that and nothing else. Against what `transformers` does by default the patch gains more with more sequences, most
-# of it because gathered weights are no longer copied; against `grouped_mm` kept, look at 8 sequences.
+# These rows could not take turns, since what is compiled for one is thrown away for the next, and the host's part in a step of
+# one sequence varies by half a millisecond over the minutes between them: a difference of that size, at one sequence, says
+# nothing. Against what `transformers` does by default the patch gains more with more sequences, most of it because gathered
+# weights are no longer copied; against `grouped_mm` kept, look at 8 sequences.
 
 # %% [markdown]
 # ## On a CPU
 #
-# The embedded model in two threads, a prefill of 4,096 tokens. Where slots are empty and tokens many, the experts are computed one after
-# the other in plain torch (`bhlib.expert_loop`), so that what one makes stays in the cache. Static top-k leaves no slot empty and
-# runs by the model's own forward, bit for bit. So the row of BH with seven of eight experts shows what the loop gains by itself, and
-# the rows below it what skipping adds. Ratios are to the unpatched model in the same round.
+# First the call, by the embedded model in one thread: processor time of `generate()` per token that it makes, and of one prefill.
+# A single token leaves a processor nothing to share out: the experts' products are small, so what a patch adds in Python beside
+# them shows at once.
+
+# %%
+cpu_call = pd.read_csv("../figures/speed_cpu_call.csv")
+cpu_call.set_index(["call", "name"])[["mean_k", "cpu_ms", "cpu_q1", "cpu_q3", "ratio", "ratio_iqr", "tokens"]].round(2)
+
+# %% [markdown]
+# Then the experts by themselves: two threads, a prefill of 4,096 tokens. Where slots are empty and tokens many, the experts are
+# computed one after the other in plain torch (`bhlib.expert_loop`), so that what one makes stays in the cache. Static top-k
+# leaves no slot empty and runs by the model's own forward, bit for bit. So the row of BH with seven of eight experts shows what
+# the loop gains by itself, and the rows below it what skipping adds. Ratios are to the unpatched model in the same round.
 
 # %%
 cpu = pd.read_csv("../figures/speed_cpu.csv")
@@ -170,12 +243,14 @@ cpu[["rule", "mean_k", "experts_ms", "experts_ratio", "model_ms", "model_ratio",
 # %% [markdown]
 # ## What was aimed at, and what was reached
 #
-# These goals were set before the kernels were written. `at_most` is what running at the floor would reach, `without_experts` what
-# a model reaches that computes no expert at all. Where one of them is below what was wanted, the goal
-# cannot be reached on this GPU by skipping experts.
+# Each goal was set before the code that was to reach it. Those of the call are the later ones, with statistics on; they stand in
+# the place of two for a compiled `generate()` without statistics, which had asked for 2 and 3 times the speed of what comes, and
+# of one for a CPU with two threads. `at_most` is what running at the floor would reach, `without_experts` what a model reaches
+# that computes no expert at all. Where one of them is below what was wanted, the goal cannot be reached on this GPU by skipping
+# experts.
 
 # %%
-goals = check_goals(table, cpu)
+goals = check_goals(table, cpu_call)
 goals.round(2)
 
 # %%
@@ -207,9 +282,10 @@ table.loc[table["median_us"].isna(), ["stage", "mode", "tokens", "name", "error"
 # With an NVIDIA GPU of compute capability 8.0 or newer and 20 GB of memory (40 GB for the longest prompt):
 #
 # ```bash
-# python -m bhlib bench speed --folder results                          # everything, about 15 minutes on an H100
-# python -m bhlib bench speed --folder results --only block --quick     # one stage, two minutes
-# python -m bhlib bench experts --csv results/speed_cpu.csv             # on the CPU, with the embedded model
+# python -m bhlib bench speed --folder results                          # everything, about 20 minutes on an H100
+# python -m bhlib bench speed --folder results --only call --quick      # one stage, a few minutes
+# python -m bhlib bench call --csv results/speed_cpu_call.csv           # on the CPU, with the embedded model
+# python -m bhlib bench experts --csv results/speed_cpu.csv
 # ```
 #
 # A stage that is measured again takes the place of its old rows in `results/speed.csv`; the others stay. Then

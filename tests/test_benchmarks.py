@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 import torch
+from models import state_of, tiny_olmoe, tokens
 
 from bhlib.__main__ import main
-from bhlib.benchmarks import BASELINE, bench_routing, format_routing, loop_reject, loop_route
+from bhlib.benchmarks import BASELINE, bench_call, bench_routing, format_call, format_routing, loop_reject, loop_route
 from bhlib.procedures import PROCEDURES, reject
 from bhlib.pvalues import TokenGaussian
 from bhlib.rules import BH
@@ -46,6 +47,22 @@ def test_the_table_has_a_row_for_everything():
     pd.testing.assert_series_equal(table["relative"], expected, check_names=False)
     text = format_routing(table)
     assert text.startswith("cpu, ") and "64 tokens x 16 experts" in text and "BH, kde per expert" in text
+
+
+def test_the_call_is_timed_in_turns_and_leaves_no_trace():
+    model, threads = tiny_olmoe(), torch.get_num_threads()
+    before = state_of(model)
+    table = bench_call(model, tokens(1, 4), tokens(2, 16), new_tokens=3, repetitions=4, threads=1)
+    names = ["unpatched", "patched", "no statistics"]
+    assert table[["call", "name"]].values.tolist() == [[c, n] for c in ("generate()", "prefill") for n in names]
+    assert (table["cpu_q1"] <= table["cpu_ms"]).all() and (table["cpu_ms"] <= table["cpu_q3"]).all()
+    assert table["tokens"].tolist() == [3, 3, 3, 32, 32, 32] and (table["threads"] == 1).all()
+    own = table["name"] == "unpatched"
+    assert (table.loc[own, "ratio"] == 1).all() and (table.loc[own, "mean_k"] == 8).all()
+    assert table.loc[~own, "mean_k"].between(1, 7.5).all()
+    assert state_of(model) == before and torch.get_num_threads() == threads
+    text = format_call(table)
+    assert "each of 3 tokens" in text and "prefill of 32 tokens" in text and "no statistics" in text
 
 
 def test_command_line(tmp_path, capsys):

@@ -10,7 +10,7 @@ from models import tiny_olmoe
 from rows import count_rows
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
-from bhlib.expert_loop import is_plain, loop_forward
+from bhlib.expert_loop import is_plain, loop_forward, token_forward
 from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
 from bhlib.kernels import on_device
 from bhlib.patching import RoutingPatch
@@ -40,11 +40,15 @@ def routing(num_tokens, slots, empty, num_experts=64):
 
 
 def forward_by(way, *inputs):
-    """By one of the implementations of transformers on gathered pairs, or by the loop over experts."""
+    """By an implementation of transformers on gathered pairs, by the loop over experts, or token by token."""
+    if way == "tokens":
+        module, *inputs = inputs
+        tokens = zip(*(tensor.split(1) for tensor in inputs), strict=True)
+        return torch.cat([kernel_forward("grouped_mm", module, *token) for token in tokens])
     return loop_forward(*inputs) if way == "loop" else pairwise_forward(way, *inputs)
 
 
-@pytest.mark.parametrize("way", (*IMPLEMENTATIONS, "loop"))
+@pytest.mark.parametrize("way", (*IMPLEMENTATIONS, "loop", "tokens"))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("num_tokens", "slots", "empty"), [(40, 8, 0.5), (40, 64, 0.7), (1, 8, 0.5), (5, 8, 1.0)])
 def test_agrees_with_a_loop_over_tokens(way, dtype, tolerance, num_tokens, slots, empty):
@@ -73,7 +77,19 @@ def test_without_empty_slots_the_bits_are_the_models_own(implementation, dtype):
     assert torch.equal(pairwise_forward(implementation, module, hidden, index, weights.to(dtype)), own)
 
 
-@pytest.mark.parametrize("way", ("grouped_mm", "loop"))
+@pytest.mark.parametrize("rows", [0, 7, 40])
+def test_the_loop_by_parts(rows, monkeypatch):
+    """An expert in two parts, or in none, would show."""
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    hidden, (index, weights) = torch.randn(50, 64), routing(50, 8, 0.5)
+    assert (index < 64).sum() > 2 * rows
+    monkeypatch.setattr("bhlib.expert_loop.PART_BYTES", rows * 64 * 4)
+    torch.testing.assert_close(
+        loop_forward(module, hidden, index, weights).double(), dense_by_loop(module, hidden, index, weights)
+    )
+
+
+@pytest.mark.parametrize("way", ("grouped_mm", "loop", "tokens"))
 def test_gradients_flow_as_without_the_patch(way):
     module = tiny_olmoe().model.layers[0].mlp.experts
     index, weights = routing(20, 8, 0.0)
@@ -88,7 +104,7 @@ def test_gradients_flow_as_without_the_patch(way):
         torch.testing.assert_close(ours, own)
 
 
-@pytest.mark.parametrize("way", ("grouped_mm", "loop"))
+@pytest.mark.parametrize("way", ("grouped_mm", "loop", "tokens"))
 def test_the_result_of_a_token_adds_up_in_float32(way):
     """64 experts in bfloat16: one rounding at the end, as in the model, and not one per addition."""
     module = tiny_olmoe().model.layers[0].mlp.experts.to(torch.bfloat16)
@@ -133,55 +149,53 @@ def test_who_copies_a_twins_name_gets_the_original(original):
     assert copies == (original,) * 3 and not any(isinstance(one, TwinName) for one in copies)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 50])
 @pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_multiplied_are_the_pairs(implementation, by_kernels, monkeypatch):
+def test_rows_multiplied_are_the_pairs(implementation, by_kernels, num_tokens):
     """Counted at the matrix products themselves, not in our own bookkeeping."""
-    monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 0)
-    index, weights = routing(50, 8, 0.6)
+    index, weights = routing(num_tokens, 8, 0.6)
     pairs = int((index < 64).sum())
     module = tiny_olmoe().model.layers[0].mlp.experts
     module.config._experts_implementation = twin(implementation, by_kernels)
     with count_rows(module) as counter:
-        module(torch.randn(50, 64), index, weights)
-    assert counter.rows == {"gate_up_proj": pairs, "down_proj": pairs}
+        module(torch.randn(num_tokens, 64), index, weights)
+    assert 0 < pairs < index.numel() and counter.rows == {"gate_up_proj": pairs, "down_proj": pairs}
 
 
 # -- which of the two computes on a CPU --------------------------------------------------------------------------------
 
 
-def test_the_loop_computes_plain_experts_with_an_empty_slot(monkeypatch):
+def test_the_loops_compute_plain_experts_with_an_empty_slot(monkeypatch):
     calls = []
-    monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 9 * 64 * 4)  # one pair per token
-    monkeypatch.setattr("bhlib.experts.loop_forward", lambda *inputs: calls.append(1) or loop_forward(*inputs))
+    for forward in (loop_forward, token_forward):
+        name = forward.__name__
+        spy = lambda *inputs, own=forward, name=name: calls.append(name) or own(*inputs)  # noqa: E731
+        monkeypatch.setattr(f"bhlib.experts.{name}", spy)
     model = tiny_olmoe(num_hidden_layers=1)
-    ids = torch.randint(2, 100, (1, 9))
-    for rule, options, expected in (
-        (BH(0.2), {}, 1),
-        (BH(0.2), {"kernels": False}, 0),
-        (BH(0.2, min_k=8), {}, 0),
-        (TopK(4), {}, 0),  # no slot is empty: the bits are the model's own
-    ):
-        calls.clear()
-        with RoutingPatch(model, rule, **options):
-            model(input_ids=ids)
-        assert len(calls) == expected, rule
-    with RoutingPatch(model, BH(0.2)):
-        calls.clear()
-        model(input_ids=ids[:, :1])
-        assert not calls  # too few to be worth it
+    for length, way in ((9, "loop_forward"), (1, "token_forward")):
+        for rule, options, expected in (
+            (BH(0.01), {}, [way]),
+            (BH(0.01), {"kernels": False}, []),
+            (BH(0.01, min_k=8), {}, []),
+            (TopK(4), {}, []),  # no slot is empty: the bits are the model's own
+        ):
+            calls.clear()
+            with RoutingPatch(model, rule, **options):
+                model(input_ids=torch.randint(2, 100, (1, length)))
+            assert calls == expected, (length, rule)
     model.config._experts_implementation = "one of the user's own"
-    assert not RoutingPatch(model, BH(0.2)).kernels
+    assert not RoutingPatch(model, BH(0.01)).kernels
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_autocast_means_the_same_for_few_tokens_and_for_many(implementation, monkeypatch):
+def test_autocast_means_the_same_for_one_token_and_for_many(implementation):
     """transformers' grouped_mm ignores autocast and its two others obey it; the loop would obey it always."""
     module = tiny_olmoe().model.layers[0].mlp.experts
     hidden, (index, weights) = torch.randn(40, 64), routing(40, 8, 0.5)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        few = kernel_forward(implementation, module, hidden, index, weights)
-        monkeypatch.setattr("bhlib.experts.LOOP_BYTES", 0)
+        tokens = zip(hidden.split(1), index.split(1), weights.split(1), strict=True)
+        few = torch.cat([kernel_forward(implementation, module, *token) for token in tokens])
         many = kernel_forward(implementation, module, hidden, index, weights)
         own = module(hidden, index.clamp(max=63), weights)  # by the default implementation, for its dtype
     assert few.dtype == many.dtype == own.dtype == torch.float32

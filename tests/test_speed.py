@@ -1,19 +1,25 @@
 """The GPU benchmark: what can be tested without a GPU, and one short run on a CUDA device."""
 
+import inspect
 import subprocess
 import sys
+import time
+import warnings
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.container import BarContainer
 from models import tiny_olmoe, tokens
+from transformers import StaticCache
 
 from bhlib import find_moe_layers
 from bhlib.__main__ import main
 from bhlib.figures.speed import draw_speed
 from bhlib.rules import TopK
-from bhlib.speed import bench_speed, whole_model
+from bhlib.speed import bench_speed, call, whole_model
 from bhlib.speed.goals import check_goals, fastest
 from bhlib.speed.layer import block_floor, exact_counts, random_routing
 from bhlib.speed.results import COLUMNS, Candidate, Results
@@ -110,6 +116,88 @@ assert set(ALL_EXPERTS_FUNCTIONS.keys()) == before, set(ALL_EXPERTS_FUNCTIONS.ke
     assert run.returncode == 0, run.stderr
 
 
+def test_a_cache_is_passed_by_the_name_that_this_transformers_gives_it(model):
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=tokens(1, 5), use_cache=True, **{whole_model.cache_argument(model): cache})
+    assert cache.get_seq_length() == 5
+    assert whole_model.cache_argument(model) in inspect.signature(model.forward).parameters
+
+
+# -- the call ----------------------------------------------------------------------------------------------------
+
+
+class HostEvent:
+    """Stands in for an event of a CUDA device where there is none: notes the time of the host."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.time - self.time)
+
+
+@pytest.fixture(scope="module")
+def called(tmp_path_factory):
+    """The table of the stage "call" on a small model without a GPU, where transformers compiles nothing."""
+    small = tiny_olmoe(vocab_size=512, num_hidden_layers=2).requires_grad_(False)
+    path = tmp_path_factory.mktemp("call") / "speed.csv"
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        patched.setattr(torch.cuda, "Event", HostEvent)
+        patched.setattr(call, "load_model", lambda name: small)
+        patched.setattr(call, "PREFILL", 64)
+        patched.setattr(call, "PROMPTS", (12, 8))
+        patched.setattr(call, "NEW_TOKENS", {"eager": 12, "compiled": 12})
+        call.bench_call(Results(path, ["call"], MACHINE, LIMITS), LIMITS, quick=True)
+    return pd.read_csv(path)
+
+
+def test_the_call_is_measured_unpatched_patched_and_without_statistics(called):
+    rows = called[called["name"] != "level moved"].set_index(["mode", "tokens", "name"])
+    places = [("prefill", 64), ("eager", 1), ("eager", 8), ("compiled", 1), ("compiled", 8)]
+    names = ["unpatched", "patched", "no statistics", "no experts"]
+    assert list(rows.index) == [(*place, name) for place in places for name in names]
+    assert rows["error"].isna().all() and (rows["rounds"] == 3).all() and (rows["median_us"] > 0).all()
+    assert (rows.xs("unpatched", level="name")["speedup"] == 1).all()
+    mean_k = rows["mean_k"].unstack("name")
+    assert (mean_k["unpatched"] == 8).all() and (mean_k["no experts"] == 0).all()
+    assert mean_k["patched"].between(3, 5).all() and mean_k["patched"].equals(mean_k["no statistics"])
+    assert (rows.loc["compiled", ["graphs", "graph_breaks", "recompiled"]] == 0).all(axis=None)
+
+
+def test_a_call_that_fails_is_a_row_and_the_others_go_on(results, model, monkeypatch):
+    def broken(ids, **_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(call, "NEW_TOKENS", {"compiled": 12})
+
+    @contextmanager
+    def failing():
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(model, "generate", broken)
+            yield
+
+    with torch.no_grad():
+        call._compiled(results, LIMITS, model, {OURS: failing, OWN: nullcontext}, 0.1, [tokens(1, 9), tokens(1, 5)], 1)
+    table = pd.read_csv(results.path)
+    assert table["name"].tolist() == [OURS.name, OWN.name] and table["error"].tolist()[0] == "RuntimeError: no room"
+    assert table["median_us"].isna().tolist() == [True, False]
+
+
+@pytest.mark.xfail(strict=True, reason="the level of a patch cannot be set yet")
+def test_the_level_is_moved_while_the_patch_stays(called):
+    rows = called[called["mode"] == "compiled"].pivot(index="tokens", columns="name", values="mean_k")
+    assert (rows["level moved"] < rows["patched"] - 1).all()
+
+
 # -- the table ---------------------------------------------------------------------------------------------------
 
 
@@ -152,34 +240,55 @@ def test_a_second_run_replaces_its_stages_only(results):
 def full_table(tmp_path):
     """Every stage that goals or figure look at; ours takes k / 10 of transformers' time, and no expert a tenth."""
     results = Results(tmp_path / "speed.csv", [], MACHINE, LIMITS)
-    sizes = {"block": (1, 512, 16_384), "prefill": (512, 4096, 16_384), "decode": (1, 8, 32), "generate": (1, 8, 32)}
+    sizes = {
+        "block": (1, 512, 4096, 16_384),
+        "prefill": (512, 4096, 16_384),
+        "decode": (1, 8, 32),
+        "generate": (1, 8, 32),
+    }
     for stage, row in sizes.items():
         for size in row:
             more = {"peak_gib": 10.0} if stage != "block" else {}
             own = Candidate("batched_mm", "transformers", 8)
             results.add(stage, "graph", size, own, 8, np.full(5, 1e-3), 3e-4, **more)
             for k in (2, 4, 8):
-                more |= {"recompiled": 0} if stage == "generate" else {}
                 ours = Candidate("patched", "bhlib", k)
                 results.add(stage, "graph", size, ours, k, np.full(5, k * 1e-4), k * 5e-5, **more)
             if stage != "block":
                 results.add(stage, "graph", size, Candidate("no experts", "neither", 0), 0, np.full(5, 1e-4), 5e-5)
+    for mode, row in {"prefill": (4096,), "eager": (1, 8, 32), "compiled": (1, 8, 32)}.items():
+        for size in row:
+            milliseconds = {("unpatched", "transformers", 8): 6, (*call.PATCHED,): 3, (*call.NO_STATISTICS,): 2}
+            for one, spent in (milliseconds | {("no experts", "neither", 0): 1.5}).items():
+                compiled = {"graphs": 1, "graph_breaks": 0, "recompiled": 0} if mode == "compiled" else {}
+                results.add("call", mode, size, Candidate(*one), one[2], np.full(5, spent / 1e3), 1e-3, **compiled)
+    results.add("call", "compiled", 8, call.MOVED, 2, np.full(5, 3e-3), 1e-3, graphs=2, graph_breaks=0, recompiled=1)
     return results.table()
 
 
 def test_goals_follow_from_the_table(tmp_path):
-    rules = {"rule": ["unpatched", "top-4", "BH, alpha=0.01"], "mean_k": [8, 4, 4.1], "model_ratio": [1.0, 0.25, 0.5]}
-    cpu = pd.DataFrame(rules | {"tokens": 4096, "threads": 2})
+    names = {"call": 2 * ["generate()"] + 2 * ["prefill"], "name": 2 * ["unpatched", "patched"]}
+    cpu = pd.DataFrame(names | {"ratio": [1.0, 1.04, 1.0, 0.8]})
     goals = check_goals(full_table(tmp_path), cpu).set_index("goal")
+    calls = goals.filter(like="the call", axis=0)
+    eager = calls.loc["the call, eager generate(), batch 8, k = 4: speedup"]
+    assert eager["reached"] == pytest.approx(2) and eager["without_experts"] == pytest.approx(4) and eager["met"]
+    assert not calls.loc["the call, compiled generate(), batch 8, k = 4: speedup", "met"]  # 2.9 are wanted
+    statistics = calls.loc["the call, compiled, batch 1: time over no statistics"]
+    assert statistics["reached"] == pytest.approx(1.5) and not statistics["met"]
+    graphs = calls.filter(like="graphs", axis=0)
+    assert graphs["reached"].tolist() == [1, 0, 2, 1] and graphs["met"].tolist() == [True, True, False, False]
+    on_cpu = calls.filter(like="CPU", axis=0)
+    assert on_cpu["reached"].tolist() == [1.04, 1.25] and on_cpu["met"].tolist() == [True, False]
+    floors = goals.filter(like="time over the floor", axis=0)  # twice the floor, at either k
+    assert floors["reached"].tolist() == pytest.approx([2, 2, 2, 2]) and not floors["met"].any()
     block = goals.loc["experts of a layer, 512 tokens, k = 4: speedup"]
     assert block["reached"] == pytest.approx(2.5) and block["at_most"] == pytest.approx(5) and not block["met"]
     prefill = goals.loc["prefill of 16,384 tokens, k = 4: speedup"]
     assert prefill["without_experts"] == pytest.approx(10) and prefill["met"]
-    assert goals.loc["generate(), batch 1, k = 4: speedup", "met"]
-    assert not goals.loc["generate(), batch 8, k = 4: speedup", "met"]
-    assert goals.loc["generate(): graphs compiled anew when counts change", "met"]
+    assert goals.loc["generate(), batch 1, k = 4: over the best of all", "met"]
+    assert not goals.loc["generate(), batch 8, k = 4: over the best of all", "met"]
     assert goals.loc["decode: peak memory over the least of transformers", "reached"] == 1
-    assert goals.filter(like="CPU threads", axis=0)["reached"].tolist() == [2.0]
     router = goals.filter(like="router", axis=0)  # not measured: not reached
     assert len(router) == 6 and router["reached"].isna().all() and not router["met"].any()
 
@@ -193,7 +302,7 @@ def test_the_fastest_is_chosen_among_what_was_measured(tmp_path):
 
 def test_figure_shows_times_floor_and_ideal(tmp_path):
     fig = draw_speed(full_table(tmp_path))
-    panels = [axes for axes in fig.axes if axes.get_visible()]
+    panels = [axes for axes in fig.axes if axes.get_visible() and not axes.patches]
     assert len(panels) == 12
     lines = {line.get_label(): line.get_xydata() for line in panels[0].lines}
     ideal = next(data for label, data in lines.items() if label.startswith("ideal"))
@@ -203,11 +312,25 @@ def test_figure_shows_times_floor_and_ideal(tmp_path):
     assert "1 GHz" in fig.texts[-1].get_text() and "medians of 5" in fig.texts[-1].get_text()
 
 
+def test_figure_begins_with_the_call_as_a_share_of_the_unpatched_time(tmp_path):
+    table = full_table(tmp_path)
+    fig = draw_speed(table)
+    panels = [axes for axes in fig.axes if axes.patches]
+    assert [len(axes.get_xticklabels()) for axes in panels] == [3, 3, 1]
+    bars = [group for group in panels[1].containers if isinstance(group, BarContainer)]
+    heights = {group.get_label().partition(",")[0]: [bar.get_height() for bar in group] for group in bars}
+    shares = {"patched as in the README": 1 / 2, "the same": 1 / 3, "no expert at all": 1 / 4}
+    assert heights == {label: pytest.approx([share] * 3) for label, share in shares.items()}
+    assert panels[1].get_xticklabels()[2].get_text() == "32 sequences\n6 ms"
+    assert len(draw_speed(table[table["stage"] == "call"]).axes) == 3
+    assert not any(axes.patches for axes in draw_speed(table[table["stage"] != "call"]).axes)
+
+
 # -- the command -------------------------------------------------------------------------------------------------
 
 
 def test_command_names_the_stages():
-    with pytest.raises(ValueError, match="no stage is called 'all'; there are: router, block"):
+    with pytest.raises(ValueError, match="no stage is called 'all'; there are: call, router, block"):
         main(["bench", "speed", "--only", "all"])
 
 

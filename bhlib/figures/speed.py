@@ -1,13 +1,17 @@
-"""Time on a GPU against the mean number of experts, from the table that `python -m bhlib bench speed` writes."""
+"""Time on a GPU: the call of the README, and all else against the mean number of experts.
+
+The table is what `python -m bhlib bench speed` writes.
+"""
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import figure
-from bhlib.looks import BLACK, BLUE, GREEN, RED
+from bhlib.looks import BLACK, BLUE, GREEN, RED, SKY
 
 __all__ = ["draw_speed"]
 
@@ -25,11 +29,23 @@ TITLES = {
     "generate": "generate(), a step",
 }
 TOP_K = 8
+#: Panels of the call: mode, title, and what a size counts.
+CALLS = (
+    ("eager", "generate(), launched from the host", "sequence"),
+    ("compiled", "generate(), static cache, compiled", "sequence"),
+    ("prefill", "one pass over a prompt", "token"),
+)
+#: Bars of the call: name in the table, colour, what the legend says.
+BARS = (
+    ("patched", BLUE, "patched as in the README, four experts on average"),
+    ("no statistics", SKY, "the same, collect_stats=False"),
+    ("no experts", GREEN, "no expert at all"),
+)
 
 
 @figure("speed", None)
 def draw_speed(table: pd.DataFrame) -> Figure:
-    """Time against the mean number of experts: measured, the floor, and the ideal of k / 8.
+    """Time of the call as a share of the unpatched one; below, time against experts: measured, floor, ideal of k / 8.
 
     Parameters
     ----------
@@ -40,13 +56,49 @@ def draw_speed(table: pd.DataFrame) -> Figure:
     -------
     matplotlib.figure.Figure
         A row of panels per stage, a panel per number of tokens or sequences. On either side it shows the mode (launched
-        from the host, CUDA graph, compiled) that is fastest, and says which.
+        from the host, CUDA graph, compiled) that is fastest, and says which. The call comes first, a panel per mode.
     """
     table = table[table["median_us"].notna()]
     rows = [row for row in ROWS if (table["stage"] == row[0]).any()]
-    fig = Picture(figsize=(8.4, 2.35 * len(rows) + 0.9), layout="constrained")
+    call = [mode for mode in CALLS if ((table["stage"] == "call") & (table["mode"] == mode[0])).any()]
+    heights = [2.9] * (len(call) > 0) + [2.35 * len(rows) + 0.9] * (len(rows) > 0)
+    fig = Picture(figsize=(8.4, sum(heights)), layout="constrained")
+    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if call:
+        _draw_call(parts[0], table[table["stage"] == "call"], call)
+    if rows:
+        _draw_stages(parts[-1], table, rows)
+    fig.text(0.5, -0.005, describe(table), ha="center", va="top", fontsize=7)
+    return fig
+
+
+def _draw_call(fig: SubFigure, table: pd.DataFrame, panels: list[tuple[str, str, str]]) -> None:
+    """A panel per mode, a group of bars per number of tokens or sequences."""
+    times = {mode: table[table["mode"] == mode].pivot(index="tokens", columns="name") for mode, *_ in panels}
+    widths = [1 + len(times[mode]) for mode, *_ in panels]
+    grid = fig.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
+    for axes, (mode, title, unit) in zip(grid, panels, strict=True):
+        own = times[mode]["median_us", "unpatched"]
+        axes.axhline(1, color=BLACK, lw=1, label="unpatched")
+        for offset, (name, color, label) in zip((-0.27, 0, 0.27), BARS, strict=True):
+            if ("median_us", name) in times[mode]:
+                low, middle, high = (times[mode][column, name] / own for column in ("q1_us", "median_us", "q3_us"))
+                place = np.arange(len(own)) + offset
+                axes.bar(place, middle, 0.25, yerr=[middle - low, high - middle], color=color, capsize=2, label=label)
+        ticks = [f"{size:,} {unit}{'s' * (size > 1)}\n{us / 1e3:.3g} ms" for size, us in own.items()]
+        axes.set_xticks(range(len(own)), ticks, fontsize=7)
+        axes.set_title(title, fontsize=8.5)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.grid(visible=False, axis="x")
+        axes.set_axisbelow(True)
+    fig.supylabel("time / unpatched", fontsize=9)
+    fig.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
+
+
+def _draw_stages(fig: SubFigure, table: pd.DataFrame, rows: list[tuple[str, tuple[int, ...], str]]) -> None:
+    """A row of panels per stage, a panel per size."""
     grid = fig.subplots(len(rows), 3, squeeze=False)
-    handles = {}
+    handles: dict[str, Artist] = {}
     for line, (stage, sizes, unit) in zip(grid, rows, strict=True):
         for axes, size in zip(line, sizes, strict=True):
             part = table[(table["stage"] == stage) & (table["tokens"] == size)]
@@ -58,8 +110,6 @@ def draw_speed(table: pd.DataFrame) -> Figure:
     fig.supxlabel("mean experts per token", fontsize=9)
     fig.supylabel("time", fontsize=9)
     fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=8)
-    fig.text(0.5, -0.005, describe(table), ha="center", va="top", fontsize=7)
-    return fig
 
 
 def _draw_panel(axes: Axes, part: pd.DataFrame) -> None:

@@ -107,8 +107,8 @@ def inputs_fit(module: nn.Module, hidden_states: Tensor) -> bool:
     gate_up, down = module.gate_up_proj, module.down_proj
     wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.requires_grad or down.requires_grad)
     return (
-        (hidden_states.is_cuda or interpreted())
-        and hidden_states.dtype in DTYPES
+        hidden_states.dtype in DTYPES
+        and (hidden_states.is_cuda or interpreted())
         and gate_up.dtype == down.dtype == hidden_states.dtype
         and not wanted
     )

@@ -44,17 +44,41 @@ class StepClock(StoppingCriteria):
         return np.array([start.elapsed_time(end) / 1e3 for start, end in zip(marks, marks[1:], strict=False)])
 
 
-def generate(model: nn.Module, ids: Tensor, new_tokens: int, clock: StepClock) -> Tensor:
-    """Greedy generation on a static cache; the sequences [batch, prompt + new_tokens]."""
+def generate(model: nn.Module, ids: Tensor, new_tokens: int, clock: StepClock, static: bool = True) -> Tensor:
+    """Greedy generation, on a static cache or as it comes; the sequences [batch, prompt + new_tokens]."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        cache_implementation="static",
+        cache_implementation="static" if static else None,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([clock]),
     )
+
+
+def decoding(model: nn.Module, sequences: Tensor, prompt: int, limits: dict[str, float]) -> tuple[float, float]:
+    """Experts per token and layer in the steps that count, and the floor of such a step in seconds.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In the state in which it generated the sequences.
+    sequences : Tensor [batch, length]
+    prompt : int
+        How many tokens of each were given.
+    limits : dict
+        See `bhlib.speed.timing.ceilings`.
+    """
+    batch = len(sequences)
+    # The routers see what they saw, if all that was generated goes through the model at once.
+    selected = selected_experts(model, lambda: model(input_ids=sequences, use_cache=False, logits_to_keep=1))
+    steps = [index.view(batch, -1, index.shape[-1])[:, prompt + WARM_UP : -1] for index in selected]
+    floors = [
+        model_floor(model, [index[:, step] for index in steps], batch, 1, prompt + WARM_UP + step, limits)
+        for step in range(0, steps[0].shape[1], 8)
+    ]
+    return mean_filled(model, [index.flatten(0, 1) for index in steps]), float(np.mean(floors))
 
 
 def bench_generate(
@@ -99,22 +123,16 @@ def _time_steps(
         sequences = generate(model, ids, new_tokens, clock)
         peak = torch.cuda.max_memory_allocated() / 2**30
         recompiled = counters["stats"]["unique_graphs"] - graphs
-        # The routers see what they saw, if all that was generated goes through the model at once.
-        selected = selected_experts(model, lambda: model(input_ids=sequences, use_cache=False, logits_to_keep=1))
-    steps = [index.view(batch, -1, index.shape[-1])[:, prompt + WARM_UP : -1] for index in selected]
-    floors = [
-        model_floor(model, [index[:, step] for index in steps], batch, 1, prompt + WARM_UP + step, limits)
-        for step in range(0, steps[0].shape[1], 8)
-    ]
+        mean_k, floor = decoding(model, sequences, prompt, limits)
     names = {"grouped_mm": "/".join(sorted(map(str, clock.ran))), KEPT: "grouped_mm"}
     results.add(
         "generate",
         "compiled",
         batch,
         candidate._replace(name=names.get(candidate.name, candidate.name)),
-        mean_filled(model, [index.flatten(0, 1) for index in steps]),
+        mean_k,
         clock.seconds(),
-        float(np.mean(floors)),
+        floor,
         peak_gib=peak,
         graphs=graphs,
         recompiled=recompiled,

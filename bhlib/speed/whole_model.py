@@ -1,5 +1,6 @@
 """The whole model: prompts, and single steps of decoding, each against every implementation of transformers."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
@@ -224,12 +225,13 @@ def bench_decode(
         ids = random_ids(model, batch, prompt)
         # With room to spare: a cache that counts on the host grows by a token with every call, and room costs little.
         cache = StaticCache(config=model.config, max_cache_len=prompt + 128)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with_cache = {cache_argument(model): cache, "use_cache": True}
+        model(input_ids=ids, logits_to_keep=1, **with_cache)
         token = ids[:, -1:].contiguous()
         position = torch.full((batch, 1), prompt, device=ids.device)
 
-        def forward(model, cache=cache, token=token, position=position, ids=ids):
-            logits = model(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True).logits
+        def forward(model, cache=cache, with_cache=with_cache, token=token, position=position, ids=ids):
+            logits = model(input_ids=token, position_ids=position, **with_cache).logits
             _rewind(cache, ids.shape[1])
             return logits
 
@@ -238,6 +240,11 @@ def bench_decode(
             results, "decode", model, contexts, forward, batch, (batch, 1, prompt), limits, 5 if quick else 15
         )
         torch.cuda.empty_cache()
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _rewind(cache: StaticCache, length: int) -> None:
