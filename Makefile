@@ -15,7 +15,7 @@ CACHES += $(wildcard notebooks/.ipynb_checkpoints)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help figures test kernels browser colab tasks lab notebooks lint clean distclean
+.PHONY: help figures test kernels quantized browser colab tasks lab notebooks lint clean distclean
 
 help:
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,11 @@ kernels: $(VENV)/.installed-dev ## test the Triton kernels, on the CPU too (inst
 	$(PY) -c 'import triton' 2>&- || $(PY) -m pip install --disable-pip-version-check --editable '.[kernels]'
 	TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
 	  $(PY) -m pytest tests/test_kernels.py tests/test_kernel_patch.py $(ARGS)
+
+# Into a folder of their own: where torchao is installed, transformers imports it, and it writes to stderr.
+quantized: $(VENV)/.installed-dev ## test patching quantized models (installs torchao and bitsandbytes, 0.2 GB)
+	$(PY) -m pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/quantized 'torchao==0.18.*' 'bitsandbytes==0.50.*'
+	PYTHONPATH=$(VENV)/quantized $(PY) -m pytest tests/test_quantized.py $(ARGS)
 
 browser: $(VENV)/.installed-dev $(VENV)/.installed-browser ## run the notebooks in JupyterLab in chromium, and move the explorer's sliders
 	$(PY) -m pytest tests/test_browser.py --durations 10 $(ARGS)

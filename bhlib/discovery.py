@@ -53,7 +53,7 @@ class MoELayer:
         Dotted name of its router in the model.
     router, experts : nn.Module
     num_experts, top_k : int
-        Experts in the layer, and how many the model itself gives to a token.
+        Experts in the layer, those that other processes hold with them, and how many the model itself gives to a token.
     weighting : str
         How the router makes weights of its logits, one of `bhlib.weighting.WEIGHTINGS`.
     narrows : bool
@@ -109,13 +109,16 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     for name, module in model.named_modules():
         if not _dispatches_experts(module):
             continue
-        router_name, router = _find_router(model, name, module)
-        probed = _probe(router, router_name, module.num_experts)
-        layers.append(MoELayer(len(layers), router_name, router, module, module.num_experts, *probed))
+        _refuse_other_implementations(model, name, module)
+        num_experts = _count_experts(model, name, module)
+        router_name, router = _find_router(model, name, module, num_experts)
+        probed = _probe(router, router_name, num_experts)
+        layers.append(MoELayer(len(layers), router_name, router, module, num_experts, *probed))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no mixture-of-experts layer that bhlib can patch: no module of it dispatches "
-            f"through transformers' ExpertsInterface. BH routing needs a model such as OLMoE: bhlib.load_demo()."
+            f"through transformers' ExpertsInterface. "
+            + (_mend_quantization(model) or "BH routing needs a model such as OLMoE: bhlib.load_demo().")
         )
     shapes = {(layer.num_experts, layer.top_k) for layer in layers}
     if len(shapes) > 1:
@@ -125,19 +128,12 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
-def _find_router(model: nn.Module, name: str, experts: "ExpertsModule") -> tuple[str, "RouterModule"]:
+def _find_router(model: nn.Module, name: str, experts: "ExpertsModule", num_experts: int) -> tuple[str, "RouterModule"]:
     """The router that goes with an experts module, and its dotted name: it stands beside it, or one level above.
 
     One level above, if an adapter is wrapped around the experts.
     """
     prefix = name
-    if _is_expert_parallel(model, experts):
-        raise ValueError(
-            f"{type(model).__name__} cannot be patched under expert parallelism (EP): {name!r} holds the "
-            f"{experts.num_experts} experts of one process, and the gate beside it chooses among those of all. "
-            f"Load the model without ep_size and enable_expert_parallel; device_map='auto' spreads whole layers over "
-            f"several devices."
-        )
     for _ in range(2):
         prefix = prefix.rpartition(".")[0]
         beside = {
@@ -145,23 +141,64 @@ def _find_router(model: nn.Module, name: str, experts: "ExpertsModule") -> tuple
             for child_name, child in model.get_submodule(prefix).named_children()
             if not any(module is experts for module in child.modules())
         }
-        found = [child_name for child_name, child in beside.items() if _num_rows(child) == experts.num_experts]
+        found = [child_name for child_name, child in beside.items() if _num_rows(child) == num_experts]
         if found:
             break
     if len(found) != 1:
         seen = ", ".join(f"{child_name} ({type(child).__name__})" for child_name, child in beside.items())
         raise ValueError(
             f"{type(model).__name__} cannot be patched: beside {name!r} ({type(experts).__name__}) there should be "
-            f"one router with a weight of {experts.num_experts} rows, found {len(found)} among: {seen or 'nothing'}."
+            f"one router with a weight of {num_experts} rows, found {len(found)} among: {seen or 'nothing'}."
         )
     return f"{prefix}.{found[0]}".lstrip("."), cast("RouterModule", beside[found[0]])
 
 
-def _is_expert_parallel(model: nn.Module, experts: nn.Module) -> bool:
-    """Whether the experts of a layer are spread over processes: their module says so, in older versions the model."""
-    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+def _count_experts(model: nn.Module, name: str, experts: "ExpertsModule") -> int:
+    """How many experts a layer has, on all processes that they are spread over.
+
+    Under expert parallelism an experts module holds those of its own process. Of the ways to bring tokens to the
+    others, a patch works with the one that hands every process all slots and empties those of other processes' experts:
+    a slot that the rule has left empty is then empty everywhere. The others look up whose each slot is.
+    """
+    distributed: Any = getattr(getattr(model, "config", None), "distributed_config", None)
     asked = getattr(distributed, "enable_expert_parallel", False)
-    return getattr(experts, "_is_expert_parallel", asked)
+    if not getattr(experts, "_is_expert_parallel", asked):  # older versions do not mark the module
+        return experts.num_experts
+    way = getattr(distributed, "ep_implementation", None)
+    if way != "all_reduce":
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched under this expert parallelism (EP): {name!r} holds the "
+            f"{experts.num_experts} experts of one process, the gate beside it chooses among those of all, and "
+            f"ep_implementation={way!r} may look up whose each slot is, where an empty slot is nobody's. Load the "
+            f"model with DistributedConfig(tp_size=N, ep_size=N, ep_implementation='all_reduce'), which transformers "
+            f"5.24 has, or with tp_size=N alone."
+        )
+    return experts.num_experts * distributed.ep_size
+
+
+def _refuse_other_implementations(model: nn.Module, name: str, experts: "ExpertsModule") -> None:
+    """Raise if an experts module looks for its implementation elsewhere than where `bhlib.experts` puts its own."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # which a transformers too old does not have
+
+    decorated = inspect.getclosurevars(type(experts).forward).nonlocals
+    interface = decorated.get("experts_interface", ALL_EXPERTS_FUNCTIONS)
+    if interface is not ALL_EXPERTS_FUNCTIONS:
+        raise ValueError(
+            f"{type(model).__name__} cannot be patched: {name!r} ({type(experts).__name__}) dispatches through "
+            f"{type(interface).__name__}, whose implementations bhlib has no twins of. {_mend_quantization(model)}"
+        )
+
+
+def _mend_quantization(model: nn.Module) -> str:
+    """What to do about a model whose quantization replaces the experts' modules; empty if it is not quantized."""
+    method = getattr(model, "quantization_method", None)
+    if method is None:
+        return ""
+    return (
+        f"Its quantization ({getattr(method, 'value', method)}) replaces the experts' modules by its own. Load it with "
+        f"dequantize=True in its quantization config, or quantize the plain checkpoint in a way that keeps them: "
+        f"bhlib/large_models.md lists those."
+    )
 
 
 def _dispatches_experts(module: nn.Module) -> TypeGuard["ExpertsModule"]:

@@ -63,9 +63,7 @@ class PrivateHooks:
         hidden = {handle.id for _, handle in self._hooks}
         forwards = {id(forward) for _, forward in self._forwards}
         state = {
-            name: value
-            for name, value in vars(module).items()
-            if name != "__reduce_ex__" and id(value) not in forwards
+            name: value for name, value in vars(module).items() if name != "__reduce_ex__" and id(value) not in forwards
         }
         for name, value in state.items():
             if isinstance(value, OrderedDict) and hidden & value.keys() and "hooks" in name:

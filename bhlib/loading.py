@@ -3,6 +3,7 @@
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ def load_olmoe(
     name_or_path: str = "allenai/OLMoE-1B-7B-0924",
     dtype: str | torch.dtype = "auto",
     device_map: str | dict | None = "auto",
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained OLMoE from the Hugging Face hub or a local folder, in evaluation mode, with its tokenizer.
 
@@ -65,6 +67,10 @@ def load_olmoe(
         ``"auto"`` for the checkpoint's own, bfloat16.
     device_map : str or dict or None
         ``"auto"`` spreads the model over the GPUs and then the CPU, by accelerate; None keeps it on the CPU.
+    **options
+        What else `from_pretrained` takes. ``max_memory={0: "10GiB", "cpu": "20GiB"}, offload_folder="offload"`` leaves
+        room on a card for long texts: layers beyond wait in the memory of the CPU, and then on disk, until a forward
+        pass comes to them. ``quantization_config`` saves memory; `bhlib/large_models.md` says which can be patched.
 
     Raises
     ------
@@ -73,7 +79,7 @@ def load_olmoe(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device_map)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device_map, **options)
     except OSError as error:
         raise OSError(
             f"{name_or_path!r} could not be loaded, neither from the Hugging Face hub nor as a folder. Check the name "

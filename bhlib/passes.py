@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-
 #: Caches that were first seen by compiled code, of which sequences are remembered.
 MOST_UNSEEN_CACHES = 64
 

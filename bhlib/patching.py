@@ -44,7 +44,7 @@ from bhlib.passes import PassNote, PassReader, find_cache, special_tokens
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
-from bhlib.rules import BH, Forms, Level, Routing, Rule, forms_of
+from bhlib.rules import BH, Forms, Level, Routing, Rule
 from bhlib.stats import RoutingStats
 from bhlib.weighting import WEIGHTINGS
 
@@ -277,10 +277,14 @@ class RoutingPatch:
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
         logits, rule = as_scored(router_logits, layer.narrows), self._rule
-        convention = {"weighting": self._weighting(layer), "temperature": self.temperature}
-        if self.kernels:
-            return rule.fused_forms(logits, layer.index, **convention, dtype=dtype, keep=self.collect_stats)
-        return forms_of(rule(logits, layer.index, **convention), layer.num_experts, dtype, self.collect_stats)
+        return (rule.fused_forms if self.kernels else rule.forms)(
+            logits,
+            layer.index,
+            weighting=self._weighting(layer),
+            temperature=self.temperature,
+            dtype=dtype,
+            exact=self.collect_stats,
+        )
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights
@@ -545,8 +549,8 @@ class _RouterHook:
         patch, layer = self.patch, self.seen.layer
         patch.check_open()
         forms = patch.route(layer, router_logits, dtype)
-        if forms.kept is not None:
-            patch.record(self.seen, forms.kept, router_logits)
+        if forms.exact is not None:
+            patch.record(self.seen, Routing(forms.exact, forms.experts, forms.counts), router_logits)
         if patch.mode == "analyze":
             return None
         implementation = implementation_of(layer.experts)

@@ -27,7 +27,7 @@ from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
 from bhlib.kernels.vector import vector_forward  # noqa: E402
 from bhlib.procedures import critical_values  # noqa: E402
 from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
-from bhlib.rules import BH, Routing, forms_of  # noqa: E402
+from bhlib.rules import BH  # noqa: E402
 from bhlib.weighting import WEIGHTINGS  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -157,46 +157,21 @@ def test_two_levels_of_many_tokens():
 
 
 @pytest.mark.parametrize("alpha", [0.1, (0.01, 0.3)])
-@pytest.mark.parametrize("room", ["none", "whole", "slice"])
-def test_a_launch_writes_for_a_model_and_for_records(room, alpha):
+def test_a_launch_writes_for_a_model_and_for_records(alpha):
     rule, logits = BH(alpha, max_k=6), spread_logits(TOKENS // 2 * 2, 64, dtype=torch.float16)
-    tokens, keep = len(logits), True
-    if room != "none":
-        size = tokens + (3 if room == "slice" else 0)
-        parts = torch.full((2, size, 6), -7.0), torch.full((2, size, 6), -7).short(), torch.full((2, size), -7).short()
-        parts = Routing(*(part.to(DEVICE) for part in parts))
-        keep = Routing(*(part[:, 1 : 1 + tokens] if room == "slice" else part for part in parts))
     options = {"dtype": torch.float16, "weighting": "normalized", "temperature": 1.3}
-    found = rule.fused_forms(logits, 0, keep=keep, row=1, **options)
-    expected = forms_of(kernel_routing(rule, logits), 64, torch.float16, keep=True)
-    assert torch.equal(found.weights, expected.weights) and torch.equal(found.experts, expected.experts)
-    for mine, other in zip(found.kept, expected.kept, strict=True):
-        assert torch.equal(mine, other) and mine.dtype == other.dtype
-    assert (found.experts == 64).any() and (found.kept.experts == -1).any()
+    found = rule.fused_forms(logits, 0, exact=True, **options)
+    weights, experts, counts = kernel_route(rule, logits, 0, weighting="normalized", temperature=1.3)
+    assert torch.equal(found.exact, weights) and weights.dtype == torch.float32
+    assert torch.equal(found.weights, weights.half()) and torch.equal(found.counts, counts)
+    assert torch.equal(found.experts, torch.where(experts < 0, 64, experts)) and (found.experts == 64).any()
     without = rule.fused_forms(logits, 0, **options)
-    assert torch.equal(without.weights, found.weights) and torch.equal(without.experts, found.experts)
-    assert without.kept is None
-    if room != "none":
-        for part, kept, new in zip(parts, keep, expected.kept, strict=True):
-            assert torch.equal(kept[1], new)
-            assert (part[0] == -7).all() and (part == -7).sum() == part.numel() - new.numel(), "nothing else is written"
+    assert all(torch.equal(one, other) for one, other in zip(without[:3], found[:3], strict=True))
+    assert without.exact is None
 
 
-def kernel_routing(rule, logits):
-    return Routing(*kernel_route(rule, logits, 0, weighting="normalized", temperature=1.3))
-
-
-def test_room_and_cuts_that_do_not_fit_are_refused():
+def test_tokens_that_cannot_be_divided_among_levels_are_refused():
     rule, logits = BH(), spread_logits(6, 64)
-    room = [torch.zeros(shape, device=DEVICE) for shape in ((2, 6, 8), (2, 6, 8), (2, 6))]
-    options = {"dtype": torch.float32, "keep": Routing(*room)}
-    for wrong in (logits[:5], logits[:3]):
-        with pytest.raises(ValueError, match=r"room for \d tokens must be .*; got \(2, 6, 8\), \(2, 6, 8\), \(2, 6\)"):
-            rule.fused_forms(wrong, **options)
-    with pytest.raises(ValueError, match="all three with the same steps between layers"):
-        rule.fused_forms(
-            logits[:5], dtype=torch.float32, keep=Routing(room[0][:, :5], room[1][:, :5], room[2][:, :5].clone())
-        )
     for several in (rule.at((0.1, 0.2, 0.3, 0.4)).fused, rule.at((0.1, 0.2, 0.3, 0.4))):
         with pytest.raises(ValueError, match="6 tokens cannot be divided among 4 levels"):
             several(logits)
@@ -204,29 +179,23 @@ def test_room_and_cuts_that_do_not_fit_are_refused():
         bh_route(logits, torch.zeros(4, 64, device=DEVICE))
 
 
-def tensors_in(forms):
-    return [*forms[:2], *(forms.kept or ())]
-
-
-@pytest.mark.parametrize("keep", [False, True, "room"])
-def test_compiled_code_takes_a_moved_level_as_it_is(keep):
+@pytest.mark.parametrize("exact", [False, True])
+def test_compiled_code_takes_a_moved_level_as_it_is(exact):
     rule, logits = BH(0.05), spread_logits(4, 64)
-    if keep == "room":
-        shapes = ((2, 4, 8), torch.float32), ((2, 4, 8), torch.int16), ((2, 4), torch.int16)
-        keep = Routing(*(torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in shapes))
     rule.prepare(64, 0, logits.device)
     holder, counter = SimpleNamespace(rule=rule), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
     def route(logits):
-        return holder.rule.fused_forms(logits, 0, dtype=torch.float32, keep=keep, row=1)
+        return holder.rule.fused_forms(logits, 0, dtype=torch.float16, exact=exact)
 
     compiled = torch.compile(route, backend=counter, fullgraph=True)
     for alpha in (0.05, 0.3, 0.001):
         holder.rule = rule.at(alpha)
-        found = [part.clone() for part in tensors_in(compiled(logits))]
-        assert len(found) == (5 if keep else 2)
-        assert all(torch.equal(one, other) for one, other in zip(found, tensors_in(route(logits)), strict=True))
+        found, expected = compiled(logits), route(logits)
+        assert all(
+            torch.equal(one, other) for one, other in zip(found[: 3 + exact], expected[: 3 + exact], strict=True)
+        )
     assert counter.frame_count == 1
 
 

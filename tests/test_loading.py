@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import OlmoeForCausalLM
 
-from bhlib import find_moe_layers, load_demo, load_heldout, load_olmoe
+from bhlib import BHRoutingIntegration, find_moe_layers, load_demo, load_heldout, load_olmoe
 from bhlib.evaluation import evaluate
 from bhlib.loading import DEMO, SPLITS, heldout_documents, heldout_domains, heldout_sequence_documents
-from bhlib.rules import TopK
+from bhlib.rules import BH, TopK
 
 
 def test_demo_is_an_olmoe_with_olmoes_routing():
@@ -121,3 +121,18 @@ def test_load_olmoe_from_a_folder():
     assert model.dtype == torch.bfloat16 and not model.training
     assert len(find_moe_layers(model)) == model.config.num_hidden_layers
     assert len(tokenizer) == model.config.vocab_size
+
+
+def test_what_has_no_room_is_offloaded_and_routed_as_ever(tmp_path):
+    """Most layers of the embedded model on disk, as accelerate puts them there: the same bits, patched and not."""
+    whole, _ = load_olmoe(str(DEMO), device_map=None)
+    spread, _ = load_olmoe(str(DEMO), max_memory={"cpu": "16MiB"}, offload_folder=str(tmp_path))
+    assert {"cpu", "disk"} <= set(spread.hf_device_map.values())
+    data = {"novels": load_heldout("validation", length=64, max_sequences=1)["novels"]}
+    for rule in (None, BH(0.05)):
+        got, expected = (evaluate(model, data, rule).drop(columns="seconds") for model in (spread, whole))
+        assert got.equals(expected)
+    ids = data["novels"][:, :5]
+    with BHRoutingIntegration(whole), BHRoutingIntegration(spread):
+        generated = [model.generate(ids, max_new_tokens=4, do_sample=False) for model in (whole, spread)]
+    assert torch.equal(*generated)

@@ -29,6 +29,7 @@ def make(*arguments):
         ("browser", "-m pytest tests/test_browser.py"),
         ("colab", "tools/colab.py"),
         ("kernels", "-m pytest tests/test_kernels.py"),
+        ("quantized", "-m pytest tests/test_quantized.py"),
         ("tasks", "-m pytest tests/test_tasks.py"),
         ("lab", "-m jupyterlab"),
         ("notebooks", "tools/execute_notebooks.py"),

@@ -18,7 +18,6 @@ from bhlib.rules import (
     EntropyK,
     KeepMass,
     MinP,
-    Routing,
     StaticPerLayer,
     Threshold,
     TopK,
@@ -436,12 +435,8 @@ def test_forms_for_a_model_and_its_records(rule):
     logits = random_logits(20, 16).to(torch.bfloat16)
     weights, experts, counts = rule(logits, weighting="normalized")
     forms = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16)
-    assert torch.equal(forms.weights, weights.to(torch.bfloat16)) and forms.kept is None
+    assert torch.equal(forms.weights, weights.to(torch.bfloat16)) and torch.equal(forms.counts, counts)
     assert torch.equal(forms.experts, torch.where(experts < 0, 16, experts)) and (forms.experts == 16).any()
-    new = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, keep=True).kept
-    assert torch.equal(new.weights, weights) and torch.equal(new.experts.long(), experts)
-    assert torch.equal(new.counts.long(), counts) and new.experts.dtype == new.counts.dtype == torch.int16
-    room = Routing(torch.full((3, 20, 5), 7.0), torch.full((3, 20, 5), 7).short(), torch.full((3, 20), 7).short())
-    kept = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, keep=room, row=1).kept
-    for part, one, other in zip(room, kept, new, strict=True):
-        assert torch.equal(one, other) and torch.equal(part[1], other) and (part[0] == 7).all() and (part[2] == 7).all()
+    assert forms.exact is None
+    exact = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, exact=True).exact
+    assert torch.equal(exact, weights)

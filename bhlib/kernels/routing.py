@@ -1,13 +1,11 @@
 """Benjamini-Hochberg routing of a token in one launch: logits in, weights, experts and counts out.
 
-The same launch can write them a second time, as records keep them (`bh_route_both`).
+The same launch can write the weights a second time, as they were computed (`bh_route_exact`).
 
 A program takes a few tokens. It sorts each token's logits once, as integers that carry the expert's index in their last
 byte; everything else is then a running look at the sorted row: the softmax, the statistic, and the step-up decision,
 which compares the k-th largest statistic with the k-th entry of a table made beforehand (`cut_table`).
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -97,16 +95,11 @@ def bh_route(
     ValueError
         If `weighting` is no code that the kernel knows, or the tokens cannot be divided among the cuts.
     """
-    _check(router_logits, cuts, weighting)
-    # See `bhlib.kernels.forward.experts_forward`.
-    route = _route_operator if torch.compiler.is_compiling() else _route_one
-    return route(
-        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED,
-        temperature, weights_dtype, empty,
-    )  # fmt: skip
+    options = _options(router_logits, cuts, statistic, exclude_top, min_k, max_k, weighting, temperature)
+    return _call(router_logits, cuts, *options, weights_dtype, empty, False)[:3]
 
 
-def bh_route_both(
+def bh_route_exact(
     router_logits: Tensor,
     cuts: Tensor,
     *,
@@ -117,58 +110,29 @@ def bh_route_both(
     weighting: int = KERNEL_PLAIN,
     temperature: float = 1.0,
     weights_dtype: torch.dtype = torch.float32,
-    room: Sequence[Tensor] | None = None,
-    layer: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`bh_route` in one launch for a model and for records; errors and what is not named here as there.
-
-    Parameters
-    ----------
-    weights_dtype : torch.dtype
-        Of the weights for the model.
-    room : (Tensor [layers, tokens, max_k], Tensor [layers, tokens, max_k], Tensor [layers, tokens]), optional
-        Of some float dtype, and of integer dtypes twice: where to write what is for records. The rows of a layer lie
-        without gaps; what is between those of two layers is left as it is, so that these may be slices by tokens.
-        By default new tensors are made.
-    layer : int
-        Where in the room.
-
-    Returns
-    -------
-    weights : Tensor [tokens, max_k], `weights_dtype`
-    experts : Tensor [tokens, max_k], int64
-        With the number of experts in an empty slot.
-    kept_weights : Tensor [tokens, max_k], float32, or as the room
-    kept_experts : Tensor [tokens, max_k], int16, or as the room
-        With -1 in an empty slot.
-    kept_counts : Tensor [tokens], int16, or as the room
-
-    Raises
-    ------
-    ValueError
-        If the room is not for these tokens and `max_k`, too.
-    """
-    _check(router_logits, cuts, weighting)
-    settings = (
-        _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED, temperature, weights_dtype,
-    )  # fmt: skip
-    if room is not None:
-        _check_room(room, len(router_logits), max_k)
-    if torch.compiler.is_compiling():  # the operator is a function of its inputs
-        weights, experts, *kept = _route_both_operator(router_logits, cuts, *settings)
-        if room is not None:
-            for part, new in zip(room, kept, strict=True):
-                part[layer] = new
-            kept = [part[layer] for part in room]
-        return weights, experts, *kept
-    if room is None:
-        return _route_both(router_logits, cuts, *settings)
-    weights, experts = _outputs(router_logits, max_k, weights_dtype)
-    _launch(router_logits, cuts, *settings[:-1], router_logits.shape[1], weights, experts, room, layer)
-    return weights, experts, room[0][layer], room[1][layer], room[2][layer]
+    empty: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`bh_route`, and of the same launch the weights in float32 too: Tensor [tokens, max_k]."""
+    options = _options(router_logits, cuts, statistic, exclude_top, min_k, max_k, weighting, temperature)
+    return _call(router_logits, cuts, *options, weights_dtype, empty, True)
 
 
-def _check(router_logits: Tensor, cuts: Tensor, weighting: int) -> None:
+def _call(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # See `bhlib.kernels.forward.experts_forward`.
+    return (_route_operator if torch.compiler.is_compiling() else _launch)(*arguments)
+
+
+def _options(
+    router_logits: Tensor,
+    cuts: Tensor,
+    statistic: str,
+    exclude_top: int,
+    min_k: int,
+    max_k: int,
+    weighting: int,
+    temperature: float,
+) -> tuple[int, int, int, int, bool, float]:
+    """Options as the launch takes them; a ValueError if it cannot."""
     if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED):
         raise ValueError(
             f"weighting must be {KERNEL_PLAIN} (plain) or {KERNEL_NORMALIZED} (normalized), got {weighting!r}: the "
@@ -179,62 +143,7 @@ def _check(router_logits: Tensor, cuts: Tensor, weighting: int) -> None:
             f"{len(router_logits)} tokens cannot be divided among {len(cuts)} rows of cuts: give one row for each "
             f"sequence of the batch, or cuts [experts] for all."
         )
-
-
-def _check_room(room: Sequence[Tensor], num_tokens: int, max_k: int) -> None:
-    weights, experts, counts = room
-    if not (
-        weights.shape == experts.shape == (len(counts), num_tokens, max_k)
-        and counts.shape[1:] == (num_tokens,)
-        and weights.stride() == experts.stride() == (counts.stride(0) * max_k, max_k, 1)
-        and counts.stride(1) == 1
-    ):
-        shapes = ", ".join(str(tuple(part.shape)) for part in room)
-        raise ValueError(
-            f"room for {num_tokens} tokens must be [layers, {num_tokens}, {max_k}] twice and [layers, {num_tokens}], "
-            f"all three with the same steps between layers and no gaps in a layer; got {shapes}."
-        )
-
-
-def _route_one(
-    router_logits: Tensor,
-    cuts: Tensor,
-    statistic: int,
-    exclude_top: int,
-    min_k: int,
-    max_k: int,
-    normalize: bool,
-    temperature: float,
-    weights_dtype: torch.dtype,
-    empty: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights, experts = _outputs(router_logits, max_k, weights_dtype)
-    counts = router_logits.new_empty(len(router_logits), dtype=torch.int64)
-    _launch(
-        router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, empty, weights, experts,
-        (None, None, counts), 0,
-    )  # fmt: skip
-    return weights, experts, counts
-
-
-def _route_both(
-    router_logits: Tensor,
-    cuts: Tensor,
-    statistic: int,
-    exclude_top: int,
-    min_k: int,
-    max_k: int,
-    normalize: bool,
-    temperature: float,
-    weights_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weights, experts = _outputs(router_logits, max_k, weights_dtype)
-    kept = _kept_outputs(router_logits, max_k)
-    _launch(
-        router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, router_logits.shape[1],
-        weights, experts, kept, 0,
-    )  # fmt: skip
-    return weights, experts, *kept
+    return _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED, temperature
 
 
 def _launch(
@@ -246,16 +155,13 @@ def _launch(
     max_k: int,
     normalize: bool,
     temperature: float,
+    weights_dtype: torch.dtype,
     empty: int,
-    weights: Tensor,
-    experts: Tensor,
-    kept: Sequence[Tensor | None],
-    layer: int,
-) -> None:
-    """Write `weights` and `experts` as asked for, and weights, experts and counts into what is `kept` of a layer."""
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = router_logits.shape
     router_logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
-    kept_weights, kept_experts, counts = kept
+    weights, experts, counts, exact_weights = _outputs(router_logits, max_k, weights_dtype, exact)
     width = triton.next_power_of_2(num_experts)
     rows, warps = _tokens_and_warps(num_tokens, width)
     if num_tokens:
@@ -265,12 +171,10 @@ def _launch(
                 cuts,
                 weights,
                 experts,
-                kept_weights,
-                kept_experts,
                 counts,
+                exact_weights if exact else None,
                 num_tokens,
                 num_tokens // len(cuts) if cuts.dim() == 2 else num_tokens,
-                layer * counts.stride(0),
                 router_logits.stride(0),
                 temperature,
                 NUM_EXPERTS=num_experts,
@@ -285,39 +189,30 @@ def _launch(
                 TEMPERED=temperature != 1.0,
                 num_warps=warps,
             )
+    return weights, experts, counts, exact_weights
 
 
-def _outputs(router_logits: Tensor, max_k: int, weights_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for the weights and the experts."""
-    shape = router_logits.shape[0], max_k
-    return router_logits.new_empty(shape, dtype=weights_dtype), router_logits.new_empty(shape, dtype=torch.int64)
-
-
-def _kept_outputs(router_logits: Tensor, max_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what records keep: of one layer, without an axis for it."""
+def _outputs(
+    router_logits: Tensor, max_k: int, weights_dtype: torch.dtype, exact: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the weights, the experts, the counts and, if they are wanted, the exact weights."""
     num_tokens = router_logits.shape[0]
     return (
-        router_logits.new_empty(num_tokens, max_k, dtype=torch.float32),
-        router_logits.new_empty(num_tokens, max_k, dtype=torch.int16),
-        router_logits.new_empty(num_tokens, dtype=torch.int16),
+        router_logits.new_empty(num_tokens, max_k, dtype=weights_dtype),
+        router_logits.new_empty(num_tokens, max_k, dtype=torch.int64),
+        router_logits.new_empty(num_tokens, dtype=torch.int64),
+        router_logits.new_empty(num_tokens if exact else 0, max_k, dtype=torch.float32),
     )
 
 
-_route_operator = torch.library.custom_op("bhlib::route", _route_one, mutates_args=())
-_route_both_operator = torch.library.custom_op("bhlib::route_both", _route_both, mutates_args=())
+_route_operator = torch.library.custom_op("bhlib::route", _launch, mutates_args=())
 
 
 @_route_operator.register_fake
 def _(
-    router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype, empty
+    router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype, empty, exact
 ):  # fmt: skip
-    counts = router_logits.new_empty(router_logits.shape[0], dtype=torch.int64)
-    return *_outputs(router_logits, max_k, weights_dtype), counts
-
-
-@_route_both_operator.register_fake
-def _(router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype):
-    return *_outputs(router_logits, max_k, weights_dtype), *_kept_outputs(router_logits, max_k)
+    return _outputs(router_logits, max_k, weights_dtype, exact)
 
 
 def _tokens_and_warps(num_tokens: int, width: int) -> tuple[int, int]:
@@ -325,18 +220,16 @@ def _tokens_and_warps(num_tokens: int, width: int) -> tuple[int, int]:
     return (1, 1) if num_tokens <= 1024 else (max(1, 256 // width), 1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "tokens_each", "kept_row"])
+@triton.jit(do_not_specialize=["num_tokens", "tokens_each"])
 def _route(
     logits_ptr,
     cuts_ptr,
     weights_ptr,
     experts_ptr,
-    kept_weights_ptr,
-    kept_experts_ptr,
     counts_ptr,
+    exact_ptr,
     num_tokens,
     tokens_each,  # of the tokens that share a row of cuts
-    kept_row,  # where the rows begin in what is kept
     row_stride,
     temperature,
     NUM_EXPERTS: tl.constexpr,
@@ -407,10 +300,7 @@ def _route(
     written = (token < num_tokens) & (rank < MAX_K)
     tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=written)
     tl.store(experts_ptr + slot, tl.where(kept, expert, EMPTY).to(tl.int64), mask=written)
-    if kept_weights_ptr is not None:
-        slot = (token.to(tl.int64) + kept_row) * MAX_K + rank
-        tl.store(kept_weights_ptr + slot, weight.to(kept_weights_ptr.dtype.element_ty), mask=written)
-        kept_expert = tl.where(kept, expert, -1).to(kept_experts_ptr.dtype.element_ty)
-        tl.store(kept_experts_ptr + slot, kept_expert, mask=written)
+    if exact_ptr is not None:
+        tl.store(exact_ptr + slot, weight, mask=written)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(counts_ptr + kept_row + row, count.to(counts_ptr.dtype.element_ty), mask=row < num_tokens)
+    tl.store(counts_ptr + row, count.to(tl.int64), mask=row < num_tokens)

@@ -9,7 +9,7 @@ for the rules that always keep the best-scored experts, `count`.
     weights, experts, counts = rule(router_logits)          # Routing, one row per token
 """
 
-from bhlib.rules.base import Forms, Level, PrefixRule, ProbabilityRule, Routing, Rule, TopK, forms_of
+from bhlib.rules.base import Forms, Level, PrefixRule, ProbabilityRule, Routing, Rule, TopK
 from bhlib.rules.bh import BH
 from bhlib.rules.functional import benjamini_hochberg_routing, compare_max_k, topk_routing
 from bhlib.rules.names import FAMILIES, RuleFamily, families_of, register
@@ -38,7 +38,6 @@ __all__ = [
     "benjamini_hochberg_routing",
     "compare_max_k",
     "families_of",
-    "forms_of",
     "register",
     "topk_routing",
 ]

@@ -34,7 +34,7 @@ class Routing(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """A routing as a model's experts take it, and as records keep it.
+    """A routing as a model's experts take it, and as it is recorded.
 
     Attributes
     ----------
@@ -42,13 +42,15 @@ class Forms(NamedTuple):
         In the dtype of the model; 0 in an empty slot.
     experts : Tensor [tokens, slots], int64
         The number of experts in an empty slot.
-    kept : Routing or None
-        Weights in float32 or wider, experts in int16 with -1 in an empty slot, counts in int16; None if not asked for.
+    counts : Tensor [tokens], int64
+    exact : Tensor [tokens, slots], or None
+        The weights in float32 or wider; None if not asked for.
     """
 
     weights: Tensor
     experts: Tensor
-    kept: Routing | None
+    counts: Tensor
+    exact: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -229,13 +231,19 @@ class Rule:
         `weighting` is a name in `bhlib.weighting.WEIGHTINGS`; `temperature` divides the logits that the weights are
         made of.
         """
+        return self._route(router_logits, layer, weighting, temperature, -1)
+
+    def _route(
+        self, router_logits: Tensor, layer: int | None, weighting: str, temperature: float, empty: int
+    ) -> Routing:
+        """A call, with this number in an empty slot."""
         self.check_num_experts(router_logits.shape[-1])
         convention = find_weighting(weighting)
         scores = convention.scores(router_logits, temperature)
         order, counts = self.select(router_logits, scores, layer)
         kept = torch.arange(order.shape[-1], device=order.device) < counts[:, None]
         weights = convention.weights(scores.gather(-1, order), kept)
-        return Routing(weights, order.masked_fill(~kept, -1), counts)
+        return Routing(weights, order.masked_fill(~kept, empty), counts)
 
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
         """Compute ahead what a call or `fused` looks up, so that no compiler has to see it computed."""
@@ -253,6 +261,28 @@ class Rule:
         """The same routing, with the same options, by a kernel where rule and device have one; here, without."""
         return self(router_logits, layer, weighting=weighting, temperature=temperature)
 
+    def forms(
+        self,
+        router_logits: Tensor,
+        layer: int | None = None,
+        *,
+        weighting: str = "softmax",
+        temperature: float = 1.0,
+        dtype: torch.dtype,
+        exact: bool = False,
+    ) -> Forms:
+        """A call, in the form in which a model takes its answer.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of the weights for the model.
+        exact : bool
+            Whether to give the weights as they are computed too.
+        """
+        weights, experts, counts = self._route(router_logits, layer, weighting, temperature, router_logits.shape[-1])
+        return Forms(weights.to(dtype), experts, counts, weights if exact else None)
+
     def fused_forms(
         self,
         router_logits: Tensor,
@@ -261,24 +291,11 @@ class Rule:
         weighting: str = "softmax",
         temperature: float = 1.0,
         dtype: torch.dtype,
-        keep: bool | Routing = False,
-        row: int = 0,
+        exact: bool = False,
     ) -> Forms:
-        """`fused`, in the forms in which a model and its records take it: of one launch, where there is a kernel.
-
-        Parameters
-        ----------
-        dtype : torch.dtype
-            Of the weights for the model.
-        keep : bool or Routing
-            Whether to give what records keep: in new tensors, or written into these, weights and experts
-            [layers, tokens, slots] and counts [layers, tokens] of any dtypes. They may be slices by tokens of tensors
-            without gaps.
-        row : int
-            The layer among those that are kept.
-        """
-        routing = self.fused(router_logits, layer, weighting=weighting, temperature=temperature)
-        return forms_of(routing, router_logits.shape[-1], dtype, keep, row)
+        """`forms` as `fused` routes: of one launch, where there is a kernel."""
+        options = {"weighting": weighting, "temperature": temperature, "dtype": dtype, "exact": exact}
+        return self.forms(router_logits, layer, **options)
 
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""
@@ -390,18 +407,3 @@ def tokens_each(num_tokens: int, num_levels: int) -> int:
             f"batch, or a single one for all."
         )
     return num_tokens // num_levels
-
-
-def forms_of(
-    routing: Routing, num_experts: int, dtype: torch.dtype, keep: bool | Routing = False, row: int = 0
-) -> Forms:
-    """A routing in the forms in which a model and its records take it; the arguments of `Rule.fused_forms`."""
-    weights, experts, counts = routing
-    kept = None
-    if isinstance(keep, Routing):
-        for room, part in zip(keep, routing, strict=True):
-            room[row] = part
-        kept = Routing(*(room[row] for room in keep))
-    elif keep:
-        kept = Routing(weights, experts.to(torch.int16), counts.to(torch.int16))
-    return Forms(weights.to(dtype), experts.masked_fill(experts < 0, num_experts), kept)

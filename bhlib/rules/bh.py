@@ -10,7 +10,7 @@ from torch import Tensor
 from bhlib import kernels
 from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, reject
 from bhlib.pvalues import DirichletNull, PValueMaker, make_pvalues
-from bhlib.rules.base import Forms, Level, Routing, Rule, by_token, each, forms_of, tokens_each
+from bhlib.rules.base import Forms, Level, Routing, Rule, by_token, each, tokens_each
 from bhlib.weighting import find_weighting
 
 #: Procedures whose decision compares the k-th smallest p-value with a constant: no p-values are needed then.
@@ -150,22 +150,19 @@ class BH(Rule):
         weighting: str = "softmax",
         temperature: float = 1.0,
         dtype: torch.dtype,
-        keep: bool | Routing = False,
-        row: int = 0,
+        exact: bool = False,
     ) -> Forms:
         settings = self._kernel_settings(router_logits, layer, weighting)
         if settings is None:
-            routing = self(router_logits, layer, weighting=weighting, temperature=temperature)
-            return forms_of(routing, router_logits.shape[-1], dtype, keep, row)
-        from bhlib.kernels.routing import bh_route, bh_route_both  # imports Triton, which not everybody has
+            options = {"weighting": weighting, "temperature": temperature, "dtype": dtype, "exact": exact}
+            return self.forms(router_logits, layer, **options)
+        from bhlib.kernels.routing import bh_route, bh_route_exact  # imports Triton, which not everybody has
 
-        settings |= {"temperature": temperature, "weights_dtype": dtype}
-        if keep is False:
-            weights, experts, _ = bh_route(router_logits, **settings, empty=router_logits.shape[-1])
-            return Forms(weights, experts, None)
-        room = keep if isinstance(keep, Routing) else None
-        weights, experts, *kept = bh_route_both(router_logits, **settings, room=room, layer=row)
-        return Forms(weights, experts, Routing(*kept))
+        settings |= {"temperature": temperature, "weights_dtype": dtype, "empty": router_logits.shape[-1]}
+        if exact and dtype != torch.float32:
+            return Forms(*bh_route_exact(router_logits, **settings))
+        weights, experts, counts = bh_route(router_logits, **settings)
+        return Forms(weights, experts, counts, weights if exact else None)
 
     def _kernel_settings(self, router_logits: Tensor, layer: int | None, weighting: str) -> dict[str, Any] | None:
         """What the routing kernel is told; None if it cannot route these logits as this rule does."""

@@ -79,18 +79,14 @@ class Replay(Rule):
                 f"record it with the same model."
             )
 
-    def __call__(
-        self,
-        router_logits: Tensor,
-        layer: int | None = None,
-        *,
-        weighting: str = "softmax",
-        temperature: float = 1.0,
+    def _route(
+        self, router_logits: Tensor, layer: int | None, weighting: str, temperature: float, empty: int
     ) -> Routing:
         if self.weights == "model":
-            return super().__call__(router_logits, layer, weighting=weighting, temperature=temperature)
+            return super()._route(router_logits, layer, weighting, temperature, empty)
         self.check_num_experts(router_logits.shape[-1])
-        return self._recorded(router_logits, layer)
+        weights, experts, counts = self._recorded(router_logits, layer)
+        return Routing(weights, experts.masked_fill(experts < 0, empty), counts)
 
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         _, experts, counts = self._recorded(router_logits, layer)
