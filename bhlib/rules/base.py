@@ -294,8 +294,7 @@ class Rule:
         exact: bool = False,
     ) -> Forms:
         """`forms` as `fused` routes: of one launch, where there is a kernel."""
-        options = {"weighting": weighting, "temperature": temperature, "dtype": dtype, "exact": exact}
-        return self.forms(router_logits, layer, **options)
+        return self.forms(router_logits, layer, weighting=weighting, temperature=temperature, dtype=dtype, exact=exact)
 
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""

@@ -154,8 +154,9 @@ class BH(Rule):
     ) -> Forms:
         settings = self._kernel_settings(router_logits, layer, weighting)
         if settings is None:
-            options = {"weighting": weighting, "temperature": temperature, "dtype": dtype, "exact": exact}
-            return self.forms(router_logits, layer, **options)
+            return super().fused_forms(
+                router_logits, layer, weighting=weighting, temperature=temperature, dtype=dtype, exact=exact
+            )
         from bhlib.kernels.routing import bh_route, bh_route_exact  # imports Triton, which not everybody has
 
         settings |= {"temperature": temperature, "weights_dtype": dtype, "empty": router_logits.shape[-1]}
