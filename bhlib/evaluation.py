@@ -10,7 +10,9 @@ Everything comes as one tidy table with a row per rule and sequence, so that int
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -135,31 +137,40 @@ def evaluate(
     something else; the first batch may be slow.
     """
     _check_options(patch_options)
-    device = _device(model)
-    if rule is not None:
-        watched, options = rule, patch_options
-    else:  # the model routes itself, and a rule that would do the same records it
-        watched, options = TopK(find_moe_layers(model)[0].top_k), {"mode": "analyze"}
-    rows = []
-    with RoutingPatch(model, watched, max_recorded_tokens=None, **options) as patch:
-        for domain, sequences in data.items():
-            for start in range(0, len(sequences), batch_size):
-                batch = sequences[start : start + batch_size].to(device)
-                patch.reset_stats()
-                started = _now(device)
-                logits = _next_token_logits(model, batch)
-                seconds = _now(device) - started
-                load = _expert_load(patch.records, len(batch))
-                reference = _unpatched_logits(patch, batch) if agreement and rule is not None else logits
-                rows += [
-                    {"domain": domain, "sequence": start + i}
-                    | row
-                    | {"seconds": seconds / len(batch)}
-                    | (_agreement(logits[i], reference[i]) if agreement else {})
-                    for i, row in enumerate(_measure(logits, batch, load))
-                ]
-                if progress is not None:
-                    progress.update(len(batch))
+    with _patched(model, rule, patch_options) as patch:
+        return evaluate_patched(patch, data, batch_size, agreement, progress)
+
+
+def _patched(model: nn.Module, rule: Rule | None, options: Mapping[str, Any]) -> RoutingPatch:
+    """A patch that records what `evaluate` reads."""
+    if rule is None:  # the model routes itself, and a rule that would do the same records it
+        rule, options = TopK(find_moe_layers(model)[0].top_k), {"mode": "analyze"}
+    return RoutingPatch(model, rule, max_recorded_tokens=None, **options)
+
+
+def evaluate_patched(
+    patch: RoutingPatch, data: Mapping[str, Tensor], batch_size: int, agreement: bool, progress: tqdm | None
+) -> pd.DataFrame:
+    """`evaluate` under the rule of a patch that is in place, and that keeps all its rows."""
+    device, rows = _device(patch.model), []
+    for domain, sequences in data.items():
+        for start in range(0, len(sequences), batch_size):
+            batch = sequences[start : start + batch_size].to(device)
+            patch.reset_stats()
+            started = _now(device)
+            logits = _next_token_logits(patch.model, batch)
+            seconds = _now(device) - started
+            load = _expert_load(patch.records, len(batch))
+            reference = _unpatched_logits(patch, batch) if agreement and patch.mode == "patch" else logits
+            rows += [
+                {"domain": domain, "sequence": start + i}
+                | row
+                | {"seconds": seconds / len(batch)}
+                | (_agreement(logits[i], reference[i]) if agreement else {})
+                for i, row in enumerate(_measure(logits, batch, load))
+            ]
+            if progress is not None:
+                progress.update(len(batch))
     return pd.DataFrame(rows)
 
 
@@ -285,6 +296,8 @@ def sweep(
     Started by ``accelerate launch`` (on CPUs by ``torchrun``), the processes share the rules among them, each on the
     model that it was given, and all get the whole table: the same as one process makes but for ``seconds``, since a
     rule is never split.
+    Rules of one kind and with the same bounds that follow each other, such as the levels of one family, are put into
+    the model one after the other without it being restored in between, so that a compiled model is compiled once.
     Machines without a common `cache` folder work too, but after a stop only the first one's cells are found.
     """
     _check_options(patch_options)
@@ -303,14 +316,24 @@ def sweep(
     mine = rest[state.process_index :: state.num_processes]
 
     per_cell = sum(len(sequences) for sequences in data.values())
-    with tqdm(total=len(mine) * per_cell, unit="seq", desc="sweep", disable=not state.is_main_process) as bar:
+    with (
+        tqdm(total=len(mine) * per_cell, unit="seq", desc="sweep", disable=not state.is_main_process) as bar,
+        ExitStack() as in_place,
+    ):
+        patch = None
         for done, name in enumerate(mine, start=1):
             bar.set_postfix_str(name)
+            rule = rules[name]
             try:
-                part = evaluate(
-                    model, data, rules[name], batch_size=batch_size, agreement=agreement, progress=bar, **patch_options
-                )
+                if patch is not None and rule is not None and _follows(rule, patch):
+                    patch.rule = rule
+                else:
+                    in_place.close()
+                    patch = in_place.enter_context(_patched(model, rule, patch_options))
+                part = evaluate_patched(patch, data, batch_size, agreement, bar)
             except Exception as error:
+                in_place.close()
+                patch = None
                 parts[name] = pd.DataFrame([{"error": f"{type(error).__name__}: {error}"}])
                 bar.update(done * per_cell - bar.n)
             else:
@@ -320,3 +343,12 @@ def sweep(
     parts = dict(gather_object(list(parts.items())))
     frame = pd.concat([parts[name].assign(rule=name) for name in rules], ignore_index=True)
     return frame[["rule", *frame.columns.drop(["rule", "error"]), "error"]]
+
+
+def _follows(rule: Rule, patch: RoutingPatch) -> bool:
+    """Whether a patch that is in place can go on with another rule: of the same kind, as the next level of a sweep is.
+
+    Compiled code then stays compiled.
+    """
+    last = patch.rule
+    return patch.mode == "patch" and (type(rule), rule.min_k, rule.max_k) == (type(last), last.min_k, last.max_k)

@@ -239,8 +239,8 @@ class RoutingPatch:
 
     def _check(self, rule: Rule) -> None:
         """Raise if a rule cannot route the model."""
-        for layer in self.layers:
-            rule.check_model(len(self.layers), layer.num_experts)
+        for num_experts in dict.fromkeys(layer.num_experts for layer in self.layers):
+            rule.check_model(len(self.layers), num_experts)
 
     def _prepare(self, rule: Rule) -> None:
         """Let a rule compute ahead what it looks up."""

@@ -18,10 +18,10 @@ from rows import count_rows
 from bhlib import BHRoutingIntegration, evaluation
 from bhlib.comparisons import paired_difference, summarize
 from bhlib.discovery import find_moe_layers
-from bhlib.evaluation import evaluate, sweep
+from bhlib.evaluation import evaluate, evaluate_patched, sweep
 from bhlib.patching import RoutingPatch
 from bhlib.pvalues import ConformalNull
-from bhlib.rules import BH, Replay, TopK
+from bhlib.rules import BH, Replay, TopK, TopP
 
 RULES = {"own": None, "top-2": TopK(2), "BH 0.2": BH(0.2)}
 DATA = {"a": tokens(3, 20, seed=1), "b": tokens(5, 20, seed=2)}
@@ -189,14 +189,14 @@ def test_sweep_is_tidy_and_paired():
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     model, measured = tiny_olmoe(), []
 
-    def stopping(model, data, rule, **options):
+    def stopping(patch, *options):
         if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append(rule)
-        return evaluate(model, data, rule, **options)
+        measured.append(patch.rule if patch.mode == "patch" else None)
+        return evaluate_patched(patch, *options)
 
     wanted = sweep(model, RULES, DATA)
-    monkeypatch.setattr(evaluation, "evaluate", stopping)
+    monkeypatch.setattr(evaluation, "evaluate_patched", stopping)
     with pytest.raises(KeyboardInterrupt):
         sweep(model, RULES, DATA, cache=tmp_path)
     assert measured == [None, TopK(2)] and len(list(tmp_path.iterdir())) == 2
@@ -297,3 +297,35 @@ def test_two_processes_make_the_same_table(tmp_path):
 
 
 # -- settings of rivals ----------------------------------------------------------------------------------------
+
+
+def test_levels_of_one_family_are_swept_in_one_patch(monkeypatch):
+    """The numbers are those of each rule alone; a rule that fails does not spoil the next one."""
+    model, patched = tiny_olmoe(), []
+    own = RoutingPatch.patch_model
+
+    def patch_model(patch, **options):
+        patched.append(patch.rule)
+        return own(patch, **options)
+
+    monkeypatch.setattr(RoutingPatch, "patch_model", patch_model)
+    swept = [
+        BH(0.01),
+        BH(0.1, layer_weights=(1, 2)),
+        BH(0.05),
+        BH(0.3),
+        BH(0.3, max_k=4),
+        TopK(2),
+        None,
+        TopP(0.2),
+        TopP(0.6),
+    ]
+    rules = {f"{number} {rule}": rule for number, rule in enumerate(swept)}
+    frame = sweep(model, rules, DATA)
+    assert patched == [swept[0], *swept[2:3], *swept[4:6], TopK(8), swept[7]]
+    for name, rule in rules.items():
+        part = frame[frame["rule"] == name].reset_index(drop=True)
+        if rule is swept[1]:
+            assert "layer_weights has 2 entries for a model of 3 MoE layers" in part["error"].item()
+        else:
+            assert_same_table(part.drop(columns=["rule", "error"]), evaluate(model, DATA, rule), check_dtype=False)

@@ -79,7 +79,9 @@ def test_the_whole_test_split_is_compared_with_static_and_with_the_threshold(sma
     assert sum(len(sequences) for sequences in study.whole_test.values()) == 1008
     study.whole_test = small_study.test
     table = figures.compute_whole_test_split(study)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("a finished cell was computed again"))
+    monkeypatch.setattr(
+        evaluation, "evaluate_patched", lambda *_, **__: pytest.fail("a finished cell was computed again")
+    )
     pd.testing.assert_frame_equal(figures.compute_whole_test_split(study), table)
     assert {"BH, fitted null", "fixed cut, fitted null"} <= set(table["family"]) <= FAMILIES.keys()
     assert table["sequences"].eq(4).all() and len(table) == 5 * table["family"].nunique()

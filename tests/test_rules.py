@@ -430,7 +430,9 @@ def test_a_level_read_in_inference_is_good_for_training():
 # -- the forms in which a model and its records take a routing -----------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [BH(max_k=5), TopP(max_k=5)], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule", [BH(max_k=5), TopP(max_k=5), KeepMass(TopP(max_k=5))], ids=lambda rule: type(rule).__name__
+)
 def test_forms_for_a_model_and_its_records(rule):
     logits = random_logits(20, 16).to(torch.bfloat16)
     weights, experts, counts = rule(logits, weighting="normalized")

@@ -237,10 +237,10 @@ class KeepMass(Rule):
     def _settle_level(self) -> None:
         """The rule inside has."""
 
-    def __call__(
-        self, router_logits: Tensor, layer: int | None = None, *, weighting: str = "softmax", temperature: float = 1.0
+    def _route(
+        self, router_logits: Tensor, layer: int | None, weighting: str, temperature: float, empty: int
     ) -> Routing:
-        routing = self.rule(router_logits, layer, weighting=weighting, temperature=temperature)
+        routing = self.rule._route(router_logits, layer, weighting, temperature, empty)
         own = TopK(self.top_k)(router_logits, layer, weighting=weighting, temperature=temperature)
         factor = own.weights.sum(dim=-1, keepdim=True) / routing.weights.sum(dim=-1, keepdim=True)
         return routing._replace(weights=routing.weights * factor)
