@@ -46,12 +46,15 @@ def is_plain(module: "ExpertsModule") -> bool:
 
 def token_forward(module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """`loop_forward` of one token with a filled slot: nothing to sort. Experts are added up in the order of slots."""
-    experts = top_k_index[0].tolist()
-    slots = [slot for slot, expert in enumerate(experts) if expert < module.num_experts]
-    rows = hidden_states.expand(len(slots), -1)
-    outputs = _outputs(module, _matrices(module), rows, [experts[slot] for slot in slots], [1] * len(slots))
-    weighted = outputs * top_k_weights[0, slots].unsqueeze(-1)
-    return weighted.sum(dim=0, keepdim=True, dtype=_wide(hidden_states)).to(hidden_states.dtype)
+    slots = top_k_index[0].tolist()
+    experts = [expert for expert in slots if expert < module.num_experts]
+    if experts != slots[: len(experts)]:  # an empty slot before a filled one, which no rule leaves
+        return loop_forward(module, hidden_states, top_k_index, top_k_weights)
+    gate_up, down = _matrices(module)
+    gated = module._apply_gate(torch.cat([linear(hidden_states, gate_up[expert]) for expert in experts]))
+    outputs = torch.cat([linear(row, down[expert]) for row, expert in zip(gated.split(1), experts, strict=True)])
+    wide = _wide(hidden_states)
+    return torch.mm(top_k_weights[:, : len(experts)].to(wide), outputs.to(wide)).to(hidden_states.dtype)
 
 
 def loop_forward(module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -169,18 +169,33 @@ def kernel_forward(
 
         return experts_forward(module, hidden_states, top_k_index, top_k_weights)
     if hidden_states.device.type == "cpu":
-        return _cpu_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
+        forward = _cpu_forward_uncompiled if torch.compiler.is_compiling() else _cpu_forward
+        return forward(implementation, module, hidden_states, top_k_index, top_k_weights)
     return pairwise_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
 
 
-@torch.compiler.disable  # as for `pairwise_forward`
-def _cpu_forward(implementation: str, module: "ExpertsModule", hidden_states: Tensor, *routing: Tensor) -> Tensor:
+def _cpu_forward(
+    implementation: str, module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     # Autocast means float32 or half precision according to the implementation: there, only the model's own will do.
-    if routing[0].numel() and not torch.is_autocast_enabled("cpu"):
-        lowest, highest = (int(index) for index in routing[0].aminmax())
+    if top_k_index.numel() and not torch.is_autocast_enabled("cpu"):
+        lowest, highest = _extremes(top_k_index)
         if highest < module.num_experts:
-            return original_forward(module, implementation)(module, hidden_states, *routing)
+            return original_forward(module, implementation)(module, hidden_states, top_k_index, top_k_weights)
         if lowest < module.num_experts:
             forward = token_forward if len(hidden_states) == 1 else loop_forward
-            return forward(module, hidden_states, *routing)
-    return pairwise_forward(implementation, module, hidden_states, *routing)
+            return forward(module, hidden_states, top_k_index, top_k_weights)
+    return pairwise_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
+
+
+# As for `pairwise_forward`; to be called through the compiler's wrapper takes time that one token can feel.
+_cpu_forward_uncompiled = torch.compiler.disable(_cpu_forward)
+
+
+def _extremes(top_k_index: Tensor) -> tuple[int, int]:
+    """The smallest and the largest index; of one token in plain Python, which is quicker."""
+    if len(top_k_index) == 1:
+        slots = top_k_index[0].tolist()
+        return min(slots), max(slots)
+    lowest, highest = top_k_index.aminmax()
+    return int(lowest), int(highest)

@@ -77,6 +77,15 @@ def test_without_empty_slots_the_bits_are_the_models_own(implementation, dtype):
     assert torch.equal(pairwise_forward(implementation, module, hidden, index, weights.to(dtype)), own)
 
 
+@pytest.mark.parametrize("empty", [(), (7,), (0,), (0, 3, 6), (5, 6, 7)])
+def test_one_token_whichever_slots_are_empty(empty):
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    hidden, (index, weights) = torch.randn(1, 64), routing(1, 8, 0.0)
+    index[:, empty] = 64  # whose weight is not 0 here: an empty slot that is counted would show
+    got = kernel_forward("batched_mm", module, hidden, index, weights)
+    torch.testing.assert_close(got.double(), dense_by_loop(module, hidden, index, weights))
+
+
 @pytest.mark.parametrize("rows", [0, 7, 40])
 def test_the_loop_by_parts(rows, monkeypatch):
     """An expert in two parts, or in none, would show."""

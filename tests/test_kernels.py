@@ -22,6 +22,7 @@ from triton.runtime.jit import KernelInterface  # noqa: E402
 
 from bhlib.kernels.forward import experts_forward  # noqa: E402
 from bhlib.kernels.grouped import PLANS, grouped_forward  # noqa: E402
+from bhlib.kernels.launch import QuickKernel  # noqa: E402
 from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
 from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
 from bhlib.kernels.vector import vector_forward  # noqa: E402
@@ -307,6 +308,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr("bhlib.kernels.forward.on_device", on_device)
     monkeypatch.setattr("bhlib.kernels.routing.on_device", on_device)
     monkeypatch.setattr(KernelInterface, "__getitem__", launch)
+    monkeypatch.setattr(QuickKernel, "__getitem__", lambda quick, grid: quick.kernel[grid])
     kernel_route(BH(), spread_logits(3, 64))
     for num_tokens in (1, 40):
         hidden, gate_up, down = tensors(num_tokens, 24, 16, 9, DTYPE)

@@ -104,14 +104,11 @@ def inputs_fit(module: nn.Module, hidden_states: Tensor) -> bool:
     That is: in half precision on a CUDA device, with no gradient wanted, since the kernels have none. Asked in every
     forward pass, so it asks nothing that ``torch.compile`` cannot see.
     """
+    if hidden_states.dtype not in DTYPES or not (hidden_states.is_cuda or interpreted()):
+        return False
     gate_up, down = module.gate_up_proj, module.down_proj
     wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.requires_grad or down.requires_grad)
-    return (
-        hidden_states.dtype in DTYPES
-        and (hidden_states.is_cuda or interpreted())
-        and gate_up.dtype == down.dtype == hidden_states.dtype
-        and not wanted
-    )
+    return gate_up.dtype == down.dtype == hidden_states.dtype and not wanted
 
 
 def demand(experts: Mapping[str, nn.Module]) -> None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bhlib.kernels import on_device
+from bhlib.kernels.launch import quick
 from bhlib.pvalues import KernelForm, PValueMaker
 from bhlib.weighting import KERNEL_NORMALIZED, KERNEL_PLAIN
 
@@ -220,6 +221,7 @@ def _tokens_and_warps(num_tokens: int, width: int) -> tuple[int, int]:
     return (1, 1) if num_tokens <= 1024 else (max(1, 256 // width), 1)
 
 
+@quick
 @triton.jit(do_not_specialize=["num_tokens", "tokens_each"])
 def _route(
     logits_ptr,

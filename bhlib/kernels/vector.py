@@ -2,15 +2,19 @@
 
 With one token every filled slot has an expert of its own, so there is nothing to sort and nothing to share: the first
 kernel takes a slot and some of the intermediate columns, the second some of the hidden columns and all slots in turn.
-For several tokens the same is right, but an expert that two of them selected is read twice.
+For several tokens the same is right, but an expert that two of them selected is read twice. A call is two launches:
+where the device waits for the host, that is what counts.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bhlib.kernels.launch import quick
 
 
 class VectorPlan(NamedTuple):
@@ -38,36 +42,35 @@ def vector_forward(
     num_experts, _, intermediate = down_proj.shape
     activated = hidden_states.new_empty(num_tokens * slots, intermediate)
     total = torch.empty_like(hidden_states)
-    _gate_up_vector[(triton.cdiv(intermediate, plan.gate_up_rows), num_tokens * slots)](
-        hidden_states,
-        gate_up_proj,
-        top_k_index,
-        activated,
-        HIDDEN=hidden,
-        INTERMEDIATE=intermediate,
-        NUM_EXPERTS=num_experts,
-        SLOTS=slots,
-        ROWS=plan.gate_up_rows,
-        INNER=min(plan.gate_up_inner, triton.next_power_of_2(hidden)),
-        num_warps=plan.gate_up_warps,
+    gate_up_blocks, gate_up, down_blocks, down = _cut(hidden, intermediate, num_experts, slots, plan)
+    _gate_up_vector[(gate_up_blocks, num_tokens * slots)](
+        hidden_states, gate_up_proj, top_k_index, activated, **gate_up
     )
-    _down_vector[(triton.cdiv(hidden, plan.down_rows), num_tokens)](
-        activated,
-        down_proj,
-        top_k_index,
-        top_k_weights,
-        total,
-        HIDDEN=hidden,
-        INTERMEDIATE=intermediate,
-        NUM_EXPERTS=num_experts,
-        SLOTS=slots,
-        ROWS=plan.down_rows,
-        INNER=min(plan.down_inner, triton.next_power_of_2(intermediate)),
-        num_warps=plan.down_warps,
-    )
+    _down_vector[(down_blocks, num_tokens)](activated, down_proj, top_k_index, top_k_weights, total, **down)
     return total
 
 
+@functools.cache
+def _cut(hidden: int, intermediate: int, num_experts: int, slots: int, plan: VectorPlan) -> tuple[int, dict, int, dict]:
+    """Blocks of rows and constants of the two kernels."""
+    shape = {"HIDDEN": hidden, "INTERMEDIATE": intermediate, "NUM_EXPERTS": num_experts, "SLOTS": slots}
+    return (
+        triton.cdiv(intermediate, plan.gate_up_rows),
+        shape | {
+            "ROWS": plan.gate_up_rows,
+            "INNER": min(plan.gate_up_inner, triton.next_power_of_2(hidden)),
+            "num_warps": plan.gate_up_warps,
+        },
+        triton.cdiv(hidden, plan.down_rows),
+        shape | {
+            "ROWS": plan.down_rows,
+            "INNER": min(plan.down_inner, triton.next_power_of_2(intermediate)),
+            "num_warps": plan.down_warps,
+        },
+    )  # fmt: skip
+
+
+@quick
 @triton.jit
 def _gate_up_vector(
     hidden_ptr,
@@ -104,6 +107,7 @@ def _gate_up_vector(
     tl.store(out_ptrs, activated.to(out_ptr.dtype.element_ty), mask=row < INTERMEDIATE)
 
 
+@quick
 @triton.jit
 def _down_vector(
     activated_ptr,
