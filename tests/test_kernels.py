@@ -228,7 +228,9 @@ LOADS = ["random", "few", "one", "none", "all"]
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(("num_tokens", "num_experts", "chunk"), [(3, 8, None), (40, 60, 64), (40, 60, 512)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "chunk"), [(3, 8, None), (40, 60, 64), (40, 60, 512), (40, 60, 4)]
+)
 def test_pairs_are_a_stable_sort(load, num_tokens, num_experts, chunk):
     index, _ = routed(num_tokens, 7, num_experts, load)
     tiles = tile_pairs(index, num_experts, 16, chunk)
@@ -237,13 +239,16 @@ def test_pairs_are_a_stable_sort(load, num_tokens, num_experts, chunk):
     expected = torch.where(filled, flat, num_experts).argsort(stable=True)[: int(filled.sum())]
     assert tiles.pairs[: len(expected)].tolist() == expected.tolist()
     assert len(tiles.expert) == most_tiles(index.numel(), num_experts, 16)
-    covered = []
-    for expert, first, last in zip(tiles.expert.tolist(), tiles.first.tolist(), tiles.last.tolist(), strict=True):
+    assert int(tiles.used) == (tiles.expert < num_experts).sum()
+    covered, places = [], []
+    for tile, (expert, first, last) in enumerate(zip(*(table.tolist() for table in tiles[2:5]), strict=True)):
         if expert < num_experts:
             assert 0 < last - first <= 16
             assert (flat[expected[first:last]] == expert).all()
             covered += range(first, last)
+            places += range(16 * tile, 16 * tile + last - first)
     assert covered == list(range(len(expected)))
+    assert tiles.places[expected].tolist() == places
 
 
 # ------------------------------------------------------------------------------------------------------- experts
