@@ -18,10 +18,11 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a CUDA device the kernels run in Triton's interpreter: make kernels", allow_module_level=True)
 pytest.importorskip("triton", reason="the kernels need Triton, which comes with torch for CUDA on Linux")
 
+from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import KernelInterface  # noqa: E402
 
 from bhlib.kernels.forward import experts_forward  # noqa: E402
-from bhlib.kernels.grouped import PLANS, grouped_forward  # noqa: E402
+from bhlib.kernels.grouped import PLANS, Plan, grouped_forward  # noqa: E402
 from bhlib.kernels.launch import QuickKernel  # noqa: E402
 from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
 from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
@@ -34,6 +35,18 @@ from bhlib.weighting import WEIGHTINGS  # noqa: E402
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if CUDA else (torch.float32, 1e-5)
 TOKENS = 64 if CUDA else 5
+
+
+@pytest.fixture(autouse=True)
+def ranges_of_loaded_numbers(monkeypatch):
+    """Triton 3.6's interpreter takes ``int()`` of arrays with one element, which numpy refuses from 2.4 on."""
+    own = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        own(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 # ------------------------------------------------------------------------------------------------------- routing
@@ -229,7 +242,9 @@ LOADS = ["random", "few", "one", "none", "all"]
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(("num_tokens", "num_experts", "chunk"), [(3, 8, None), (40, 60, 64), (40, 60, 512)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "chunk"), [(3, 8, None), (40, 60, 64), (40, 60, 512), (40, 60, 4)]
+)
 def test_pairs_are_a_stable_sort(load, num_tokens, num_experts, chunk):
     index, _ = routed(num_tokens, 7, num_experts, load)
     tiles = tile_pairs(index, num_experts, 16, chunk)
@@ -238,13 +253,16 @@ def test_pairs_are_a_stable_sort(load, num_tokens, num_experts, chunk):
     expected = torch.where(filled, flat, num_experts).argsort(stable=True)[: int(filled.sum())]
     assert tiles.pairs[: len(expected)].tolist() == expected.tolist()
     assert len(tiles.expert) == most_tiles(index.numel(), num_experts, 16)
-    covered = []
-    for expert, first, last in zip(tiles.expert.tolist(), tiles.first.tolist(), tiles.last.tolist(), strict=True):
+    assert int(tiles.used) == (tiles.expert < num_experts).sum()
+    covered, places = [], []
+    for tile, (expert, first, last) in enumerate(zip(*(table.tolist() for table in tiles[2:5]), strict=True)):
         if expert < num_experts:
             assert 0 < last - first <= 16
             assert (flat[expected[first:last]] == expert).all()
             covered += range(first, last)
+            places += range(16 * tile, 16 * tile + last - first)
     assert covered == list(range(len(expected)))
+    assert tiles.places[expected].tolist() == places
 
 
 # ------------------------------------------------------------------------------------------------------- experts
@@ -283,10 +301,24 @@ def test_experts_agree_with_a_loop(forward, load):
     assert relative_error(got, by_expert(hidden, gate_up, down, index, weights)) < TOLERANCE
 
 
-@pytest.mark.parametrize("plan", [plan for _, plan in PLANS], ids=lambda plan: f"{plan.rows} rows")
-def test_every_plan(plan):
-    hidden, gate_up, down = tensors(40, 72, 24, 3, DTYPE)
-    index, weights = routed(40, 3, 3, "random")
+LARGE = PLANS[-1][1]
+
+
+def large_plan(**changes):
+    """The plan for many pairs as it is where something is missing, with small tiles: a program gets several blocks."""
+    gate_up, down = (product._replace(columns=16, inner=16, **changes) for product in LARGE[1:])
+    return Plan(16, gate_up, down)
+
+
+@pytest.mark.parametrize("load", ["random", "none"])
+@pytest.mark.parametrize(
+    "plan",
+    [*(plan for _, plan in PLANS), large_plan(), large_plan(persistent=False), large_plan(persistent=False, tma=False)],
+    ids=["16 rows", "64 rows", "128 rows", "Hopper", "not persistent", "no copy engine"],
+)
+def test_every_plan(plan, load):
+    hidden, gate_up, down = tensors(40, 72, 24, 5, DTYPE)
+    index, weights = routed(40, 3, 5, load)
     got = grouped_forward(hidden, gate_up, down, index, weights, plan)
     assert relative_error(got, by_expert(hidden, gate_up, down, index, weights)) < TOLERANCE
 

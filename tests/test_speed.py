@@ -21,7 +21,7 @@ from bhlib.figures.speed import draw_speed
 from bhlib.rules import TopK
 from bhlib.speed import bench_speed, call, whole_model
 from bhlib.speed.goals import check_goals, fastest
-from bhlib.speed.layer import block_floor, exact_counts, random_routing
+from bhlib.speed.layer import block_floor, exact_counts, find_rivals, full_size_experts, random_routing
 from bhlib.speed.results import COLUMNS, Candidate, Results
 
 LIMITS = {"bytes_per_second": 1e12, "operations_per_second": 1e14}
@@ -103,6 +103,15 @@ def test_no_experts_leaves_the_rest_of_the_pass(model):
     assert not torch.equal(without.logits, before) and torch.equal(model(input_ids=ids).logits, before)
     with whole_model.RoutingPatch(model, TopK(1), kernels=False):
         assert whole_model.mean_filled(model, whole_model.selected_experts(model, lambda: model(input_ids=ids))) == 1
+
+
+def test_a_rival_that_does_not_run_is_one_row_that_says_so(results, model, monkeypatch):
+    """None in the place of a module is a failing import; sonicmoe does not run in float32."""
+    monkeypatch.setitem(sys.modules, "scattermoe", None)
+    assert find_rivals(results, model.model.layers[0].mlp.experts) == {}
+    rows = pd.DataFrame(results.rows).set_index("name")
+    assert rows.index.tolist() == ["scattermoe", "sonicmoe"] and set(rows["by"]) == {"others"}
+    assert rows["error"]["scattermoe"].startswith("ModuleNotFoundError: ") and rows["error"]["sonicmoe"]
 
 
 def test_importing_the_benchmarks_registers_nothing():
@@ -338,6 +347,23 @@ def test_command_names_the_stages():
 def test_without_a_gpu_it_says_so(tmp_path):
     with pytest.raises(RuntimeError, match="bench speed needs a CUDA device"):
         bench_speed(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rivals_compute_what_the_kernels_compute(results):
+    module = full_size_experts()
+    rivals = find_rivals(results, module)
+    if not rivals:
+        pytest.skip("neither scattermoe nor sonicmoe is installed")
+    from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
+
+    hidden = torch.randn(200, module.hidden_dim, device="cuda", dtype=torch.bfloat16)
+    for k in (8, 4):
+        routing = random_routing(200, k)
+        expected = experts_forward(module, hidden, *routing).float()
+        for forward in rivals.values():
+            assert (forward(hidden, *routing).float() - expected).norm() < 1e-2 * expected.norm()
 
 
 @pytest.mark.gpu

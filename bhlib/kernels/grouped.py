@@ -2,8 +2,11 @@
 
 Three kernels after `tile_pairs`. The first gathers the hidden states of a tile's pairs and multiplies them with the
 gate and the up rows of the expert at once, so that ``silu(gate) * up`` is formed in registers. The second multiplies
-with the down rows, and with the routing weight, and writes each pair where its token and slot are. The third adds up a
-token's filled slots, in order.
+with the down rows, and with the routing weight, and writes tile after tile, each with room for all its rows, filled or
+not: whole blocks can be written without asking. The third adds up a token's filled slots, in order.
+
+Many pairs on Hopper: its copy engine (TMA) moves what lies in blocks, and each multiprocessor runs one program, which
+works off its share of the blocks: it fetches the next one, and writes the last, while it computes.
 """
 
 from typing import NamedTuple
@@ -13,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bhlib.kernels.pairs import most_tiles, tile_pairs
+from bhlib.kernels.pairs import Tiles, tile_pairs
 
 
 class Product(NamedTuple):
-    """How one matrix product is cut up: columns of a program, inner step, warps, stages of the pipeline, TMA or not.
+    """How one matrix product is cut up: columns of a program, inner step, warps, stages of the pipeline.
 
-    Stages and TMA, the copy engine of Hopper, are what is wanted: a device that cannot do that much gets less (`_fit`).
+    `tma` is for the copy engine, `persistent` for as many programs as there are multiprocessors. These and the stages
+    are what is wanted: a device that cannot do that much gets less (`_fit`).
     """
 
     columns: int
@@ -27,6 +31,7 @@ class Product(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    persistent: bool = False
 
 
 class Plan(NamedTuple):
@@ -38,11 +43,12 @@ class Plan(NamedTuple):
 
 
 #: By the most pairs per expert that the shape allows (tokens * slots / experts): the first entry that is not exceeded.
-#: Each is within 2 % of the fastest of some 160 plans on an H100, with OLMoE's shapes and half of the slots filled.
+#: Each is within 2 % of the fastest of some 160 plans on an H100, with OLMoE's shapes and half of the slots filled; the
+#: last, among persistent ones, is the fastest of eight.
 PLANS = (
     (16, Plan(16, Product(32, 256, 4, 4), Product(64, 128, 4, 3))),
     (128, Plan(64, Product(64, 128, 4, 4), Product(128, 128, 4, 4))),
-    (float("inf"), Plan(128, Product(128, 64, 8, 4, tma=True), Product(256, 64, 8, 4, tma=True))),
+    (float("inf"), Plan(128, Product(128, 64, 8, 4, True, True), Product(256, 64, 8, 4, True, True))),
 )
 
 
@@ -84,34 +90,43 @@ def grouped_forward(
     num_pairs = num_tokens * slots
     plan = plan or choose_plan(num_pairs, num_experts)
     tiles = tile_pairs(top_k_index, num_experts, plan.rows)
-    num_tiles = most_tiles(num_pairs, num_experts, plan.rows)
 
     activated = hidden_states.new_empty(num_pairs, intermediate)
-    _launch(_gate_up, plan.gate_up, num_tiles, intermediate, hidden, hidden_states, gate_up_proj, activated, tiles,
-            plan.rows, num_experts, SLOTS=slots)  # fmt: skip
-    outputs = hidden_states.new_empty(num_pairs, hidden)
-    _launch(_down, plan.down, num_tiles, hidden, intermediate, activated, down_proj, outputs, tiles,
-            plan.rows, num_experts, weights_ptr=top_k_weights)  # fmt: skip
+    _launch(_gate_up, plan.gate_up, hidden_states, gate_up_proj, activated, tiles, plan.rows, SLOTS=slots)
+    outputs = hidden_states.new_empty(len(tiles.expert) * plan.rows, hidden)
+    _launch(_down, plan.down, activated, down_proj, outputs, tiles, plan.rows, weights_ptr=top_k_weights)
     total = torch.empty_like(hidden_states)
     block = min(2048, triton.next_power_of_2(hidden))
     _add_slots[(num_tokens, triton.cdiv(hidden, block))](
-        outputs, top_k_index, total, hidden, SLOTS=slots, NUM_EXPERTS=num_experts, BLOCK=block, num_warps=4
-    )
+        outputs, tiles.places, top_k_index, total, hidden,
+        SLOTS=slots, NUM_EXPERTS=num_experts, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return total
 
 
-def _launch(kernel, product, num_tiles, width, depth, rows, matrices, out, tiles, block_rows, num_experts, **more):
-    """Start a product of `rows` with the experts' `matrices`: `width` columns, sums over `depth`."""
-    product = _fit(product, block_rows, 2 if kernel is _gate_up else 1, rows)
-    grid = (num_tiles * triton.cdiv(width, product.columns),)
-    kernel[grid](
+def _launch(kernel, product: Product, rows: Tensor, matrices: Tensor, out: Tensor, tiles: Tiles, block_rows, **more):
+    """Start a product of `rows` with the experts' `matrices`."""
+    num_experts, _, depth = matrices.shape
+    width = out.shape[1]
+    parts = matrices.shape[1] // width  # 2: gate and up
+    product = _fit(product, block_rows, parts, rows)
+    programs = len(tiles.expert) * triton.cdiv(width, product.columns)
+    if product.persistent:
+        programs = min(programs, _multiprocessors(rows))
+    if product.tma:
+        matrices = _descriptor(matrices.view(-1, width, depth), [parts, product.columns, product.inner])
+        if kernel is _down:
+            rows = _descriptor(rows, [block_rows, product.inner])
+            out = _descriptor(out, [block_rows, product.columns // 2])
+    kernel[(programs,)](
         rows,
-        _descriptor(matrices, product) if product.tma else matrices,
+        matrices,
         out,
         tiles.pairs,
         tiles.expert,
         tiles.first,
         tiles.last,
+        tiles.used,
         **more,
         WIDTH=width,
         DEPTH=depth,
@@ -120,41 +135,62 @@ def _launch(kernel, product, num_tiles, width, depth, rows, matrices, out, tiles
         BLOCK_COLUMNS=product.columns,
         BLOCK_DEPTH=product.inner,
         TMA=product.tma,
+        PERSISTENT=product.persistent,
         num_warps=product.warps,
         num_stages=product.stages,
     )
 
 
-def _fit(product: Product, block_rows: int, blocks: int, rows: Tensor) -> Product:
-    """What a device can do of a plan; `blocks` is how many blocks of matrices a step of the inner loop reads."""
+def _fit(product: Product, block_rows: int, parts: int, rows: Tensor) -> Product:
+    """What a device can do of a plan; `parts` is how many blocks of matrices a step of the inner loop reads."""
     if not rows.is_cuda:
         return product
     device = torch.cuda.get_device_properties(rows.device)
-    stage = (block_rows + blocks * product.columns) * product.inner * rows.element_size()
+    stage = (block_rows + parts * product.columns) * product.inner * rows.element_size()
     stages = max(2, min(product.stages, device.shared_memory_per_block_optin // stage))
-    return product._replace(stages=stages, tma=product.tma and device.major >= 9)
+    # What was measured: elsewhere, and in float32, shared memory may not hold the stages beside what is written.
+    hopper = (device.major, device.minor) == (9, 0) and rows.element_size() == 2
+    return product._replace(
+        stages=stages, tma=product.tma and device.major >= 9, persistent=product.persistent and hopper
+    )
 
 
-def _descriptor(matrices: Tensor, product: Product):
-    """The experts' matrices, one below the other, for the copy engine of Hopper."""
+def _multiprocessors(tensor: Tensor) -> int:
+    """How many programs run at once; in the interpreter few, so that each has several blocks to work off."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+
+
+def _descriptor(tensor: Tensor, block: list[int]):
+    """A tensor in blocks, for the copy engine; what lies beyond it is read as zero."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(matrices.view(-1, matrices.shape[-1]), [product.columns, product.inner])
+    return TensorDescriptor.from_tensor(tensor, block)
+
+
+@triton.jit
+def _inside(filled, index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of [rows, BLOCK] are there; where no block is cut off, asking of the rows alone saves some per cent."""
+    inside = filled[:, None]
+    if SIZE % BLOCK != 0:
+        inside = inside & (index < SIZE)[None, :]
+    return inside
 
 
 @triton.jit
 def _matrix_block(
-    matrices, row, last_row, start, DEPTH: tl.constexpr,
+    matrices, matrix, column, start, PARTS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``row...`` of the stacked matrices from column `start` on, [BLOCK_COLUMNS, BLOCK_DEPTH]."""
+    """Rows ``column...`` of PARTS matrices [WIDTH, DEPTH], from `start` on: [PARTS * BLOCK_COLUMNS, BLOCK_DEPTH]."""
     if TMA:
-        block = matrices.load([row, start])
+        block = matrices.load([matrix, column, start]).reshape(PARTS * BLOCK_COLUMNS, BLOCK_DEPTH)
     else:
-        rows = row + tl.arange(0, BLOCK_COLUMNS)
+        index = tl.arange(0, PARTS * BLOCK_COLUMNS)
+        columns = column + index % BLOCK_COLUMNS
+        rows = (matrix + index // BLOCK_COLUMNS) * WIDTH + columns
         inner = start + tl.arange(0, BLOCK_DEPTH)
         pointers = matrices + rows[:, None].to(tl.int64) * DEPTH + inner[None, :]
-        block = tl.load(pointers, mask=(rows < last_row)[:, None] & (inner < DEPTH)[None, :], other=0.0)
+        block = tl.load(pointers, mask=_inside(columns < WIDTH, inner, DEPTH, BLOCK_DEPTH), other=0.0)
     return block
 
 
@@ -167,6 +203,7 @@ def _gate_up(
     expert_ptr,
     first_ptr,
     last_ptr,
+    used_ptr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -175,46 +212,66 @@ def _gate_up(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """``silu(x @ gate.T) * (x @ up.T)`` of one tile for some columns, into the rows of the tile."""
+    """``silu(x @ gate.T) * (x @ up.T)`` of every tile, into the rows of the tile."""
     blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    # Neighbouring programs share a tile and differ in columns, then share an expert: L2 holds what they share.
-    tile = tl.program_id(0) // blocks
-    column = (tl.program_id(0) % blocks) * BLOCK_COLUMNS
+    program = tl.program_id(0)
+    if PERSISTENT:
+        for block in tl.range(program, tl.load(used_ptr) * blocks, tl.num_programs(0), flatten=True):
+            _gate_up_block(
+                block, hidden_ptr, matrices, out_ptr, pairs_ptr, expert_ptr, first_ptr, last_ptr,
+                WIDTH, DEPTH, SLOTS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, TMA,
+            )  # fmt: skip
+    elif tl.load(expert_ptr + program // blocks) < NUM_EXPERTS:
+        _gate_up_block(
+            program, hidden_ptr, matrices, out_ptr, pairs_ptr, expert_ptr, first_ptr, last_ptr,
+            WIDTH, DEPTH, SLOTS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gate_up_block(
+    block, hidden_ptr, matrices, out_ptr, pairs_ptr, expert_ptr, first_ptr, last_ptr,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one tile."""
+    blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    # Neighbouring blocks share a tile and differ in columns, then share an expert: L2 holds what they share.
+    tile = block // blocks
+    column = (block % blocks) * BLOCK_COLUMNS
     expert = tl.load(expert_ptr + tile)
-    if expert == NUM_EXPERTS:
-        return
     row = tl.load(first_ptr + tile) + tl.arange(0, BLOCK_ROWS)
     filled = row < tl.load(last_ptr + tile)
     token = tl.load(pairs_ptr + row, mask=filled, other=0) // SLOTS
     inner = tl.arange(0, BLOCK_DEPTH)
     hidden_ptrs = hidden_ptr + token[:, None].to(tl.int64) * DEPTH + inner[None, :]
-    gate_row = expert * (2 * WIDTH) + column
-    gate = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    up = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    # Gate and up side by side: one product is faster than two.
+    both = tl.zeros([BLOCK_ROWS, 2 * BLOCK_COLUMNS], tl.float32)
     for start in range(0, DEPTH, BLOCK_DEPTH):
-        mask = filled[:, None] & (start + inner < DEPTH)[None, :]
-        x = tl.load(hidden_ptrs + start, mask=mask, other=0.0)
-        last_row = (expert + 1) * (2 * WIDTH)
-        gates = _matrix_block(matrices, gate_row, last_row, start, DEPTH, BLOCK_COLUMNS, BLOCK_DEPTH, TMA)
-        ups = _matrix_block(matrices, gate_row + WIDTH, last_row, start, DEPTH, BLOCK_COLUMNS, BLOCK_DEPTH, TMA)
-        gate = tl.dot(x, gates.T, gate)
-        up = tl.dot(x, ups.T, up)
-    activated = gate * tl.sigmoid(gate) * up
+        x = tl.load(hidden_ptrs + start, mask=_inside(filled, start + inner, DEPTH, BLOCK_DEPTH), other=0.0)
+        rows = _matrix_block(matrices, 2 * expert, column, start, 2, WIDTH, DEPTH, BLOCK_COLUMNS, BLOCK_DEPTH, TMA)
+        both = tl.dot(x, rows.T, both)
+    gate, up = both.reshape(BLOCK_ROWS, 2, BLOCK_COLUMNS).permute(0, 2, 1).split()
+    # Rounded here, before addresses are formed: some per cent faster on Hopper, by what ptxas makes of it.
+    activated = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
     columns = column + tl.arange(0, BLOCK_COLUMNS)
     out_ptrs = out_ptr + row[:, None].to(tl.int64) * WIDTH + columns[None, :]
-    tl.store(out_ptrs, activated.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (columns < WIDTH)[None, :])
+    inside = _inside(filled, columns, WIDTH, BLOCK_COLUMNS)
+    tl.store(out_ptrs, activated, mask=inside)
 
 
 @triton.jit
 def _down(
-    rows_ptr,
+    rows,
     matrices,
-    out_ptr,
+    out,
     pairs_ptr,
     expert_ptr,
     first_ptr,
     last_ptr,
+    used_ptr,
     weights_ptr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -223,36 +280,68 @@ def _down(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """``weight * (rows @ down.T)`` of one tile for some columns, into the rows of the pairs."""
+    """``weight * (rows @ down.T)`` of every tile, into the places of the tile."""
     blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
-    tile = tl.program_id(0) // blocks
-    column = (tl.program_id(0) % blocks) * BLOCK_COLUMNS
+    program = tl.program_id(0)
+    if PERSISTENT:
+        for block in tl.range(program, tl.load(used_ptr) * blocks, tl.num_programs(0), flatten=True):
+            _down_block(
+                block, rows, matrices, out, pairs_ptr, expert_ptr, first_ptr, last_ptr, weights_ptr,
+                WIDTH, DEPTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, TMA,
+            )  # fmt: skip
+    elif tl.load(expert_ptr + program // blocks) < NUM_EXPERTS:
+        _down_block(
+            program, rows, matrices, out, pairs_ptr, expert_ptr, first_ptr, last_ptr, weights_ptr,
+            WIDTH, DEPTH, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_block(
+    block, rows, matrices, out, pairs_ptr, expert_ptr, first_ptr, last_ptr, weights_ptr,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one tile."""
+    blocks: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    tile = block // blocks
+    column = (block % blocks) * BLOCK_COLUMNS
     expert = tl.load(expert_ptr + tile)
-    if expert == NUM_EXPERTS:
-        return
-    row = tl.load(first_ptr + tile) + tl.arange(0, BLOCK_ROWS)
+    first = tl.load(first_ptr + tile)
+    row = first + tl.arange(0, BLOCK_ROWS)
     filled = row < tl.load(last_ptr + tile)
     pair = tl.load(pairs_ptr + row, mask=filled, other=0)
+    weight = tl.load(weights_ptr + pair, mask=filled, other=0.0).to(tl.float32)
     inner = tl.arange(0, BLOCK_DEPTH)
-    row_ptrs = rows_ptr + row[:, None].to(tl.int64) * DEPTH + inner[None, :]
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for start in range(0, DEPTH, BLOCK_DEPTH):
-        x = tl.load(row_ptrs + start, mask=filled[:, None] & (start + inner < DEPTH)[None, :], other=0.0)
-        downs = _matrix_block(
-            matrices, expert * WIDTH + column, (expert + 1) * WIDTH, start, DEPTH, BLOCK_COLUMNS, BLOCK_DEPTH, TMA
-        )
+        if TMA:  # with rows of the next tile, whose sums nobody reads
+            x = rows.load([first, start])
+        else:
+            pointers = rows + row[:, None].to(tl.int64) * DEPTH + start + inner[None, :]
+            x = tl.load(pointers, mask=_inside(filled, start + inner, DEPTH, BLOCK_DEPTH), other=0.0)
+        downs = _matrix_block(matrices, expert, column, start, 1, WIDTH, DEPTH, BLOCK_COLUMNS, BLOCK_DEPTH, TMA)
         total = tl.dot(x, downs.T, total)
-    total *= tl.load(weights_ptr + pair, mask=filled, other=0.0).to(tl.float32)[:, None]
-    columns = column + tl.arange(0, BLOCK_COLUMNS)
-    out_ptrs = out_ptr + pair[:, None].to(tl.int64) * WIDTH + columns[None, :]
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=filled[:, None] & (columns < WIDTH)[None, :])
+    total *= weight[:, None]
+    if TMA:  # in halves: shared memory has no room for more beside the stages of the pipeline
+        half: tl.constexpr = BLOCK_COLUMNS // 2
+        left, right = total.reshape(BLOCK_ROWS, 2, half).permute(0, 2, 1).split()
+        out.store([tile * BLOCK_ROWS, column], left.to(out.dtype))
+        out.store([tile * BLOCK_ROWS, column + half], right.to(out.dtype))
+    else:
+        place = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        columns = column + tl.arange(0, BLOCK_COLUMNS)
+        out_ptrs = out + place[:, None].to(tl.int64) * WIDTH + columns[None, :]
+        tl.store(out_ptrs, total.to(out.dtype.element_ty), mask=_inside(filled, columns, WIDTH, BLOCK_COLUMNS))
 
 
 @triton.jit
 def _add_slots(
-    rows_ptr, index_ptr, out_ptr, width, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr
-):
+    rows_ptr, places_ptr, index_ptr, out_ptr, width,
+    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum of a token's filled slots, first to last."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -261,5 +350,6 @@ def _add_slots(
         pair = token * SLOTS + slot
         expert = tl.load(index_ptr + pair)
         filled = (expert >= 0) & (expert < NUM_EXPERTS) & (columns < width)
-        total += tl.load(rows_ptr + pair * width + columns, mask=filled, other=0.0).to(tl.float32)
+        place = tl.load(places_ptr + pair).to(tl.int64)
+        total += tl.load(rows_ptr + place * width + columns, mask=filled, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=columns < width)

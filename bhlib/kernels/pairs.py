@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 _STEP = 128  # pairs that a program looks at together
+_FEW_CHUNKS = 32  # up to this many, every program adds up the loads of those before it: one kernel less
 
 
 class Tiles(NamedTuple):
@@ -23,14 +24,20 @@ class Tiles(NamedTuple):
     pairs : Tensor [tokens * slots], int32
         Numbers of the pairs, those of expert 0 first, in increasing order within an expert. What follows the last
         pair is undefined.
+    places : Tensor [tokens * slots], int32
+        Of each pair, ``tile * block_rows`` plus its row in the tile; undefined where a slot is empty.
     expert, first, last : Tensor [tiles], int32
         Expert of each tile, and its rows ``first <= row < last`` of `pairs`.
+    used : Tensor [1], int32
+        How many tiles there are: those from here on have the expert ``num_experts``.
     """
 
     pairs: Tensor
+    places: Tensor
     expert: Tensor
     first: Tensor
     last: Tensor
+    used: Tensor
 
 
 def most_tiles(num_pairs: int, num_experts: int, block_rows: int) -> int:
@@ -39,11 +46,11 @@ def most_tiles(num_pairs: int, num_experts: int, block_rows: int) -> int:
 
 
 def choose_chunk(num_pairs: int) -> int:
-    """Pairs of a program: few, since its steps run one by one, but enough that adding up all loads is quick.
+    """Pairs of a program: few, since its steps run one by one.
 
     The fastest on an H100 for 64 to 131,072 pairs and 64 experts.
     """
-    return 64 if num_pairs <= 4096 else 128 if num_pairs <= 32_768 else 512
+    return 64 if num_pairs <= 32_768 else 128
 
 
 def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: int | None = None) -> Tiles:
@@ -71,26 +78,31 @@ def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: in
     num_tiles = most_tiles(num_pairs, num_experts, block_rows)
     width = triton.next_power_of_2(num_experts)
     # One allocation for all tables.
-    table = torch.empty(num_pairs + 3 * num_tiles + num_chunks * width, dtype=torch.int32, device=device)
-    pairs, expert, first, last, loads = table.split([num_pairs] + 3 * [num_tiles] + [num_chunks * width])
+    sizes = [num_pairs, num_pairs, num_tiles, num_tiles, num_tiles, 1, width * (num_chunks + 1)]
+    table = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    pairs, places, expert, first, last, used, loads = table.split(sizes)
     shape = {"NUM_EXPERTS": num_experts, "WIDTH": width, "CHUNK": chunk, "STEP": min(_STEP, chunk)}
     if num_chunks > 1:
         _count_loads[(num_chunks,)](top_k_index, loads, num_pairs, **shape)
+    if num_chunks > _FEW_CHUNKS:
+        _add_loads[(num_experts,)](loads, num_chunks, WIDTH=width, BLOCK=min(1024, triton.next_power_of_2(num_chunks)))
     _list_pairs[(num_chunks,)](
         top_k_index,
         loads,
         pairs,
+        places,
         expert,
         first,
         last,
+        used,
         num_pairs,
         num_chunks,
         num_tiles,
         **shape,
-        SINGLE=num_chunks == 1,
+        FEW_CHUNKS=0 if num_chunks > _FEW_CHUNKS else triton.next_power_of_2(num_chunks),
         BLOCK_ROWS=block_rows,
     )
-    return Tiles(pairs, expert, first, last)
+    return Tiles(pairs, places, expert, first, last, used)
 
 
 @triton.jit
@@ -126,13 +138,30 @@ def _count_loads(
 
 
 @triton.jit
+def _add_loads(loads_ptr, num_chunks, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Put what earlier chunks have in the place of an expert's loads, and their sum behind the last."""
+    loads_ptr += tl.program_id(0)
+    total = 0
+    start = 0
+    while start < num_chunks:
+        chunk = start + tl.arange(0, BLOCK)
+        loads = tl.load(loads_ptr + chunk * WIDTH, mask=chunk < num_chunks, other=0)
+        tl.store(loads_ptr + chunk * WIDTH, total + tl.cumsum(loads, axis=0) - loads, mask=chunk < num_chunks)
+        total += tl.sum(loads, axis=0)
+        start += BLOCK
+    tl.store(loads_ptr + num_chunks * WIDTH, total)
+
+
+@triton.jit
 def _list_pairs(
     index_ptr,
     loads_ptr,
     pairs_ptr,
+    places_ptr,
     expert_ptr,
     first_ptr,
     last_ptr,
+    used_ptr,
     num_pairs,
     num_chunks,
     num_tiles,
@@ -140,36 +169,39 @@ def _list_pairs(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
-    SINGLE: tl.constexpr,
+    FEW_CHUNKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """Give each pair of a chunk its row, and write a share of the tiles."""
     chunk = tl.program_id(0)
     columns = tl.arange(0, WIDTH)
-    if SINGLE:
+    if FEW_CHUNKS == 1:
         loads = _chunk_loads(index_ptr, chunk, num_pairs, NUM_EXPERTS, WIDTH, CHUNK, STEP)
         earlier = tl.zeros([WIDTH], tl.int32)
+    elif FEW_CHUNKS > 1:
+        rows = tl.arange(0, FEW_CHUNKS)[:, None]
+        part = tl.load(loads_ptr + rows * WIDTH + columns[None, :], mask=rows < num_chunks, other=0)
+        loads = tl.sum(part, axis=0)
+        earlier = tl.sum(tl.where(rows < chunk, part, 0), axis=0)
     else:
-        loads = tl.zeros([WIDTH], tl.int32)
-        earlier = tl.zeros([WIDTH], tl.int32)
-        start = 0
-        while start < num_chunks:
-            rows = start + tl.arange(0, 32)[:, None]
-            part = tl.load(loads_ptr + rows * WIDTH + columns[None, :], mask=rows < num_chunks, other=0)
-            loads += tl.sum(part, axis=0)
-            earlier += tl.sum(tl.where(rows < chunk, part, 0), axis=0)
-            start += 32
+        experts = columns < NUM_EXPERTS
+        loads = tl.load(loads_ptr + num_chunks * WIDTH + columns, mask=experts, other=0)
+        earlier = tl.load(loads_ptr + chunk * WIDTH + columns, mask=experts, other=0)
     ends = tl.cumsum(loads, axis=0)
     free = ends - loads + earlier  # next free row of each expert
+    tiles = (loads + BLOCK_ROWS - 1) // BLOCK_ROWS
+    tile_ends = tl.cumsum(tiles, axis=0)
+    shift = (tile_ends - tiles) * BLOCK_ROWS - (ends - loads)  # from the rows of an expert to its places
     for step in range(CHUNK // STEP):
         pair = chunk * CHUNK + step * STEP
         chosen = _chosen(index_ptr, pair, num_pairs, NUM_EXPERTS, WIDTH, STEP)
         row = tl.sum(chosen * (free[None, :] + tl.cumsum(chosen, axis=0) - 1), axis=1)
-        tl.store(pairs_ptr + row, pair + tl.arange(0, STEP), mask=tl.sum(chosen, axis=1) > 0)
+        filled = tl.sum(chosen, axis=1) > 0
+        tl.store(pairs_ptr + row, pair + tl.arange(0, STEP), mask=filled)
+        tl.store(places_ptr + pair + tl.arange(0, STEP), row + tl.sum(chosen * shift[None, :], axis=1), mask=filled)
         free += tl.sum(chosen, axis=0)
 
-    tiles = (loads + BLOCK_ROWS - 1) // BLOCK_ROWS
-    tile_ends = tl.cumsum(tiles, axis=0)
+    tl.store(used_ptr, tl.sum(tiles, axis=0), mask=chunk == 0)
     start = chunk * 32
     while start < num_tiles:
         tile = start + tl.arange(0, 32)

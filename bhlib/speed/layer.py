@@ -23,6 +23,7 @@ ROUTER_STD = 1.8  # of a token's logits, as in a trained router: OLMoE's hidden 
 GRAPH_TOKENS = 512
 #: Up to this many tokens batched_mm is measured: it copies the weights of every slot.
 BATCHED_TOKENS = 32
+RIVALS_K = (8, 4)
 
 
 def exact_counts(num_tokens: int, mean_k: float, max_k: int, seed: int = 0) -> Tensor:
@@ -110,13 +111,18 @@ def bench_router(
 
 
 def bench_block(results: Results, limits: dict[str, float], quick: bool = False, name: str | None = None) -> None:
-    """The experts of one layer: transformers' own implementations at top-8, and the kernels at every mean k."""
+    """The experts of one layer: transformers' own implementations at top-8, the kernels at every mean k, and rivals.
+
+    Rivals are libraries that skip empty slots too, measured where they are installed: see `find_rivals`.
+    """
     from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
 
     module = full_size_experts()
     sizes = module.num_experts, module.hidden_dim, module.intermediate_dim
+    rivals = find_rivals(results, module)
     candidates = [Candidate(implementation, "transformers", 8) for implementation in IMPLEMENTATIONS]
     candidates += [Candidate("kernels", "bhlib", k) for k in MEAN_K]
+    candidates += [Candidate(rival, "others", k) for rival in rivals for k in RIVALS_K]
     for tokens in (1, 8, 32, 512, 4096, 16_384):
         hidden = torch.randn(tokens, module.hidden_dim, device="cuda", dtype=torch.bfloat16)
         # Few tokens use few experts, which the cache would hold from one call to the next: take turns.
@@ -127,8 +133,10 @@ def bench_block(results: Results, limits: dict[str, float], quick: bool = False,
         for mode, candidate in product(("eager", "graph", "compiled"), candidates):
             if not _worth_measuring(mode, candidate, tokens, quick):
                 continue
-            own = _own_forward(module, candidate.name, mode == "compiled")
-            forward = partial(experts_forward, module) if candidate.by == "bhlib" else own
+            if candidate.by == "transformers":
+                forward = _own_forward(module, candidate.name, mode == "compiled")
+            else:
+                forward = partial(experts_forward, module) if candidate.by == "bhlib" else rivals[candidate.name]
             calls = [partial(forward, hidden, *routing) for routing in routings[candidate.k]]
             with results.attempt("block", mode, tokens, candidate):
                 in_turn(calls)()
@@ -139,6 +147,35 @@ def bench_block(results: Results, limits: dict[str, float], quick: bool = False,
             results.add("block", mode, tokens, candidate, candidate.k, times / draws, floor)
         del ready
         torch.cuda.empty_cache()
+
+
+def find_rivals(results: Results, module: nn.Module) -> dict[str, Callable]:
+    """By name, the forwards of `module` by libraries that run here; of each that does not, a row says why.
+
+    ``scattermoe`` (github.com/shawntan/scattermoe, installed from its source) and ``sonicmoe``, an implementation of
+    transformers that needs the packages `kernels` and `nvidia-cutlass-dsl`, and fetches its kernels when first used.
+    Both leave out slots whose index is ``num_experts``.
+    """
+    forwards = {"scattermoe": partial(_scattermoe_forward, module), "sonicmoe": _own_forward(module, "sonicmoe", False)}
+    hidden = module.down_proj.new_zeros(1, module.hidden_dim)
+    index = torch.tensor([[0, module.num_experts]], device=hidden.device)
+    weights = hidden.new_tensor([[1.0, 0.0]])
+    found = {}
+    for name, forward in forwards.items():
+        with results.attempt("block", "eager", 1, Candidate(name, "others", None)):
+            forward(hidden, index, weights)
+            found[name] = forward
+    return found
+
+
+def _scattermoe_forward(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    # Empty slots are one expert more in its counts, which only the backward pass reads.
+    experts, slots, ends = flatten_sort_count(index, num_experts=module.num_experts + 1)
+    linear = partial(parallel_linear, sorted_expert_idxs=experts, sorted_scattered_idxs=slots, expert_offsets=ends)
+    gate, up = linear(hidden, module.gate_up_proj.mT, index.shape[1], grouped_out=True).chunk(2, dim=-1)
+    return linear(module.act_fn(gate) * up, module.down_proj.mT, 1, gates=weights, grouped_in=True)
 
 
 def _own_forward(module: nn.Module, implementation: str, compiled: bool) -> Callable:
@@ -157,5 +194,5 @@ def _worth_measuring(mode: str, candidate: Candidate, tokens: int, quick: bool) 
     if candidate.name == "eager" and (mode != "eager" or quick):
         return False  # it waits for the device
     if mode == "graph":
-        return tokens <= GRAPH_TOKENS
+        return tokens <= GRAPH_TOKENS and candidate.name != "scattermoe"  # it waits too
     return mode == "eager" or (candidate.by == "transformers" and not quick)

@@ -17,7 +17,7 @@ COLUMNS = {
     "mode": "eager, graph (replayed from a CUDA graph) or compiled (by torch.compile, then replayed); in call, prefill",
     "tokens": "tokens of a pass; sequences, in decode, generate and the other modes of call",
     "name": "what ran: an experts implementation of transformers, our kernels, our patch, nothing",
-    "by": "transformers, bhlib or neither",
+    "by": "transformers, bhlib, others (a library beside the two) or neither",
     "k": "experts per token that were aimed at, if any",
     "mean_k": "experts per token and layer that were used",
     "median_us": "median of the rounds: microseconds per pass, per step where sequences are decoded",
