@@ -9,6 +9,7 @@ Many pairs on Hopper: its copy engine (TMA) moves what lies in blocks, and each 
 works off its share of the blocks: it fetches the next one, and writes the last, while it computes.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bhlib.kernels.launch import quick
 from bhlib.kernels.pairs import Tiles, tile_pairs
 
 
@@ -94,7 +96,7 @@ def grouped_forward(
     activated = hidden_states.new_empty(num_pairs, intermediate)
     _launch(_gate_up, plan.gate_up, hidden_states, gate_up_proj, activated, tiles, plan.rows, SLOTS=slots)
     outputs = hidden_states.new_empty(len(tiles.expert) * plan.rows, hidden)
-    _launch(_down, plan.down, activated, down_proj, outputs, tiles, plan.rows, weights_ptr=top_k_weights)
+    _launch(_down, plan.down, activated, down_proj, outputs, tiles, plan.rows, top_k_weights)
     total = torch.empty_like(hidden_states)
     block = min(2048, triton.next_power_of_2(hidden))
     _add_slots[(num_tokens, triton.cdiv(hidden, block))](
@@ -104,15 +106,17 @@ def grouped_forward(
     return total
 
 
-def _launch(kernel, product: Product, rows: Tensor, matrices: Tensor, out: Tensor, tiles: Tiles, block_rows, **more):
+def _launch(
+    kernel, product: Product, rows: Tensor, matrices: Tensor, out: Tensor, tiles: Tiles, block_rows, *more, **constants
+):
     """Start a product of `rows` with the experts' `matrices`."""
     num_experts, _, depth = matrices.shape
     width = out.shape[1]
     parts = matrices.shape[1] // width  # 2: gate and up
-    product = _fit(product, block_rows, parts, rows)
+    product = _fit(product, block_rows, parts, rows.device, rows.element_size())
     programs = len(tiles.expert) * triton.cdiv(width, product.columns)
     if product.persistent:
-        programs = min(programs, _multiprocessors(rows))
+        programs = min(programs, _multiprocessors(rows.device))
     if product.tma:
         matrices = _descriptor(matrices.view(-1, width, depth), [parts, product.columns, product.inner])
         if kernel is _down:
@@ -127,7 +131,8 @@ def _launch(kernel, product: Product, rows: Tensor, matrices: Tensor, out: Tenso
         tiles.first,
         tiles.last,
         tiles.used,
-        **more,
+        *more,
+        **constants,
         WIDTH=width,
         DEPTH=depth,
         NUM_EXPERTS=num_experts,
@@ -141,23 +146,24 @@ def _launch(kernel, product: Product, rows: Tensor, matrices: Tensor, out: Tenso
     )
 
 
-def _fit(product: Product, block_rows: int, parts: int, rows: Tensor) -> Product:
+@functools.cache
+def _fit(product: Product, block_rows: int, parts: int, device: torch.device, element_size: int) -> Product:
     """What a device can do of a plan; `parts` is how many blocks of matrices a step of the inner loop reads."""
-    if not rows.is_cuda:
+    if device.type != "cuda":
         return product
-    device = torch.cuda.get_device_properties(rows.device)
-    stage = (block_rows + parts * product.columns) * product.inner * rows.element_size()
-    stages = max(2, min(product.stages, device.shared_memory_per_block_optin // stage))
+    limits = torch.cuda.get_device_properties(device)
+    stage = (block_rows + parts * product.columns) * product.inner * element_size
+    stages = max(2, min(product.stages, limits.shared_memory_per_block_optin // stage))
     # What was measured: elsewhere, and in float32, shared memory may not hold the stages beside what is written.
-    hopper = (device.major, device.minor) == (9, 0) and rows.element_size() == 2
+    hopper = (limits.major, limits.minor) == (9, 0) and element_size == 2
     return product._replace(
-        stages=stages, tma=product.tma and device.major >= 9, persistent=product.persistent and hopper
+        stages=stages, tma=product.tma and limits.major >= 9, persistent=product.persistent and hopper
     )
 
 
-def _multiprocessors(tensor: Tensor) -> int:
+def _multiprocessors(device: torch.device) -> int:
     """How many programs run at once; in the interpreter few, so that each has several blocks to work off."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _descriptor(tensor: Tensor, block: list[int]):
@@ -194,6 +200,7 @@ def _matrix_block(
     return block
 
 
+@quick
 @triton.jit
 def _gate_up(
     hidden_ptr,
@@ -262,6 +269,7 @@ def _gate_up_block(
     tl.store(out_ptrs, activated, mask=inside)
 
 
+@quick
 @triton.jit
 def _down(
     rows,
@@ -337,6 +345,7 @@ def _down_block(
         tl.store(out_ptrs, total.to(out.dtype.element_ty), mask=_inside(filled, columns, WIDTH, BLOCK_COLUMNS))
 
 
+@quick
 @triton.jit
 def _add_slots(
     rows_ptr, places_ptr, index_ptr, out_ptr, width,

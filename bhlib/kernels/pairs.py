@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bhlib.kernels.launch import quick
+
 _STEP = 128  # pairs that a program looks at together
 _FEW_CHUNKS = 32  # up to this many, every program adds up the loads of those before it: one kernel less
 
@@ -126,6 +128,7 @@ def _chunk_loads(
     return loads
 
 
+@quick
 @triton.jit
 def _count_loads(
     index_ptr, loads_ptr, num_pairs,
@@ -137,6 +140,7 @@ def _count_loads(
     tl.store(loads_ptr + chunk * WIDTH + tl.arange(0, WIDTH), loads)
 
 
+@quick
 @triton.jit
 def _add_loads(loads_ptr, num_chunks, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Put what earlier chunks have in the place of an expert's loads, and their sum behind the last."""
@@ -152,6 +156,7 @@ def _add_loads(loads_ptr, num_chunks, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(loads_ptr + num_chunks * WIDTH, total)
 
 
+@quick
 @triton.jit
 def _list_pairs(
     index_ptr,
