@@ -105,10 +105,10 @@ def test_no_experts_leaves_the_rest_of_the_pass(model):
         assert whole_model.mean_filled(model, whole_model.selected_experts(model, lambda: model(input_ids=ids))) == 1
 
 
-def test_a_rival_that_does_not_run_is_one_row_that_says_so(results, model, monkeypatch):
+def test_a_rival_that_does_not_run_is_one_row_that_says_so(results, monkeypatch):
     """None in the place of a module is a failing import; sonicmoe does not run in float32."""
     monkeypatch.setitem(sys.modules, "scattermoe", None)
-    assert find_rivals(results, model.model.layers[0].mlp.experts) == {}
+    assert find_rivals(results, tiny_olmoe().model.layers[0].mlp.experts) == {}
     rows = pd.DataFrame(results.rows).set_index("name")
     assert rows.index.tolist() == ["scattermoe", "sonicmoe"] and set(rows["by"]) == {"others"}
     assert rows["error"]["scattermoe"].startswith("ModuleNotFoundError: ") and rows["error"]["sonicmoe"]

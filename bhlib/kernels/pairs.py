@@ -52,7 +52,7 @@ def choose_chunk(num_pairs: int) -> int:
 
     The fastest on an H100 for 64 to 131,072 pairs and 64 experts.
     """
-    return 64 if num_pairs <= 32_768 else 128
+    return 64 if num_pairs <= 32_768 else 512
 
 
 def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: int | None = None) -> Tiles:
