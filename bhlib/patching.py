@@ -189,6 +189,7 @@ class RoutingPatch:
                 self._rule.rewind()
             self._is_open = True
             self._compiles_whole = self._expects_whole_graphs()
+            self._has_gradients = any(parameter.requires_grad for parameter in self.model.parameters())
             self._ticket = torch.zeros(1, device=self.layers[-1].router.weight.device)
             for layer in self.layers:
                 _patched_routers[layer.router] = weakref.ref(self)
@@ -299,7 +300,8 @@ class RoutingPatch:
 
     def _is_traced(self) -> bool:
         """Whether a compiler follows the pass from its beginning to its end."""
-        return torch.compiler.is_compiling() and self._compiles_whole and not torch.is_grad_enabled()
+        wants_gradients = torch.is_grad_enabled() and self._has_gradients
+        return torch.compiler.is_compiling() and self._compiles_whole and not wants_gradients
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._is_traced():

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,28 +51,59 @@ def test_kernels_change_rounding_only(model, length):
     assert torch.equal(logits_of(model, ids), own)
 
 
-def test_compiled_whole(model, monkeypatch):
-    monkeypatch.setattr("bhlib.patching.check_logits", lambda logits: None)  # reads values, on the CPU alone
+@pytest.mark.parametrize("collect_stats", [False, True])
+def test_compiled_whole(model, collect_stats):
     ids = tokens(1, 4).to(DEVICE)
-    with BHRoutingIntegration(model, alpha=0.5, max_k=4, kernels=True, collect_stats=False):
+    with BHRoutingIntegration(model, alpha=0.5, max_k=4, kernels=True, collect_stats=collect_stats) as bh:
         expected = logits_of(model, ids)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.equal(logits_of(compiled, ids), expected)
+    if collect_stats:
+        first, second = (one.routings for one in bh.records.passes)
+        for layer, routing in first.items():
+            assert all(torch.equal(one, other) for one, other in zip(routing, second[layer], strict=True))
 
 
-def test_generation_compiles_once_whatever_the_counts(model, monkeypatch):
+def test_a_level_is_moved_between_passes_of_a_compiled_model(model):
+    """And two sequences of one batch are each routed as alone, at levels of their own."""
+    ids = tokens(2, 4).to(DEVICE)
+    torch.compiler.reset()
+    counters.clear()
+    with BHRoutingIntegration(model, alpha=0.01, max_k=4, kernels=True) as bh:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for alpha in (0.01, 0.9, 0.2):
+            bh.alpha = alpha
+            logits_of(compiled, ids)
+        assert counters["stats"]["unique_graphs"] == 1
+        few, many, some = bh.records.counts().reshape(3, -1)
+        assert few.sum() < some.sum() < many.sum()
+        bh.reset_stats()
+        bh.alpha = (0.01, 0.9)
+        logits_of(compiled, ids)
+        both = bh.records.counts()
+    expected = [few.reshape(2, 4, -1)[0], many.reshape(2, 4, -1)[1]]
+    assert (both == np.concatenate(expected)).all()
+
+
+@pytest.mark.parametrize("collect_stats", [False, True])
+def test_generation_compiles_once_whatever_the_counts(model, collect_stats):
     """generate() with a static cache: one graph, which holds for prompts whose tokens use other numbers of experts."""
-    monkeypatch.setattr("bhlib.patching.check_logits", lambda logits: None)  # reads values, on the CPU alone
+    torch.compiler.reset()
+    vars(model).pop("_compiled_call", None)
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True  # generate() compiles for accelerators only, if not told so
     options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "compile_config": config}
-    with RoutingPatch(model, BH(alpha=0.1, max_k=4), kernels=True, collect_stats=False):
+    with RoutingPatch(model, BH(alpha=0.1, max_k=4), kernels=True, collect_stats=collect_stats) as patch:
         counters.clear()
         sequences = [model.generate(tokens(2, 4, seed=seed).to(DEVICE), **options) for seed in range(2)]
-        assert counters["stats"]["unique_graphs"] == 1
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     with BHRoutingIntegration(model, alpha=0.1, max_k=4, kernels=True) as bh:
         for sequence in sequences:
-            logits_of(model, sequence)
+            logits_of(model, sequence[:, :-1])
+    if collect_stats:  # the same tokens at the same places, in prompts and steps or all at once
+        places = ["sequence", "position", "layer"]
+        recorded, expected = (one.records.to_frame().sort_values(places) for one in (patch, bh))
+        assert (recorded[[*places, "token_id"]].to_numpy() == expected[[*places, "token_id"]].to_numpy()).all()
     assert bh.get_routing_stats()["std_experts_per_token"] > 0.3
 
 

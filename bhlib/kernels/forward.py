@@ -11,6 +11,9 @@ from bhlib.kernels.vector import vector_forward
 #: H100, with OLMoE's shapes, that is the faster way with half of the slots filled, and as fast with all of them.
 VECTOR_TOKENS = 4
 
+#: The same where kernels are launched one by one, and the device waits for the host more than for memory.
+LAUNCHED_VECTOR_TOKENS = 16
+
 
 def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of an experts module over its filled slots, with static shapes and without waiting for the device.
@@ -36,16 +39,35 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 def _experts(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
+    launched = hidden_states.is_cuda and not torch.cuda.is_current_stream_capturing()
+    most = LAUNCHED_VECTOR_TOKENS if launched else VECTOR_TOKENS
+    return _forward(most, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+
+
+def _compiled_experts(
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    return _forward(VECTOR_TOKENS, hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights)
+
+
+def _forward(
+    vector_tokens: int,
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
     if top_k_index.numel() == 0:
         return torch.zeros_like(hidden_states)
-    forward = vector_forward if len(hidden_states) <= VECTOR_TOKENS else grouped_forward
+    forward = vector_forward if len(hidden_states) <= vector_tokens else grouped_forward
     with on_device(hidden_states.device):
         return forward(
             hidden_states.contiguous(), gate_up_proj, down_proj, top_k_index.contiguous(), top_k_weights.contiguous()
         )
 
 
-_experts_operator = torch.library.custom_op("bhlib::experts", _experts, mutates_args=())
+_experts_operator = torch.library.custom_op("bhlib::experts", _compiled_experts, mutates_args=())
 
 
 @_experts_operator.register_fake
