@@ -84,8 +84,9 @@ def loop_forward(module: "ExpertsModule", hidden_states: Tensor, top_k_index: Te
     first = 0
     for experts, sizes in _parts(per_expert, most_rows):
         part = slice(first, first := first + sum(sizes))
-        outputs = _outputs(module, matrices, hidden_states.index_select(0, token[part]), experts, sizes)
-        total.index_add_(0, token[part], (outputs * weights[part]).to(wide))
+        rows = hidden_states.index_select(0, token[part])
+        outputs = _weighted_outputs(module, matrices, rows, weights[part], experts, sizes)
+        total.index_add_(0, token[part], outputs.to(wide))
     return total.to(hidden_states.dtype)
 
 
@@ -112,11 +113,19 @@ def _matrices(module: "ExpertsModule") -> tuple[Sequence[Tensor], Sequence[Tenso
     return matrices[0].unbind(), matrices[1].unbind()
 
 
-def _outputs(module: "ExpertsModule", matrices, rows: Tensor, experts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """What experts make of rows, of which each has its `sizes`, one expert's after the other's."""
+def _weighted_outputs(
+    module: "ExpertsModule",
+    matrices: tuple[Sequence[Tensor], Sequence[Tensor]],
+    rows: Tensor,
+    weights: Tensor,
+    experts: Sequence[int],
+    sizes: Sequence[int],
+) -> Tensor:
+    """What experts make of rows, of which each has its `sizes`, one expert's after the other's; times `weights`."""
     gate_up, down = matrices
     products = [linear(part, gate_up[e]) for part, e in zip(rows.split(sizes), experts, strict=True)]
-    gated = module._apply_gate(torch.cat(products))
+    # Weighted before the second product, where rows are shorter in most models.
+    gated = (module._apply_gate(torch.cat(products)) * weights).to(rows.dtype)
     return torch.cat([linear(part, down[e]) for part, e in zip(gated.split(sizes), experts, strict=True)])
 
 
