@@ -32,6 +32,9 @@ KERNELS = "kernels_"
 #: Implementations of transformers that compute what the kernels compute, by name; any other was chosen for a reason.
 REPLACEABLE = (None, "eager", "grouped_mm", "batched_mm")
 
+#: Implementations of transformers that leave out slots with the index ``num_experts`` by themselves.
+SKIPPING = ("sonicmoe",)
+
 #: From here on torch.compile traces a subclass of str. Before, a configuration that is copied while its model is
 #: patched keeps the twin's name; the twin of a model that is not patched computes the model's own bits.
 TWIN_NAMES_COMPILE = "2.13"
@@ -74,7 +77,7 @@ def twin(implementation: str | None, by_kernels: bool = False) -> str:
         raise ValueError(f"{str(implementation)!r} is a twin already: the model is patched.")
     name = TwinName(implementation, by_kernels)
     if name not in _interface():
-        forward = kernel_forward if by_kernels else pairwise_forward
+        forward = kernel_forward if by_kernels else whole_forward if implementation in SKIPPING else pairwise_forward
         _interface().register(str(name), partial(forward, implementation or "eager"))
     return name if Version(torch.__version__) >= Version(TWIN_NAMES_COMPILE) else str(name)
 
@@ -105,6 +108,11 @@ def original_forward(module: "ExpertsModule", implementation: str) -> Callable[.
     # `use_experts_implementation` wraps the class's eager forward with functools.wraps.
     eager = type(module).forward.__wrapped__  # type: ignore[attr-defined]
     return _interface().get_interface(implementation, eager)
+
+
+def whole_forward(implementation: str, module: "ExpertsModule", hidden_states: Tensor, *routing: Tensor) -> Tensor:
+    """Forward of an experts module by an implementation in `SKIPPING`: nothing is gathered."""
+    return original_forward(module, implementation)(module, hidden_states, *routing)
 
 
 @torch.compiler.disable  # how many pairs there are is known at run time only

@@ -122,7 +122,7 @@ class _Sequences:
     def idle(self, token_ids: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
         """Rows [batch] that a decoding step feeds with the same token over and over since their end of text."""
         idle = self._ended & ((self._filler < 0) | (self._filler == token_ids))
-        self._ended = idle | np.isin(token_ids, ends)
+        self._ended = idle | _among(token_ids, ends)
         self._filler = np.where(idle, token_ids, -1)
         return idle
 
@@ -151,6 +151,7 @@ class PassReader:
 
     def __init__(self, padding: Iterable[int] = (), ends: Iterable[int] = ()) -> None:
         self.padding, self.ends = tuple(padding), tuple(ends)
+        self._padding_alone = tuple({*self.padding} - {*self.ends})
         self._lock = threading.Lock()
         self._has_warned = False
         self.reset()
@@ -222,7 +223,7 @@ class PassReader:
         position = valid.cumsum(axis=1) - 1
         if ids is not None and batch > 1:  # one sequence alone is neither padded nor fed after its end
             if generated:
-                idle = sequences.idle(ids[:, 0], self.ends) | np.isin(ids[:, 0], list({*self.padding} - {*self.ends}))
+                idle = sequences.idle(ids[:, 0], self.ends) | _among(ids[:, 0], self._padding_alone)
                 valid = valid & ~idle[:, None]
             elif own is None and past == 0:
                 valid = valid & ~self._trailing_padding(ids)
@@ -252,10 +253,10 @@ class PassReader:
 
     def _trailing_padding(self, ids: np.ndarray) -> np.ndarray:
         """Padding [batch, length] at the right end of rows that came without a mask."""
-        padding = np.isin(ids, self.padding)
+        padding = _among(ids, self.padding)
         if not self._has_warned and ids.shape[1] > 1:
             last, before = ids[:, -1], ids[:, -2]
-            repeated = last[(last == before) & np.isin(last, (0, *self.ends)) & ~padding[:, -1]]
+            repeated = last[(last == before) & _among(last, (0, *self.ends)) & ~padding[:, -1]]
             if len(repeated):
                 self._has_warned = True
                 warnings.warn(
@@ -265,6 +266,14 @@ class PassReader:
                     stacklevel=2,
                 )
         return np.minimum.accumulate(padding[:, ::-1], axis=1)[:, ::-1]
+
+
+def _among(ids: np.ndarray, tokens: tuple[int, ...]) -> np.ndarray:
+    """Which ids are one of a few tokens."""
+    found = np.zeros(ids.shape, dtype=bool)
+    for token in tokens:
+        found |= ids == token
+    return found
 
 
 def special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:

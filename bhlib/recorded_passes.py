@@ -1,8 +1,7 @@
 """Rows of decisions, forward pass by forward pass, in blocks that many short passes share."""
 
-import itertools
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,30 +47,20 @@ class Rows(NamedTuple):
         cls, passes: Sequence["RunningPass"], known: Sequence[PassTokens], num_layers: int, num_experts: int
     ) -> "Rows":
         """Rows of passes of one `RunningPass.kind`, one after another, from the decisions of the layers that ran."""
-        device = passes[0].device
-        slots = max(one.slots for one in passes)
-        layers = [[one.layer(layer) for one in passes] for layer in range(num_layers)]
-
-        def join(parts: Iterable[Tensor], width: int | None = None, empty: float = 0.0) -> Tensor:
-            parts = [part.to(device) for part in parts]
-            if width is not None:
-                parts = [pad(part, (0, width - part.shape[-1]), value=empty) for part in parts]
-            return torch.cat(parts).unflatten(0, (num_layers, -1))
-
-        routings = list(itertools.chain.from_iterable(layers))
-        experts = join((routing.experts for routing in routings), slots, -1)
-        logits = [one.logits_of(layer) for layer in range(num_layers) for one in passes]
+        whole = [one.stacked(num_layers) for one in passes]
+        weights, experts, counts = (torch.cat([one[part] for one in whole], dim=1) for part in range(3))
+        logits = [kept for *_, kept in whole]
         place = known[0].valid.device
         facts = zip(*((one.valid, one.position, _ids_of(one)) for one in known), strict=True)
         valid, position, token_ids = (torch.cat([x.reshape(1, -1).to(place) for x in parts], 1) for parts in facts)
         return cls(
-            join((routing.weights for routing in routings), slots),
+            weights,
             torch.where(experts < num_experts, experts, -1).to(torch.int16),
-            join(routing.counts for routing in routings).to(torch.int16),
-            valid.to(device),
-            position.to(device),
-            token_ids.to(device),
-            join(logits),
+            counts.to(torch.int16),
+            valid.to(counts.device),
+            position.to(counts.device),
+            token_ids.to(counts.device),
+            torch.cat(logits, dim=1),
         )
 
     def between(self, start: int, stop: int) -> "Rows":
@@ -136,7 +125,7 @@ class RunningPass:
         The tokens of the pass, or what they will be read from.
     rule : Rule, optional
         The rule that decides.
-    routings, logits : dict, optional
+    routings, logits : mapping, optional
         By layer, of a pass that has run.
     """
 
@@ -144,12 +133,13 @@ class RunningPass:
         self,
         tokens: PassTokens | PassNote,
         rule: Rule | None = None,
-        routings: dict[int, Routing] | None = None,
-        logits: dict[int, Tensor] | None = None,
+        routings: Mapping[int, Routing] | None = None,
+        logits: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.tokens, self.rule = tokens, rule
-        self.routings: dict[int, Routing] = routings or {}
-        self.logits: dict[int, Tensor] = logits or {}
+        self.routings: dict[int, Routing] = dict(routings or {})
+        self.slots = max((routing.experts.shape[-1] for routing in self.routings.values()), default=0)
+        self.logits: dict[int, Tensor] = dict(logits or {})
 
     def add(self, layer: int, routing: Routing, logits: Tensor | None = None) -> None:
         """Take in the decisions of one layer, a row for each token of the pass, batch-major.
@@ -170,12 +160,9 @@ class RunningPass:
                 f"collect_stats=False to route without recording."
             )
         self.routings[layer] = Routing(routing.weights.detach(), routing.experts, routing.counts)
+        self.slots = max(self.slots, routing.experts.shape[-1])
         if logits is not None:
             self.logits[layer] = logits.detach()
-
-    @property
-    def slots(self) -> int:
-        return max(routing.experts.shape[-1] for routing in self.routings.values())
 
     @property
     def device(self) -> torch.device | None:
@@ -188,18 +175,34 @@ class RunningPass:
         some, logits = next(iter(self.routings.values())), next(iter(self.logits.values()), None)
         return self.slots, some.weights.dtype, None if logits is None else logits.dtype, self.device
 
-    def layer(self, layer: int) -> Routing:
-        """The decisions of a layer; void ones if it did not run."""
-        if layer in self.routings:
-            return self.routings[layer]
-        some = next(iter(self.routings.values()))
-        return Routing(torch.zeros_like(some.weights), *(torch.full_like(part, -1) for part in some[1:]))
+    def stacked(self, num_layers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights, experts, counts and logits of all layers, [layers, tokens, ...]; no logits if none are kept.
 
-    def logits_of(self, layer: int) -> Tensor:
-        """The logits of a layer; zeros if it did not run, no columns if none are kept."""
-        if layer in self.logits:
-            return self.logits[layer]
-        return torch.zeros_like(next(iter(self.logits.values()), self.layer(layer).weights[:, :0]))
+        Those of a layer that did not run are void: its counts and experts are -1.
+        """
+        some, slots = next(iter(self.routings.values())), self.slots
+        layers = [self.routings.get(layer) or _void(some) for layer in range(num_layers)]
+        if any(routing.counts.device != some.counts.device for routing in layers):
+            layers = [Routing(*(part.to(some.counts.device) for part in routing)) for routing in layers]
+        if any(routing.experts.shape[-1] != slots for routing in layers):
+            layers = [_widened(routing, slots) for routing in layers]
+        weights, experts, counts = (torch.stack(parts) for parts in zip(*layers, strict=True))
+        if not self.logits:
+            return weights, experts, counts, weights[..., :0]
+        none = torch.zeros_like(next(iter(self.logits.values())))
+        logits = torch.stack([self.logits.get(layer, none).to(counts.device) for layer in range(num_layers)])
+        return weights, experts, counts, logits
+
+
+def _void(routing: Routing) -> Routing:
+    """Decisions of a layer that did not run, in the shape of another's."""
+    return Routing(torch.zeros_like(routing.weights), *(torch.full_like(part, -1) for part in routing[1:]))
+
+
+def _widened(routing: Routing, slots: int) -> Routing:
+    """The same decisions in more slots, which are empty."""
+    more = (0, slots - routing.experts.shape[-1])
+    return Routing(pad(routing.weights, more), pad(routing.experts, more, value=-1), routing.counts)
 
 
 class RecordedPass(NamedTuple):

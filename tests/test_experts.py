@@ -6,14 +6,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import tiny_olmoe
+from models import tiny_olmoe, tokens
 from rows import count_rows
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from bhlib.expert_loop import is_plain, loop_forward, token_forward
 from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
 from bhlib.kernels import on_device
-from bhlib.patching import RoutingPatch
+from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import BH, TopK
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
@@ -224,3 +225,30 @@ def test_what_is_not_plain_is_left_to_the_model():
     assert not is_plain(module)
     module.has_bias, module.gate_up_proj = False, Shard(module.gate_up_proj.detach())
     assert not is_plain(module)
+
+
+def test_sonicmoe_gets_the_routing_as_it_is():
+    """It leaves out empty slots by itself: nothing is gathered, and nothing waits for the device to count them."""
+    model, seen = tiny_olmoe(), []
+
+    def sonicmoe(module, hidden_states, top_k_index, top_k_weights):
+        seen.append((hidden_states.shape[0], top_k_index, top_k_weights, module.num_experts))
+        return loop_forward(module, hidden_states, top_k_index, top_k_weights)
+
+    ids = tokens(2, 9)
+    with BHRoutingIntegration(model, alpha=0.05, kernels=False):
+        expected = model(input_ids=ids).logits
+    if "sonicmoe" not in ALL_EXPERTS_FUNCTIONS:
+        pytest.skip("this transformers has no sonicmoe")
+    own = ALL_EXPERTS_FUNCTIONS["sonicmoe"]
+    ALL_EXPERTS_FUNCTIONS["sonicmoe"] = sonicmoe
+    try:
+        model.set_experts_implementation("sonicmoe")
+        with BHRoutingIntegration(model, alpha=0.05):
+            got = model(input_ids=ids).logits
+    finally:
+        ALL_EXPERTS_FUNCTIONS["sonicmoe"] = own
+    torch.testing.assert_close(got, expected)
+    for num_tokens, index, weights, num_experts in seen:
+        assert num_tokens == len(index) == 18 and index.shape[1] > 1
+        assert (index == num_experts).any() and not weights[index == num_experts].any()

@@ -201,7 +201,6 @@ def test_a_call_that_fails_is_a_row_and_the_others_go_on(results, model, monkeyp
     assert table["median_us"].isna().tolist() == [True, False]
 
 
-@pytest.mark.xfail(strict=True, reason="the level of a patch cannot be set yet")
 def test_the_level_is_moved_while_the_patch_stays(called):
     rows = called[called["mode"] == "compiled"].pivot(index="tokens", columns="name", values="mean_k")
     assert (rows["level moved"] < rows["patched"] - 1).all()

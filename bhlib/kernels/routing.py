@@ -7,6 +7,8 @@ byte; everything else is then a running look at the sorted row: the softmax, the
 which compares the k-th largest statistic with the k-th entry of a table made beforehand (`cut_table`).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -163,11 +165,10 @@ def _launch(
     num_tokens, num_experts = router_logits.shape
     router_logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
     weights, experts, counts, exact_weights = _outputs(router_logits, max_k, weights_dtype, exact)
-    width = triton.next_power_of_2(num_experts)
-    rows, warps = _tokens_and_warps(num_tokens, width)
+    programs, width, rows, warps = _cut(num_tokens, num_experts)
     if num_tokens:
         with on_device(router_logits.device):
-            _route[(triton.cdiv(num_tokens, rows),)](
+            _route[(programs,)](
                 router_logits,
                 cuts,
                 weights,
@@ -216,9 +217,15 @@ def _(
     return _outputs(router_logits, max_k, weights_dtype, exact)
 
 
-def _tokens_and_warps(num_tokens: int, width: int) -> tuple[int, int]:
-    """Tokens and warps of a program. Few tokens: one each, to spread them; many: as much as registers hold."""
-    return (1, 1) if num_tokens <= 1024 else (max(1, 256 // width), 1)
+@functools.lru_cache(1024)
+def _cut(num_tokens: int, num_experts: int) -> tuple[int, int, int, int]:
+    """Programs; experts, with those that are none, and tokens of each; its warps.
+
+    Few tokens: one each, to spread them; many: as much as registers hold.
+    """
+    width = triton.next_power_of_2(num_experts)
+    rows = 1 if num_tokens <= 1024 else max(1, 256 // width)
+    return triton.cdiv(num_tokens, rows), width, rows, 1
 
 
 @quick
