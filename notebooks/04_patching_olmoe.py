@@ -178,6 +178,22 @@ passage = texts[domains[0]][:1, :48].to(model.device)
 figures.draw_token_layer_map(figures.passage_counts(model, tokenizer, passage, alpha=0.05))
 
 # %% [markdown]
+# ## Another level, without patching anew
+#
+# The level can be moved while the patch is in place: the next forward pass goes by it, and a model that is compiled is not
+# compiled anew. It can also be one number for each sequence of a batch. Each is then routed as it would be alone.
+
+# %%
+several = torch.cat([passage, passage])
+with BHRoutingIntegration(model, alpha=0.01) as bh, torch.no_grad():
+    for alpha in (0.01, 0.2, (0.01, 0.2)):
+        bh.alpha = alpha
+        bh.reset_stats()
+        model(input_ids=several)
+        by_sequence = bh.records.to_frame().groupby("sequence")["count"].mean()
+        print(f"alpha = {alpha}: " + " and ".join(f"{mean:.2f}" for mean in by_sequence) + " experts per token")
+
+# %% [markdown]
 # ## Watching without touching
 #
 # With `mode="analyze"` the model computes what it always computes, and the patch only writes down what BH *would* have
