@@ -1,10 +1,12 @@
 """Recording inside compiled code: one operator at the end of a forward pass, into which the compiler does not look.
 
-A compiled forward pass has no place for Python of ours: what the routers decide is stacked by the compiled code itself,
-and handed to `record` once, which a CUDA graph leaves out and the host calls between two of them. It runs while the
-device is still busy with the pass, copies a few small tensors, and waits for nothing.
+A compiled forward pass has no place for Python of ours. What the routers decide stays in the compiled code until the
+end of the pass, and is handed to one operator there, which a CUDA graph leaves out and the host calls when it has
+started the graph. It runs while the device is still busy with the pass, copies a few small tensors, and waits for
+nothing.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -26,11 +28,12 @@ class Taker(Protocol):
 
 #: Takers by the number that compiled code knows them by.
 _takers: "WeakValueDictionary[int, Taker]" = WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def enroll(taker: Taker) -> int:
     """A number by which compiled code finds a taker again."""
-    number = 1 + max(_takers, default=0)
+    number = next(_numbers)
     _takers[number] = taker
     return number
 

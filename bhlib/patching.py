@@ -4,10 +4,11 @@
         model.generate(**inputs)
         print(bh.get_routing_stats())
 
-The patch adds a forward hook to each router, which replaces the weights and indices that the router returns, and
-names the pair-wise twin of the model's experts implementation in its configuration (`bhlib.experts`). Nothing else is
-touched, and both are taken back when the block ends, however it ends. A copy, a pickle or a saved checkpoint of a
-patched model is the plain model.
+The patch gives each router a forward that computes its logits and leaves the rest to the rule, or, where a router has
+to run itself, adds a forward hook that replaces its weights and indices (`bhlib.router_hooks`). And it names the
+pair-wise twin of the model's experts implementation in its configuration (`bhlib.experts`). Nothing else is touched,
+and all is taken back when the block ends, however it ends. A copy, a pickle or a saved checkpoint of a patched model is
+the plain model.
 """
 
 import inspect
@@ -155,6 +156,7 @@ class RoutingPatch:
             rule.rewind()
             self._prepare(rule)
         self._rule = rule
+        self._compiles_whole = self._expects_whole_graphs()
 
     @property
     def level(self) -> Any:

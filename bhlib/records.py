@@ -5,10 +5,13 @@ k experts, how often each expert was used), of constant size however long the ru
 themselves, one per token and layer, aligned with the tokens through the attention mask. Padding is in neither.
 
 Memory of the rows: ``6 * slots + 2`` bytes per token and layer (int16 expert, float32 weight, int16 count), 9 bytes
-per token and 48 per forward pass, so 0.8 kB per token for 16 layers of 8 slots, on the device of the layers. Router
+per token and 56 per forward pass, so 0.8 kB per token for 16 layers of 8 slots, on the device of the layers. Router
 logits, if they are kept too, take their own size per expert: for 16 layers of 64 experts 2 kB more per token in
 bfloat16, 4 kB in float32. Short passes share a block (`bhlib.recorded_passes`). `max_tokens` bounds the rows, and 0
 keeps totals only; whatever reads rows that were cut short says so in a warning.
+
+Passes that have ended wait as they are, some two kB a token, until there are enough to be taken in together
+(`MOST_PENDING_PASSES`, `MOST_PENDING_TOKENS`) or somebody reads: a step of decoding adds a copy or two.
 """
 
 import itertools

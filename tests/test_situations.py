@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
 from bhlib.experts import TWIN_NAMES_COMPILE
+from bhlib.hooks import NewForward
 from bhlib.rules import Replay, TopK
 
 #: The limit that `bhlib.experts` documents: there, a copied configuration keeps the twin's name.
@@ -415,6 +416,36 @@ def test_accelerate(how, tmp_path):
         assert torch.equal(output, routed)
     assert state_of(model) == state and torch.equal(logits_of(model, ids), before)
     remove_hook_from_submodules(model)
+
+
+def test_accelerate_comes_while_the_model_is_patched():
+    """It wraps the forward that the patch has put in a router, and keeps it: what is left must be the router's own."""
+    model, ids = tiny_olmoe(), tokens(2, 9)
+    before, gate = logits_of(model, ids), model.model.layers[0].mlp.gate
+    with BHRoutingIntegration(model, alpha=0.2) as bh:
+        routed = logits_of(model, ids)
+        cpu_offload(model, execution_device="cpu")
+        assert torch.equal(logits_of(model, ids), routed)
+    counted = bh.get_routing_stats()["total_tokens"]
+    assert torch.equal(logits_of(model, ids), before) and bh.get_routing_stats()["total_tokens"] == counted == 2 * 18
+    remove_hook_from_submodules(model)
+    assert torch.equal(logits_of(model, ids), before)
+    assert not any(isinstance(value, NewForward) for value in vars(gate).values())
+
+
+def test_a_router_that_is_called_alone_answers_as_in_the_model():
+    """Other people's hooks see what the rule decided; the logits are the router's own, bit for bit."""
+    model, seen = tiny_olmoe(), []
+    gate = model.model.layers[0].mlp.gate
+    hidden = torch.randn(5, model.config.hidden_size)
+    own = gate(hidden)
+    with RoutingPatch(model, TopK(3), collect_stats=False):
+        assert "forward" in vars(gate)
+        handle = gate.register_forward_hook(lambda module, args, output: seen.append(output))
+        routed = gate(hidden)
+        handle.remove()
+    assert torch.equal(routed[0], own[0]) and all(one is other for one, other in zip(seen[0], routed, strict=True))
+    assert torch.equal(routed[2], own[2][:, :3]) and "forward" not in vars(gate)
 
 
 def test_a_model_without_values_is_refused():
