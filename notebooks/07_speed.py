@@ -87,7 +87,8 @@ times.round(2)
 #
 # **Compiled**, the host launches one graph per step, and only now does the time say what the GPU does. But a graph is one graph only if
 # nothing in it asks the host. Statistics that are counted in Python break it into pieces at every layer, and then the whole queue of
-# launches is back. Hence they must be counted on the GPU, where the decisions are made, and read when somebody asks.
+# launches is back. Hence the decisions stay in the graph until the step is over, and are handed to one operator that the graph
+# leaves out. The host copies them while the GPU is still busy, and counts them in bulk, later or when somebody asks.
 #
 # **A prompt** of thousands of tokens keeps the GPU busy with large products. Launches cost nothing beside them, and skipping
 # shows at once.
