@@ -424,9 +424,9 @@ class RoutingPatch:
             If logits were not recorded, the layer did not run, or several recorded tokens have that place (then their
             numbers are named).
         """
-        logits, routing, rule = self.records.find(token, layer)
+        logits, routing = self.records.find(token, layer)
         return explain(
-            rule or self._rule,
+            self.records.rule_of(token) or self._rule,
             logits,
             layer,
             weighting=self._weighting(self.layers[layer]),

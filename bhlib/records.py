@@ -266,7 +266,7 @@ class Records:
             parts.append(one.rows.counts.T[one.rows.valid[0]].cpu().numpy().astype(np.int64))
         return np.concatenate(parts)
 
-    def find(self, token: int | tuple[int, int], layer: int) -> tuple[Tensor, Routing, Rule | None]:
+    def find(self, token: int | tuple[int, int], layer: int) -> tuple[Tensor, Routing]:
         """The recorded logits of a token in a layer, and what was decided on them.
 
         Parameters
@@ -281,8 +281,6 @@ class Records:
         logits : Tensor [experts]
         routing : Routing
             Of one row.
-        rule : Rule or None
-            By which it was routed.
 
         Raises
         ------
@@ -293,20 +291,28 @@ class Records:
         """
         if layer not in range(self.num_layers):
             raise IndexError(f"layer must lie in 0..{self.num_layers - 1}, got {layer!r}.")
+        one, row = self._place_of(token)
+        if layer not in one.layers:
+            raise ValueError(f"MoE layer {layer} did not run in the forward pass of token {token}.")
+        if not one.rows.logits.shape[-1]:
+            raise ValueError("The logits were not recorded: patch with record_logits=True, and run the model again.")
+        weights, experts, counts = (part[layer, row : row + 1] for part in one.rows[:3])
+        return one.rows.logits[layer, row], Routing(weights, experts.long(), counts.long())
+
+    def rule_of(self, token: int | tuple[int, int]) -> Rule | None:
+        """The rule that routed a token, at the level of its sequence; the token as for `find`, and the same errors."""
+        one, row = self._place_of(token)
+        return one.rule_of(row)
+
+    def _place_of(self, token: int | tuple[int, int]) -> tuple[RecordedPass, int]:
+        """The pass of a token, and its row there."""
         number = self._number_of(token)
         for one in self.passes:
             real = one.rows.valid[0].nonzero()[:, 0]
             if number < len(real):
                 break
             number -= len(real)
-        if layer not in one.layers:
-            raise ValueError(f"MoE layer {layer} did not run in the forward pass of token {token}.")
-        if not one.rows.logits.shape[-1]:
-            raise ValueError("The logits were not recorded: patch with record_logits=True, and run the model again.")
-        row = slice(int(real[number]), int(real[number]) + 1)
-        weights, experts, counts = (part[layer, row] for part in one.rows[:3])
-        rule = one.rule_of(row.start)
-        return one.rows.logits[layer, row][0], Routing(weights, experts.long(), counts.long()), rule
+        return one, int(real[number])
 
     def _number_of(self, token: int | tuple[int, int]) -> int:
         """Number of a token among the rows of `counts`, from 0."""
