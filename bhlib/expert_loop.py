@@ -54,7 +54,8 @@ def token_forward(module: "ExpertsModule", hidden_states: Tensor, top_k_index: T
     gated = module._apply_gate(torch.cat([linear(hidden_states, gate_up[expert]) for expert in experts]))
     outputs = torch.cat([linear(row, down[expert]) for row, expert in zip(gated.split(1), experts, strict=True)])
     wide = _wide(hidden_states)
-    return torch.mm(top_k_weights[:, : len(experts)].to(wide), outputs.to(wide)).to(hidden_states.dtype)
+    total = torch.mv(outputs.to(wide).T, top_k_weights[0, : len(experts)].to(wide))
+    return total.unsqueeze(0).to(hidden_states.dtype)
 
 
 def loop_forward(module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

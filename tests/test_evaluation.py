@@ -275,6 +275,7 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2
 frame = sweep(tiny_olmoe(), RULES, DATA, cache=sys.argv[1])
 frame.to_pickle(f"{sys.argv[2]}/{state.process_index}.pkl")
+state.destroy_process_group()  # left open, its threads may abort the process as it ends
 """
 
 
