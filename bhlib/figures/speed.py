@@ -82,7 +82,8 @@ def _draw_call(fig: SubFigure, table: pd.DataFrame, panels: list[tuple[str, str,
         axes.axhline(1, color=BLACK, lw=1, label="unpatched")
         for offset, (name, color, label) in zip((-0.27, 0, 0.27), BARS, strict=True):
             if ("median_us", name) in times[mode]:
-                low, middle, high = (times[mode][column, name] / own for column in ("q1_us", "median_us", "q3_us"))
+                shares = ((times[mode][column, name] / own).to_numpy() for column in ("q1_us", "median_us", "q3_us"))
+                low, middle, high = shares
                 place = np.arange(len(own)) + offset
                 axes.bar(place, middle, 0.25, yerr=[middle - low, high - middle], color=color, capsize=2, label=label)
         ticks = [f"{size:,} {unit}{'s' * (size > 1)}\n{us / 1e3:.3g} ms" for size, us in own.items()]
