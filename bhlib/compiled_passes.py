@@ -63,10 +63,7 @@ def record(
     logits : dict of int to Tensor
         By MoE layer, if they are to be kept; else empty.
     """
-    past: int | Tensor = 0
-    if cache is not None:
-        past = cache.get_seq_length() - _length(inputs)  # the pass is in it by now
-    note = note_inputs(inputs, past)
+    note = note_inputs(inputs, cache, has_run=True)
     weights, experts, counts = zip(*routings.values(), strict=True)
     torch.ops.bhlib.record(
         ticket,
@@ -84,10 +81,6 @@ def record(
         counts,
         [part.detach() for part in logits.values()],
     )
-
-
-def _length(inputs: Mapping[str, Any]) -> int:
-    return next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None).shape[1]
 
 
 @torch.library.custom_op("bhlib::record", mutates_args=("ticket",), tags=(torch.Tag.cudagraph_unsafe,))

@@ -173,11 +173,10 @@ class PassReader:
         TypeError
             If there are neither token ids nor embeddings among them, or a mask that is no Tensor.
         """
-        if inputs.get("cu_seq_lens_q") is not None:
+        if is_packed(inputs):
             return _packed_tokens(inputs)
         cache = find_cache(inputs.values()) if ran_on is None else ran_on
-        past = 0 if cache is None else cache.get_seq_length()
-        note = note_inputs(inputs, past if ran_on is None else past - _tokens(inputs).shape[1])
+        note = note_inputs(inputs, cache, has_run=ran_on is not None)
         note.cached = self._cached(cache)
         return note
 
@@ -304,13 +303,21 @@ def _tokens(inputs: Mapping[str, Any]) -> Tensor:
     )
 
 
-def note_inputs(inputs: Mapping[str, Any], past: int | Tensor) -> PassNote:
-    """What can be told of a pass from its arguments, by name, where the cache held `past` tokens before.
+def is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether a pass has several sequences in one row, by its arguments."""
+    return inputs.get("cu_seq_lens_q") is not None
+
+
+def note_inputs(inputs: Mapping[str, Any], cache: Any | None, *, has_run: bool) -> PassNote:
+    """What can be told from the arguments of a pass, by name, and the cache that it runs on, or has run on.
 
     In operations that a compiler can follow, and none that waits for the device.
     """
     token_ids, tokens = inputs.get("input_ids"), _tokens(inputs)
     batch, length = tokens.shape[:2]
+    past: int | Tensor = 0 if cache is None else cache.get_seq_length()
+    if has_run and cache is not None:  # the pass is in it by now
+        past = past - length
     mask = _one_mask(inputs.get("attention_mask"))
     own = before = None
     if mask is not None:

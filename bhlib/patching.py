@@ -40,7 +40,7 @@ from bhlib.discovery import (
 )
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
-from bhlib.passes import PassNote, PassReader, find_cache, special_tokens
+from bhlib.passes import PassNote, PassReader, find_cache, is_packed, special_tokens
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
@@ -130,8 +130,8 @@ class RoutingPatch:
         self._check(rule)
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
-        self._reader = PassReader(*special_tokens(model))
-        self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens, self._reader)
+        reader = PassReader(*special_tokens(model))
+        self.records = Records(len(self.layers), first.num_experts, first.top_k, max_recorded_tokens, reader)
         self._hooks = PrivateHooks()
         self._implementations = ExitStack()  # how to set them back
         self._local = threading.local()
@@ -140,6 +140,7 @@ class RoutingPatch:
         self._seen = [Seen(layer) for layer in self.layers]
         self._number = enroll(self)
         self._is_open = False  # to forward passes
+        self._is_followed = False  # by a compiler: the pass that is running
         self._running: set[threading.Thread] = set()
 
     # -- patching and restoring ------------------------------------------------------------------------------
@@ -300,20 +301,24 @@ class RoutingPatch:
                 f"forward pass was given up: wait for the thread (join) before the `with` block ends."
             )
 
-    def _is_traced(self) -> bool:
-        """Whether a compiler follows the pass from its beginning to its end."""
+    def _can_be_followed(self) -> bool:
+        """Whether a compiler that meets the beginning of a pass follows it to its end."""
         wants_gradients = torch.is_grad_enabled() and self._has_gradients
         return torch.compiler.is_compiling() and self._compiles_whole and not wants_gradients
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self._is_traced():
+        # For the routers and the end of this pass: a layer may also be compiled alone, in a pass that is not.
+        self._is_followed = self._can_be_followed()
+        if not self._is_followed:
             self._begin_pass(args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        if not self._is_traced():
+        if not (torch.compiler.is_compiling() and self._is_followed):
             self._end_pass(output)
-        elif self.collect_stats:
-            self._record_traced(args, kwargs, output)
+            return
+        self._is_followed = False
+        if self.collect_stats:
+            self._record_followed(args, kwargs, output)
 
     def _inputs(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         return dict(zip(self._input_names, args, strict=False)) | kwargs if args else kwargs
@@ -324,7 +329,7 @@ class RoutingPatch:
         self._local.current = None
         self.check_open()
         if self.collect_stats:
-            self._local.current = self.records.begin(self._reader.note(self._inputs(args, kwargs)), self._rule)
+            self._local.current = self.records.begin(self.records.reader.note(self._inputs(args, kwargs)), self._rule)
 
     @torch.compiler.disable
     def _end_pass(self, output: object) -> None:
@@ -338,13 +343,13 @@ class RoutingPatch:
             self.records.end(finished)
             cache = _cache_of(output)
             if cache is not None and isinstance(finished.tokens, PassNote):
-                self._reader.follow(finished.tokens, cache)
+                self.records.reader.follow(finished.tokens, cache)
 
     def record(self, seen: "Seen", routing: Routing, router_logits: Tensor) -> None:
         """Record what a layer decided in the pass that is running."""
         layer = seen.layer
         logits = as_scored(router_logits, layer.narrows) if self.record_logits else None
-        if self._is_traced():
+        if torch.compiler.is_compiling() and self._is_followed:
             seen.routing, seen.logits = routing, logits
         else:
             self._record(layer, routing, logits)
@@ -365,7 +370,7 @@ class RoutingPatch:
 
     # -- the same where a compiler follows: nothing may be known to Python but what stays as it is --------------
 
-    def _record_traced(self, args: tuple, kwargs: dict, output: object) -> None:
+    def _record_followed(self, args: tuple, kwargs: dict, output: object) -> None:
         """Record a pass that has come to its end, and forget what the compiler was shown of it."""
         inputs = self._inputs(args, kwargs)
         routings = {one.layer.index: one.routing for one in self._seen if one.routing is not None}
@@ -373,18 +378,17 @@ class RoutingPatch:
         for one in self._seen:
             one.routing = one.logits = None
         cache, made = find_cache(inputs.values()), _cache_of(output)
-        if made is None if cache is None else isinstance(cache.get_seq_length(), Tensor):
+        stays = made is None if cache is None else isinstance(cache.get_seq_length(), Tensor)
+        if stays and not is_packed(inputs):
             record(self._number, self._ticket, inputs, cache, routings, logits)
-        else:  # a cache that grows gives every pass another shape anyway
-            self._record_cached(inputs, made if cache is None else cache, routings, logits)
+        else:  # a cache that grows, and sequences in a row, give every pass another shape anyway
+            self._record_by_python(inputs, made if cache is None else cache, routings, logits)
 
     @torch.compiler.disable
-    def _record_cached(
-        self, inputs: dict[str, Any], cache: Any, routings: dict[int, Routing], logits: dict[int, Tensor]
+    def _record_by_python(
+        self, inputs: dict[str, Any], cache: Any | None, routings: dict[int, Routing], logits: dict[int, Tensor]
     ) -> None:
-        note = self._reader.note(inputs, cache)
-        if isinstance(note, PassNote):
-            self._reader.follow(note, cache)
+        note = self.records.reader.note(inputs, cache)
         self.records.end(RunningPass(note, self._rule, routings, logits))
 
     def take(
@@ -392,7 +396,7 @@ class RoutingPatch:
     ) -> None:
         """Take in a pass that compiled code has run (`bhlib.compiled_passes`), on the cache with these keys."""
         if keys is not None:
-            note.cached = self._reader.cached_at(keys)
+            note.cached = self.records.reader.cached_at(keys)
         self.records.end(RunningPass(note, self._rule, routings, logits))
 
     # -- results -----------------------------------------------------------------------------------------------

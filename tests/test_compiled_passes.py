@@ -143,6 +143,36 @@ def test_a_cache_that_grows():
     assert_same_records(*recorded)
 
 
+def test_layers_that_are_compiled_alone():
+    """The pass around them is not: they are recorded in it, as others are."""
+    model = tiny_olmoe()
+    ids, recorded = tokens(2, 5), []
+    for compiled in (False, True):
+        with analyzed(model) as bh, torch.no_grad():
+            if compiled:
+                for layer in model.model.layers[:2]:
+                    layer.compile(backend="eager")
+            model(ids, use_cache=False)
+        recorded.append(bh)
+    assert_same_records(*recorded)
+    assert len(recorded[1].records.passes[0].layers) == 3
+
+
+def test_a_packed_pass():
+    """Several sequences in a row, and what says so is an argument like any other."""
+    model = tiny_olmoe()
+    ids, ends = tokens(1, 9), torch.tensor([0, 4, 9], dtype=torch.int32)
+    arguments = {"position_ids": torch.tensor([[*range(4), *range(5)]]), "cu_seq_lens_q": ends, "use_cache": False}
+    recorded = []
+    for compiled in (False, True):
+        with analyzed(model) as bh, torch.no_grad():
+            (torch.compile(model, backend="eager") if compiled else model)(ids, **arguments)
+        recorded.append(bh)
+    assert_same_records(*recorded)
+    frame = recorded[1].records.to_frame().query("layer == 0")
+    assert set(frame["sequence"]) == {-1} and frame["position"].tolist() == [*range(4), *range(5)]
+
+
 def test_logits_are_recorded_too():
     model = tiny_olmoe()
     ids = tokens(1, 6)
