@@ -280,14 +280,14 @@ class RoutingPatch:
         """Apply the rule to one layer's logits [tokens, experts]; weights for the model in a dtype."""
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
-        logits, rule = as_scored(router_logits, layer.narrows), self._rule
-        return (rule.fused_forms if self.kernels else rule.forms)(
-            logits,
+        return self._rule.forms(
+            as_scored(router_logits, layer.narrows),
             layer.index,
             weighting=self._weighting(layer),
             temperature=self.temperature,
             dtype=dtype,
             exact=self.collect_stats,
+            fused=self.kernels,
         )
 
     def _weighting(self, layer: MoELayer) -> str:

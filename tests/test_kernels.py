@@ -174,12 +174,12 @@ def test_two_levels_of_many_tokens():
 def test_a_launch_writes_for_a_model_and_for_records(alpha):
     rule, logits = BH(alpha, max_k=6), spread_logits(TOKENS // 2 * 2, 64, dtype=torch.float16)
     options = {"dtype": torch.float16, "weighting": "normalized", "temperature": 1.3}
-    found = rule.fused_forms(logits, 0, exact=True, **options)
+    found = rule.forms(logits, 0, exact=True, fused=True, **options)
     weights, experts, counts = kernel_route(rule, logits, 0, weighting="normalized", temperature=1.3)
     assert torch.equal(found.exact, weights) and weights.dtype == torch.float32
     assert torch.equal(found.weights, weights.half()) and torch.equal(found.counts, counts)
     assert torch.equal(found.experts, torch.where(experts < 0, 64, experts)) and (found.experts == 64).any()
-    without = rule.fused_forms(logits, 0, **options)
+    without = rule.forms(logits, 0, fused=True, **options)
     assert all(torch.equal(one, other) for one, other in zip(without[:3], found[:3], strict=True))
     assert without.exact is None
 
@@ -201,7 +201,7 @@ def test_compiled_code_takes_a_moved_level_as_it_is(exact):
     torch._dynamo.reset()
 
     def route(logits):
-        return holder.rule.fused_forms(logits, 0, dtype=torch.float16, exact=exact)
+        return holder.rule.forms(logits, 0, dtype=torch.float16, exact=exact, fused=True)
 
     compiled = torch.compile(route, backend=counter, fullgraph=True)
     for alpha in (0.05, 0.3, 0.001):

@@ -436,9 +436,9 @@ def test_a_level_read_in_inference_is_good_for_training():
 def test_forms_for_a_model_and_its_records(rule):
     logits = random_logits(20, 16).to(torch.bfloat16)
     weights, experts, counts = rule(logits, weighting="normalized")
-    forms = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16)
+    forms = rule.forms(logits, weighting="normalized", dtype=torch.bfloat16, fused=True)
     assert torch.equal(forms.weights, weights.to(torch.bfloat16)) and torch.equal(forms.counts, counts)
     assert torch.equal(forms.experts, torch.where(experts < 0, 16, experts)) and (forms.experts == 16).any()
     assert forms.exact is None
-    exact = rule.fused_forms(logits, weighting="normalized", dtype=torch.bfloat16, exact=True).exact
+    exact = rule.forms(logits, weighting="normalized", dtype=torch.bfloat16, exact=True, fused=True).exact
     assert torch.equal(exact, weights)

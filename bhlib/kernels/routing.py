@@ -1,6 +1,6 @@
 """Benjamini-Hochberg routing of a token in one launch: logits in, weights, experts and counts out.
 
-The same launch can write the weights a second time, as they were computed (`bh_route_exact`).
+The same launch can write the weights a second time, as they were computed.
 
 A program takes a few tokens. It sorts each token's logits once, as integers that carry the expert's index in their last
 byte; everything else is then a running look at the sorted row: the softmax, the statistic, and the step-up decision,
@@ -64,7 +64,8 @@ def bh_route(
     temperature: float = 1.0,
     weights_dtype: torch.dtype = torch.float32,
     empty: int = -1,
-) -> tuple[Tensor, Tensor, Tensor]:
+    exact: bool = False,
+) -> tuple[Tensor, ...]:
     """Route tokens by a step-up procedure.
 
     Parameters
@@ -84,6 +85,8 @@ def bh_route(
     weights_dtype : torch.dtype
     empty : int
         What stands in an empty slot.
+    exact : bool
+        Whether to return the weights as they were computed too.
 
     Returns
     -------
@@ -92,50 +95,13 @@ def bh_route(
     experts : Tensor [tokens, max_k], int64
         Largest logit first; of equal logits the lower index, where ``torch.topk`` leaves the order open.
     counts : Tensor [tokens], int64
+    exact_weights : Tensor [tokens, max_k], float32, only with `exact`
 
     Raises
     ------
     ValueError
         If `weighting` is no code that the kernel knows, or the tokens cannot be divided among the cuts.
     """
-    options = _options(router_logits, cuts, statistic, exclude_top, min_k, max_k, weighting, temperature)
-    return _call(router_logits, cuts, *options, weights_dtype, empty, False)[:3]
-
-
-def bh_route_exact(
-    router_logits: Tensor,
-    cuts: Tensor,
-    *,
-    statistic: str = "rest",
-    exclude_top: int = 0,
-    min_k: int = 1,
-    max_k: int = 8,
-    weighting: int = KERNEL_PLAIN,
-    temperature: float = 1.0,
-    weights_dtype: torch.dtype = torch.float32,
-    empty: int = -1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`bh_route`, and of the same launch the weights in float32 too: Tensor [tokens, max_k]."""
-    options = _options(router_logits, cuts, statistic, exclude_top, min_k, max_k, weighting, temperature)
-    return _call(router_logits, cuts, *options, weights_dtype, empty, True)
-
-
-def _call(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # See `bhlib.kernels.forward.experts_forward`.
-    return (_route_operator if torch.compiler.is_compiling() else _launch)(*arguments)
-
-
-def _options(
-    router_logits: Tensor,
-    cuts: Tensor,
-    statistic: str,
-    exclude_top: int,
-    min_k: int,
-    max_k: int,
-    weighting: int,
-    temperature: float,
-) -> tuple[int, int, int, int, bool, float]:
-    """Options as the launch takes them; a ValueError if it cannot."""
     if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED):
         raise ValueError(
             f"weighting must be {KERNEL_PLAIN} (plain) or {KERNEL_NORMALIZED} (normalized), got {weighting!r}: the "
@@ -146,7 +112,13 @@ def _options(
             f"{len(router_logits)} tokens cannot be divided among {len(cuts)} rows of cuts: give one row for each "
             f"sequence of the batch, or cuts [experts] for all."
         )
-    return _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED, temperature
+    # See `bhlib.kernels.forward.experts_forward`.
+    route = _route_operator if torch.compiler.is_compiling() else _launch
+    routed = route(
+        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED,
+        temperature, weights_dtype, empty, exact,
+    )  # fmt: skip
+    return routed if exact else routed[:3]
 
 
 def _launch(

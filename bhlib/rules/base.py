@@ -258,8 +258,16 @@ class Rule:
         weighting: str = "softmax",
         temperature: float = 1.0,
     ) -> Routing:
-        """The same routing, with the same options, by a kernel where rule and device have one; here, without."""
-        return self(router_logits, layer, weighting=weighting, temperature=temperature)
+        """The same routing, with the same options, by a kernel where rule and device have one; here, without.
+
+        A kernel takes sums in another order: weights agree to 1e-5, and a statistic so close to its threshold that
+        rounding decides may fall on the other side.
+        """
+        forms = self._by_kernel(router_logits, layer, weighting, temperature, torch.float32, True)
+        if forms is None or forms.exact is None:
+            return self(router_logits, layer, weighting=weighting, temperature=temperature)
+        empty = forms.experts == router_logits.shape[-1]
+        return Routing(forms.exact, forms.experts.masked_fill(empty, -1), forms.counts)
 
     def forms(
         self,
@@ -270,6 +278,7 @@ class Rule:
         temperature: float = 1.0,
         dtype: torch.dtype,
         exact: bool = False,
+        fused: bool = False,
     ) -> Forms:
         """A call, in the form in which a model takes its answer.
 
@@ -279,22 +288,26 @@ class Rule:
             Of the weights for the model.
         exact : bool
             Whether to give the weights as they are computed too.
+        fused : bool
+            Whether a kernel may route, as in `fused`.
         """
+        forms = self._by_kernel(router_logits, layer, weighting, temperature, dtype, exact) if fused else None
+        if forms is not None:
+            return forms
         weights, experts, counts = self._route(router_logits, layer, weighting, temperature, router_logits.shape[-1])
         return Forms(weights.to(dtype), experts, counts, weights if exact else None)
 
-    def fused_forms(
+    def _by_kernel(
         self,
         router_logits: Tensor,
-        layer: int | None = None,
-        *,
-        weighting: str = "softmax",
-        temperature: float = 1.0,
+        layer: int | None,
+        weighting: str,
+        temperature: float,
         dtype: torch.dtype,
-        exact: bool = False,
-    ) -> Forms:
-        """`forms` as `fused` routes: of one launch, where there is a kernel."""
-        return self.forms(router_logits, layer, weighting=weighting, temperature=temperature, dtype=dtype, exact=exact)
+        exact: bool,
+    ) -> Forms | None:
+        """`forms` of one launch of a kernel; None where the rule has none, or the device."""
+        return None
 
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from bhlib import kernels
 from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, reject
 from bhlib.pvalues import DirichletNull, PValueMaker, make_pvalues
-from bhlib.rules.base import Forms, Level, Routing, Rule, by_token, each, tokens_each
+from bhlib.rules.base import Forms, Level, Rule, by_token, each, tokens_each
 from bhlib.weighting import find_weighting
 
 #: Procedures whose decision compares the k-th smallest p-value with a constant: no p-values are needed then.
@@ -122,68 +122,42 @@ class BH(Rule):
             self._ranked_thresholds(num_experts, layer, device)
         self.kernel_cuts(num_experts, layer, device)
 
-    def fused(
+    def _by_kernel(
         self,
         router_logits: Tensor,
-        layer: int | None = None,
-        *,
-        weighting: str = "softmax",
-        temperature: float = 1.0,
-    ) -> Routing:
-        """The same routing by one kernel: on a device that has it, for a statistic and a weighting that it knows.
-
-        Sums are taken in another order: weights agree to 1e-5, and a statistic so close to its threshold that
-        rounding decides may fall on the other side.
-        """
-        settings = self._kernel_settings(router_logits, layer, weighting)
-        if settings is None:
-            return self(router_logits, layer, weighting=weighting, temperature=temperature)
-        from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
-
-        return Routing(*bh_route(router_logits, **settings, temperature=temperature))
-
-    def fused_forms(
-        self,
-        router_logits: Tensor,
-        layer: int | None = None,
-        *,
-        weighting: str = "softmax",
-        temperature: float = 1.0,
+        layer: int | None,
+        weighting: str,
+        temperature: float,
         dtype: torch.dtype,
-        exact: bool = False,
-    ) -> Forms:
-        settings = self._kernel_settings(router_logits, layer, weighting)
-        if settings is None:
-            return self.forms(
-                router_logits, layer, weighting=weighting, temperature=temperature, dtype=dtype, exact=exact
-            )
-        from bhlib.kernels.routing import bh_route, bh_route_exact  # imports Triton, which not everybody has
-
-        settings |= {"temperature": temperature, "weights_dtype": dtype, "empty": router_logits.shape[-1]}
-        if exact and dtype != torch.float32:
-            return Forms(*bh_route_exact(router_logits, **settings))
-        weights, experts, counts = bh_route(router_logits, **settings)
-        return Forms(weights, experts, counts, weights if exact else None)
-
-    def _kernel_settings(self, router_logits: Tensor, layer: int | None, weighting: str) -> dict[str, Any] | None:
-        """What the routing kernel is told; None if it cannot route these logits as this rule does."""
-        code = find_weighting(weighting).kernel
+        exact: bool,
+    ) -> Forms | None:
+        """Of a statistic and a weighting that the kernel knows."""
+        code, num_experts = find_weighting(weighting).kernel, router_logits.shape[-1]
         if code is None or router_logits.dtype == torch.float64:
             return None
-        form = self.kernel_cuts(router_logits.shape[-1], layer, router_logits.device)
+        form = self.kernel_cuts(num_experts, layer, router_logits.device)
         if form is None:
             return None
+        from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
+
         statistic, exclude_top, cuts = form
         if cuts.dim() == 2:
             tokens_each(len(router_logits), len(cuts))
-        return {
-            "cuts": cuts,
-            "statistic": statistic,
-            "exclude_top": exclude_top,
-            "min_k": self.min_k,
-            "max_k": self.max_k,
-            "weighting": code,
-        }
+        more = exact and dtype != torch.float32
+        weights, experts, counts, *full = bh_route(
+            router_logits,
+            cuts,
+            statistic=statistic,
+            exclude_top=exclude_top,
+            min_k=self.min_k,
+            max_k=self.max_k,
+            weighting=code,
+            temperature=temperature,
+            weights_dtype=dtype,
+            empty=num_experts,
+            exact=more,
+        )
+        return Forms(weights, experts, counts, full[0] if more else weights if exact else None)
 
     def kernel_cuts(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[str, int, Tensor] | None:
         """What the routing kernel compares with what (`bhlib.kernels.routing.cut_table`); computed once.
