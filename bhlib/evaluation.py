@@ -151,7 +151,17 @@ def _patched(model: nn.Module, rule: Rule | None, options: Mapping[str, Any]) ->
 def evaluate_patched(
     patch: RoutingPatch, data: Mapping[str, Tensor], batch_size: int, agreement: bool, progress: tqdm | None
 ) -> pd.DataFrame:
-    """`evaluate` under the rule of a patch that is in place, and that keeps all its rows."""
+    """`evaluate` under the rule of a patch that is in place, and that keeps all its rows.
+
+    Parameters
+    ----------
+    patch : RoutingPatch
+        In place, made with ``max_recorded_tokens=None``; what it has recorded before is forgotten.
+    data, batch_size, agreement
+        As for `evaluate`, and so is the table that is returned.
+    progress : tqdm or None
+        Moved on by every sequence.
+    """
     device, rows = _device(patch.model), []
     for domain, sequences in data.items():
         for start in range(0, len(sequences), batch_size):
