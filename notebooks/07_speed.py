@@ -261,10 +261,15 @@ print(f"{goals['met'].sum()} of {len(goals)} reached; out of reach for anybody: 
 print("\n".join(f"- {goal}" for goal in missed["goal"]))
 
 # %% [markdown]
-# Three things stand in the way where a goal is missed.
+# Four things stand in the way where a goal is missed.
 #
 # *All weights must be read.* With 512 tokens every expert is used by someone. The floor does not move with k, and to run at
 # the floor is all that a kernel can do.
+#
+# *Products come in tiles.* A program multiplies up to 128 pairs of one expert at a time. What an expert has left over fills its last
+# tile only in part: with four experts for each of 4,096 tokens, tiles hold about a quarter more rows than there are pairs. And between
+# two tiles a program has to write one and to fetch the next. So the products of 16,384 tokens with eight experts run at some
+# four fifths of the rate of a single large product. The rows that pad the tiles take memory, too.
 #
 # *A launch takes its time.* One call of the router from the host costs some tens of microseconds, whatever is computed; `softmax` and
 # `topk` are two launches that do not cost much more. In a CUDA graph, where decoding belongs, the kernel alone counts.
