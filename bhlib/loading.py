@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from bhlib.sequences import cut, encode, owners
+
 DEMO = Path(str(files("bhlib") / "demo"))
 
 #: Splits of the held-out text: fit a null on the first, choose settings on the second, report on the third.
@@ -98,9 +100,7 @@ def heldout_documents(split: str = "test") -> dict[str, list[str]]:
     """The held-out text as text: a list of documents by domain. A domain's last document may break off."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
     documents = {}
-    for domain, tokens in _heldout_tokens(split).items():
-        ends = (tokens == tokenizer.eos_token_id).nonzero().flatten().tolist()
-        parts = tokens.tensor_split([end + 1 for end in ends])
+    for domain, parts in heldout_tokens(split).items():
         texts = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
         documents[domain] = [text for text in texts if text]
     return documents
@@ -130,10 +130,8 @@ def load_heldout(
     dict of str to Tensor [sequences, length], int64
         Token ids by domain. Documents are separated by the end-of-text token.
     """
-    data = _heldout_tokens(split)
-    if tokenizer is not None:
-        data = {domain: _encode(texts, tokenizer) for domain, texts in heldout_documents(split).items()}
-    return {domain: _cut(tokens, length, max_sequences) for domain, tokens in data.items()}
+    data = heldout_tokens(split, tokenizer)
+    return {domain: cut(documents, length, max_sequences) for domain, documents in data.items()}
 
 
 def heldout_sequence_documents(
@@ -157,36 +155,27 @@ def heldout_sequence_documents(
     dict of str to ndarray [sequences], int64
         Number of the document in its domain, from 0.
     """
-    end, documents = heldout_domains()["end_token"], {}
-    for domain, tokens in _heldout_tokens(split).items():
-        ends = (tokens == end).long()
-        rows = _cut(ends.cumsum(0) - ends, length, max_sequences)  # a document's end is its last token
-        documents[domain] = np.array([row.bincount().argmax().item() for row in rows])
-    return documents
+    return {domain: owners(documents, length, max_sequences) for domain, documents in heldout_tokens(split).items()}
 
 
-def _cut(tokens: Tensor, length: int, max_sequences: int | None) -> Tensor:
-    """Rows of equal length, all or some that are spread evenly."""
-    if length < 2:
-        raise ValueError(f"length must be 2 or more, since the first token has no loss; got {length}.")
-    sequences = tokens[: len(tokens) // length * length].view(-1, length)
-    if max_sequences is not None and max_sequences < len(sequences):
-        picked = torch.linspace(0, len(sequences) - 1, max_sequences, device=sequences.device)
-        sequences = sequences[picked.round().long()]
-    return sequences
+def heldout_tokens(split: str = "test", tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, list[Tensor]]:
+    """The documents of a split by domain, each as its token ids, int64 [tokens], the end-of-text token among them.
 
-
-def _heldout_tokens(split: str) -> dict[str, Tensor]:
-    """The demo's tokens of a split, int64 [tokens] by domain."""
+    Without a tokenizer they are the demo's own tokens, and a domain's last document may break off without an end.
+    """
+    if tokenizer is not None:
+        texts = heldout_documents(split)
+        return {domain: [encode(text, tokenizer) for text in documents] for domain, documents in texts.items()}
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}.")
+    end = heldout_domains()["end_token"]
     with safe_open(DEMO / "heldout.safetensors", framework="pt") as store:
         keys = sorted(key for key in store.keys() if key.startswith(f"{split}/"))
-        return {key.partition("/")[2]: store.get_tensor(key).to(torch.int64) for key in keys}
+        stored = {key.partition("/")[2]: store.get_tensor(key).to(torch.int64) for key in keys}
+    return {domain: _at_ends(tokens, end) for domain, tokens in stored.items()}
 
 
-def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Documents as one row of tokens, int64 [tokens], each with the end-of-text token behind it."""
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]  # longer than a model may read
-    return torch.tensor([token for document in ids for token in [*document, *separator]], device="cpu")
+def _at_ends(tokens: Tensor, end: int) -> list[Tensor]:
+    """Tokens [tokens] as documents: a document's end is its last token."""
+    ends = (tokens == end).nonzero().flatten() + 1
+    return [part for part in tokens.tensor_split(ends.tolist()) if len(part)]

@@ -35,7 +35,10 @@ FLOORS = [
     "patching",  # patch, analyze, restore
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
+    "documents",  # texts of one's own, document by document
+    "sequences",  # documents as tokens -> sequences of equal length
     "loading",  # the embedded model, the real one, held-out text
+    "texts",  # held-out text or one's own, in three splits by document
     "comparisons",  # the table of a sweep -> means, differences, intervals
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
