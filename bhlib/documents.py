@@ -1,7 +1,9 @@
 """Texts of one's own, document by document: files, folders, and data sets of the Hugging Face hub.
 
 What is a document decides what intervals are made over. In a file ``.jsonl`` it is the field of a line, in a data set
-that of a row, and a file ``.txt`` is one document, unless a separator is given that it is split at.
+that of a row, and a file ``.txt`` is one document, unless a separator is given that it is split at. In some data sets
+a row is a line or a paragraph (WikiText): these are not independent of their neighbours, and intervals over them are
+too short.
 """
 
 import json
@@ -137,9 +139,12 @@ def _text_in(row: Any, field: str, place: str) -> str:
     if field not in row:
         fields = ", ".join(map(repr, row)) or "none"
         raise ValueError(f"{place}: there is no field {field!r}; its fields are {fields}. Name the one with the text.")
-    if not isinstance(row[field], str):
-        raise ValueError(f"{place}: the field {field!r} holds no text but {type(row[field]).__name__}.")
-    return row[field]
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: the field {field!r} holds no text but {type(text).__name__}.")
+    if re.search("[\ud800-\udfff]", text):  # which JSON can write, and no tokenizer reads
+        raise ValueError(f"{place}: the field {field!r} holds half a character, a lone surrogate: mend that line.")
+    return text
 
 
 # -- data sets -------------------------------------------------------------------------------------------------
@@ -152,15 +157,15 @@ def _rows_of_hub(source: str) -> tuple[str, Iterator[dict]]:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"{source!r} is neither a file nor a folder here, and to read a data set of that name from the Hugging "
-            f"Face hub, the library datasets is needed: pip install datasets."
+            f"there is no file or folder {source!r} here, and to read a data set of that name from the Hugging Face "
+            f"hub, the library datasets is needed: pip install datasets."
         ) from error
     try:
         parts = load_dataset(name, config or None, streaming=True)
     except Exception as error:  # of many kinds, some of which only datasets knows
         raise OSError(
-            f"{name!r} is neither a file nor a folder here, and as a data set of the Hugging Face hub it could not be "
-            f"opened: {error}. Check the name (hf:NAME:CONFIG:SPLIT) and the connection."
+            f"{name!r} could not be opened as a data set of the Hugging Face hub: {error}. Check the name "
+            f"(hf:NAME:CONFIG:SPLIT) and the connection, or the path if a file or folder is meant."
         ) from error
     if not split and len(parts) == 1:
         (split,) = parts

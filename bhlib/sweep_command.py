@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
 
-from bhlib.comparisons import matched_compute, summarize
+from bhlib.comparisons import matched_compute, summarize, with_documents
 from bhlib.evaluation import sweep
-from bhlib.loading import SPLITS, load_demo, load_heldout, load_olmoe
+from bhlib.loading import SPLITS, load_demo, load_olmoe
 from bhlib.rules import FAMILIES, Rule, RuleFamily
+from bhlib.texts import add_text_arguments, text_of
 
 
 def rule_families() -> dict[str, RuleFamily]:
@@ -119,9 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own, demo float32"
     )
-    parser.add_argument(
-        "--split", choices=SPLITS, default="validation", help="of the held-out text (default: validation)"
-    )
+    parser.add_argument("--split", choices=SPLITS, default="validation", help="of the text (default: validation)")
+    add_text_arguments(parser)
     parser.add_argument("--sequences", type=_at_least(1), default=16, metavar="N", help="per domain (default: 16)")
     parser.add_argument("--length", type=_at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
     parser.add_argument(
@@ -142,15 +143,14 @@ def run(arguments: argparse.Namespace) -> None:
     Raises
     ------
     SystemExit
-        With the reason, if `--out` or `--cache` cannot be written to, if sequences are longer than the model reads, or,
-        after all the rest, if a rule failed.
+        With the reason, if `--out` or `--cache` cannot be written to, if sequences are longer than the model reads, if
+        the text cannot be read or is too short, or, after all the rest, if a rule failed.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.is_main_process and arguments.out:
         _check_writable(Path(arguments.out))
-    demo = arguments.model == "demo"
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    if demo:
+    if arguments.model == "demo":
         model, tokenizer = load_demo(dtype or torch.float32)
     else:
         model, tokenizer = load_olmoe(arguments.model, dtype or "auto", device_map=None)
@@ -159,22 +159,29 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(
             f"--length must be at most {longest}, the longest text that this model reads; got {arguments.length}."
         )
+    text = text_of(arguments, tokenizer)
+    size = (arguments.length, arguments.sequences)
+    try:
+        data = text.sequences(arguments.split, *size)
+        if state.is_main_process:
+            text.check(*size, splits=[arguments.split])
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     model.to(state.device)  # each process has a GPU to itself
-    data = load_heldout(arguments.split, arguments.length, arguments.sequences, None if demo else tokenizer)
     try:
         frame = sweep(model, arguments.rules | arguments.alphas, data, cache=arguments.cache)
     except OSError as error:
         raise SystemExit(str(error)) from error
     if state.is_main_process:
-        _report(frame, arguments.out)
+        _report(frame, text.documents(arguments.split, *size), arguments.out)
     state.destroy_process_group()
     failed = frame[frame["error"] != ""]
     if len(failed) and state.is_main_process:
         raise SystemExit("\n".join(f"{row.rule} failed: {row.error}" for row in failed.itertuples()))
 
 
-def _report(frame: pd.DataFrame, out: str | None) -> None:
-    """Write the table; print the means, and the comparison with static top-k."""
+def _report(frame: pd.DataFrame, documents: dict[str, np.ndarray], out: str | None) -> None:
+    """Write the table; print the means, and the comparison with static top-k by the documents of the sequences."""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         frame.to_csv(out, index=False, lineterminator="\n")
@@ -182,9 +189,9 @@ def _report(frame: pd.DataFrame, out: str | None) -> None:
         return
     print(summarize(frame).to_string(index=False, float_format="{:.4g}".format))
     try:
-        matched = matched_compute(frame)
+        matched = matched_compute(with_documents(frame, documents))
     except ValueError as reason:
         print(f"Not compared at equal cost: {reason}", file=sys.stderr)
     else:
-        print("\nagainst static top-k at the same mean_k, 95 % intervals over sequences:")
+        print("\nagainst static top-k at the same mean_k, 95 % intervals over documents:")
         print(matched.to_string(index=False, float_format="{:.4f}".format))

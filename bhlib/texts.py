@@ -126,21 +126,15 @@ class Text:
         table = self.table(length, max_sequences)
         for split in splits:
             self.sequences(split, length, max_sequences)
-            units = table.loc[table["split"] == split, "units"]
-            if units.sum() < documents:
-                warnings.warn(self._few(split, units, documents), stacklevel=2)
-
-    def _few(self, split: str, units: pd.Series, wanted: int) -> str:
-        freedom = units.sum() - (len(units) if units.min() > 1 else 1)  # as `bhlib.comparisons.resample` draws them
-        cost = "none can be made"
-        if freedom:
-            factor = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
-            cost = f"for that alone they are {factor:.1f} times as long as with many"
-        return (
-            f"the sequences of {self.name} in its {split} split are of {units.sum()} documents, {wanted - units.sum()} "
-            f"fewer than intervals over documents should have: {cost}. Give more documents, or shorter pieces by a "
-            f"separator."
-        )
+            found = table[table["split"] == split]
+            if found["units"].sum() < documents:
+                limited = "" if max_sequences is None else f"more sequences than {max_sequences} of each domain, or "
+                warnings.warn(
+                    f"the {found['sequences'].sum()} sequences of {self.name} in its {split} split are of "
+                    f"{found['units'].sum()} documents, {documents - found['units'].sum()} fewer than intervals over "
+                    f"documents should have: {_cost_of_few(found['units'])}. Take {limited}more documents.",
+                    stacklevel=2,
+                )
 
     @cached_property
     def key(self) -> str:
@@ -228,6 +222,15 @@ def split_documents(documents: Sequence[Tensor], seed: int = 0) -> dict[str, lis
         chosen[split].append(number)
         filled[split] += len(documents[number]) / SHARES[split]
     return {split: [documents[number] for number in sorted(chosen[split])] for split in SPLITS}
+
+
+def _cost_of_few(units: pd.Series) -> str:
+    """What few documents, by domain, do to intervals, which `bhlib.comparisons.resample` makes of them."""
+    freedom = units.sum() - (len(units) if units.min() > 1 else 1)
+    if not freedom:
+        return "there are none at all"
+    factor = stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
+    return f"for that alone they are {factor:.1f} times as long as with many"
 
 
 def _heldout(tokenizer: PreTrainedTokenizerBase) -> Text:
