@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from bhlib import sweep_command
+from bhlib import figures_command, sweep_command
 from bhlib.loading import load_demo, load_heldout
 
 
@@ -12,12 +12,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse a command line and run it."""
     parser = argparse.ArgumentParser(prog="python -m bhlib", description="Benjamini–Hochberg routing of OLMoE.")
     commands = parser.add_subparsers(dest="command", required=True)
-    figures = commands.add_parser("figures", help="route the embedded model's held-out text and draw every figure")
-    figures.add_argument("--folder", default="figures", help="where pictures and tables go (default: figures)")
-    figures.add_argument("--only", action="append", metavar="NAME", help="draw this figure only; may be repeated")
-    how = figures.add_mutually_exclusive_group()
-    how.add_argument("--redraw", action="store_true", help="draw from the CSV tables in the folder, without the model")
-    how.add_argument("--check", action="store_true", help="recompute, write nothing, fail if a number has moved")
+    figures = commands.add_parser("figures", help="route held-out text through a model and draw every figure")
+    figures_command.add_arguments(figures)
     bench = commands.add_parser("bench", help="measure speed on this machine")
     benches = bench.add_subparsers(dest="bench", required=True)
     routing = benches.add_parser("routing", help="nanoseconds per token of top-k, of each null and of each procedure")
@@ -40,17 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     sweep_command.add_arguments(sweep)
     arguments = parser.parse_args(argv)
     if arguments.command == "figures":
-        from bhlib.figures import registry, tables  # imports matplotlib, which other commands do not need
-
-        if arguments.check:
-            moved = registry.check_figures(arguments.folder, arguments.only)
-            if len(moved):
-                raise SystemExit(tables.report(moved))
-            print(f"{arguments.folder}: every number is as it was, within its tolerance")
-        else:
-            make = registry.redraw_figures if arguments.redraw else registry.make_figures
-            for path in make(arguments.folder, arguments.only):
-                print(f"{path.with_suffix('.png')}  {path}")
+        figures_command.run(arguments)
     elif arguments.command == "colab":
         from bhlib.colab import stamp
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, watch
+from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, input_device, watch
 from bhlib.experts import is_twin
 from bhlib.levels import undecided_pvalues
 from bhlib.pvalues import FittedNull, PValueMaker, check_logits, fitted_nulls, load_null, null_values
@@ -147,20 +147,31 @@ def collect_router_logits(
     attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     batch_size: int = 8,
     progress: bool = True,
+    every: int = 1,
 ) -> Tensor:
-    """Every router logit of an unpatched model on a text. Parameters and errors as for `calibrate`.
+    """The router logits of an unpatched model on a text.
+
+    Parameters
+    ----------
+    model, token_ids, attention_mask, batch_size, progress
+        As for `calibrate`, and so are the errors.
+    every : int
+        Keep those of one in this many tokens of a forward pass. Without padding, and if it divides the length of the
+        sequences, these are the same tokens of each sequence.
 
     Returns
     -------
     Tensor [layers, tokens, experts], float32, on the CPU
-        Sequence by sequence, padding left out. Not bounded in memory: 4 bytes per logit, which is 2 kB per token for
-        the demo's 8 layers of 64 experts.
+        Sequence by sequence, padding left out. In memory 4 bytes per logit, which is 2 kB per token for the demo's 8
+        layers of 64 experts: `every` bounds it.
     """
+    if every < 1:
+        raise ValueError(f"every is {every}, but must be 1 or more; 1 keeps all tokens")
     layers = find_moe_layers(model)
     parts: list[list[Tensor]] = [[] for _ in layers]
 
     def take(layer: int, logits: Tensor) -> None:
-        parts[layer].append(logits.float().cpu())
+        parts[layer].append(logits[::every].float().cpu().clone())
 
     _run(model, layers, token_ids, attention_mask, batch_size, progress, take)
     return torch.stack([torch.cat(part) for part in parts])
@@ -260,7 +271,7 @@ def _run(
         raise ValueError(f"batch_size is {batch_size}, but must be 1 or more")
     _check_plain(model, layers)
     body = getattr(model, "base_model", model)  # without the head: only the routers are of interest
-    device = next(model.parameters()).device
+    device = input_device(model)
     valid = None
 
     def take_real(layer: MoELayer, output: tuple) -> None:

@@ -87,10 +87,16 @@ def sweep_key(model: nn.Module, data: Mapping[str, Tensor], options: Mapping[str
     return _hash(_tell([_SOURCE, list(data.items()), dict(options), _parts(model)]).encode())
 
 
-def hash_source(package: Path) -> str:
-    """Hash of the source text below a folder, but for that which only draws."""
+def model_key(model: nn.Module) -> str:
+    """Hash of what tells a model from another, as in `sweep_key`."""
+    return _hash(_tell(_parts(model)).encode())
+
+
+def hash_source(package: Path, drawing: bool = False) -> str:
+    """Hash of the source text below a folder; what only draws is left out, unless it is asked for."""
     texts = {path.relative_to(package).as_posix(): path.read_text("utf-8") for path in package.rglob("*.py")}
-    return _hash(_tell({name: texts[name] for name in texts if not name.startswith(("figures/", "widgets"))}).encode())
+    kept = (name for name in texts if drawing or not name.startswith(("figures/", "widgets")))
+    return _hash(_tell({name: texts[name] for name in kept}).encode())
 
 
 def _tell(value: object) -> str:
@@ -120,9 +126,22 @@ def _parts(model: nn.Module) -> list:
     for name, module in model.named_modules():
         with align_module_device(module):
             for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                step = -(-tensor.numel() // 4096) | 1  # odd, so that it meets every column of a matrix
-                parts.append((name, key, tensor.shape, _tell(tensor.detach().flatten()[::step])))
+                parts.append((name, key, tensor.shape, [_tell(_some(part)) for part in _plain(tensor.detach())]))
     return parts
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that one consists of: itself, or what a quantized one, such as torchao's, has inside."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(tensor, name))]
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Up to 4,096 numbers of a tensor."""
+    step = -(-tensor.numel() // 4096) | 1  # odd, so that it meets every column of a matrix
+    return tensor.flatten()[::step]
 
 
 def _hash(content: bytes) -> str:

@@ -128,6 +128,18 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     return layers
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: weights that accelerate has offloaded lie on the meta device until they are used.
+
+    The first of its hooks that names a device is that of the first module which computes.
+    """
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device
+
+
 def _find_router(model: nn.Module, name: str, experts: "ExpertsModule", num_experts: int) -> tuple[str, "RouterModule"]:
     """The router that goes with an experts module, and its dotted name: it stands beside it, or one level above.
 

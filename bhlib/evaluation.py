@@ -26,7 +26,7 @@ from bhlib.cells import cell_path, open_folder, read_cell, sweep_key, write_cell
 
 # What is made of the tables below is reached from here too.
 from bhlib.comparisons import matched_compute, paired_difference, summarize  # noqa: F401
-from bhlib.discovery import find_moe_layers
+from bhlib.discovery import find_moe_layers, input_device
 from bhlib.patching import RoutingPatch
 from bhlib.records import Records
 from bhlib.rules import Rule, TopK
@@ -162,7 +162,7 @@ def evaluate_patched(
     progress : tqdm or None
         Moved on by every sequence.
     """
-    device, rows = _device(patch.model), []
+    device, rows = input_device(patch.model), []
     for domain, sequences in data.items():
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size].to(device)
@@ -192,18 +192,6 @@ def _check_options(options: Mapping[str, object]) -> None:
                 f"evaluate() and sweep() take no {name!r}: they record every token of one batch after the other, and "
                 f"hand on to RoutingPatch only {', '.join(PATCH_OPTIONS)}. Leave {name!r} out."
             )
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs: weights that accelerate has offloaded lie on the meta device until they are used.
-
-    The first of its hooks that names a device is that of the first module which computes.
-    """
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(model.parameters()).device
 
 
 def _unpatched_logits(patch: RoutingPatch, batch: Tensor) -> Tensor:

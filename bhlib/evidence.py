@@ -14,6 +14,7 @@ import torch
 from scipy.special import ndtri
 from scipy.stats import binom, rankdata
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from bhlib.calibration import fit_null
 from bhlib.comparisons import matched_compute, with_documents
@@ -292,7 +293,8 @@ def compare_at_equal_cost(
         Token ids by domain, not the text that `calibration_logits` come from.
     mean_experts : tuple of float
     static_k : tuple of int
-        Static rules, consecutive; their loss is interpolated linearly between these, NaN outside of them.
+        Static rules, consecutive; their loss is interpolated linearly between these, NaN outside of them. BH gives no
+        token more experts than the largest of them.
     documents : mapping of str to ndarray [sequences], optional
         The document of each sequence of `data` (`bhlib.comparisons.with_documents`), to be what intervals are over.
     **sweep_options
@@ -301,18 +303,20 @@ def compare_at_equal_cost(
     Returns
     -------
     pandas.DataFrame
-        One row per maker and number: ``pvalues``, ``wanted_k``, ``alpha``, ``mean_k``, ``loss`` (nats per token),
-        ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with 95 % bootstrap
-        intervals ``low``, ``high`` and ``joint_low``, ``joint_high`` (`bhlib.comparisons.matched_compute`);
-        ``sequences``, ``units``, ``tokens``.
+        One row per maker and number that a level of it gives: ``pvalues``, ``wanted_k``, ``alpha``, ``mean_k``,
+        ``loss`` (nats per token), ``static_loss`` (top-k, interpolated at the same ``mean_k``), ``difference`` with
+        95 % bootstrap intervals ``low``, ``high`` and ``joint_low``, ``joint_high``
+        (`bhlib.comparisons.matched_compute`); ``sequences``, ``units``, ``tokens``.
     """
-    settings = {
-        (name, k): alpha_for_mean_experts(maker, calibration_logits, k)
-        for name, maker in makers.items()
-        for k in mean_experts
-    }
+    max_k, settings = max(static_k), {}
+    for name, maker in makers.items():
+        for k in mean_experts:
+            try:
+                settings[name, k] = alpha_for_mean_experts(maker, calibration_logits, k, max_k=max_k)
+            except ValueError as reason:
+                tqdm.write(f"{name}, {k:g} experts is left out: {reason}")
     rules: dict[str, Rule] = {f"top-{k}": TopK(k) for k in static_k}
-    rules |= {f"{name}, {k:g}": BH(alpha, makers[name]) for (name, k), alpha in settings.items()}
+    rules |= {f"{name}, {k:g}": BH(alpha, makers[name], max_k=max_k) for (name, k), alpha in settings.items()}
     frame = sweep(model, rules, data, **sweep_options)
     tokens = int(frame.groupby("rule")["tokens"].sum().iloc[0])
     frame = frame if documents is None else with_documents(frame, documents)

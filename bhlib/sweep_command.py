@@ -104,7 +104,9 @@ def _check_writable(path: Path) -> None:
         raise SystemExit(f"--out {path} cannot be written ({error.strerror}): name another file.") from error
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is not smaller, for `argparse`."""
+
     def read(text: str) -> int:
         value = int(text)
         if value < least:
@@ -123,8 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", choices=SPLITS, default="validation", help="of the text (default: validation)")
     add_text_arguments(parser)
-    parser.add_argument("--sequences", type=_at_least(1), default=16, metavar="N", help="per domain (default: 16)")
-    parser.add_argument("--length", type=_at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
+    parser.add_argument("--sequences", type=at_least(1), default=16, metavar="N", help="per domain (default: 16)")
+    parser.add_argument("--length", type=at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
     parser.add_argument(
         "--rules", type=parse_rules, default="own top-k:1-8 bh:0.01,0.05,0.1,0.3", metavar="SPEC",
         help=f'"NAME:NUMBERS ...", NAME one of {", ".join(rule_families())} (default: "%(default)s")',

@@ -8,14 +8,75 @@ Nothing here looks at the test split.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bhlib.discovery import find_moe_layers
-from bhlib.evaluation import evaluate
-from bhlib.rules import BH, StaticPerLayer
+from bhlib.evaluation import sweep
+from bhlib.levels import level_for_mean_experts
+from bhlib.rules import BH, Rule, StaticPerLayer
+
+
+def choose_settings(
+    model: nn.Module,
+    data: Mapping[str, Tensor],
+    router_logits: Tensor,
+    mean_ks: Iterable[float],
+    weighted_at: float,
+    *,
+    batch_size: int = 8,
+    cache: str | Path | None = None,
+) -> dict:
+    """Settings of the rules that differ by layer, for a model and its calibration text.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Unpatched model.
+    data : mapping of str to Tensor [sequences, length]
+        Calibration text by domain.
+    router_logits : Tensor [layers, tokens, experts]
+        Of calibration text (`bhlib.calibration.collect_router_logits`), to find levels on; some thousand tokens do.
+    mean_ks : iterable of float
+        For which whole numbers per layer are chosen.
+    weighted_at : float
+        Mean number of experts at which the weights are chosen.
+    batch_size : int
+        Sequences per forward pass.
+    cache : path, optional
+        Folder of finished cells, as for `sweep`.
+
+    Returns
+    -------
+    dict
+        ``layer_weights``: by method of `BH` ("bh", "fixed"), a weight per layer. ``static_per_layer``: by mean number
+        of experts, as text, the experts of each layer. It can be written as JSON.
+    """
+    top_k = find_moe_layers(model)[0].top_k
+    weights = {}
+    for method in ("bh", "fixed"):
+        alpha = level_for_mean_experts(
+            lambda level, method=method: BH(level, method=method, max_k=top_k), router_logits, weighted_at
+        )
+        rule = BH(alpha, method=method, max_k=top_k)
+        weights[method] = choose_layer_weights(model, data, rule, batch_size=batch_size, cache=cache)
+    static = choose_static_per_layer(model, data, mean_ks, batch_size=batch_size, cache=cache)
+    return {
+        "layer_weights": {method: [round(w, 4) for w in chosen] for method, chosen in weights.items()},
+        "static_per_layer": {f"{k:g}": list(rule.ks) for k, rule in static.items()},
+    }
+
+
+def _means(model: nn.Module, rules: Mapping[str, Rule], data: Mapping[str, Tensor], **options) -> pd.DataFrame:
+    """Mean loss and mean number of experts of rules, by name; an error of one of them is raised."""
+    frame = sweep(model, rules, data, **options)
+    failed = frame[frame["error"] != ""]
+    if len(failed):
+        raise RuntimeError(f"{failed['rule'].iloc[0]} could not be measured: {failed['error'].iloc[0]}")
+    return frame.groupby("rule", sort=False)[["loss", "mean_k"]].mean()
 
 
 def choose_static_per_layer(
@@ -25,6 +86,7 @@ def choose_static_per_layer(
     *,
     max_k: int | None = None,
     batch_size: int = 8,
+    cache: str | Path | None = None,
 ) -> dict[float, StaticPerLayer]:
     """Distribute a budget of experts over the layers, by what each layer alone loses with fewer.
 
@@ -44,6 +106,8 @@ def choose_static_per_layer(
         Most experts of a layer; by default the model's own top-k.
     batch_size : int
         Sequences per forward pass.
+    cache : path, optional
+        Folder of finished cells, as for `sweep`: a search that was stopped goes on where it was.
 
     Returns
     -------
@@ -62,13 +126,17 @@ def choose_static_per_layer(
         if not 1 <= mean_k <= most:
             raise ValueError(f"mean_ks must lie between 1 and max_k={most}, got {mean_k}.")
     full = (most,) * len(layers)
-    whole = evaluate(model, data, StaticPerLayer(full), batch_size=batch_size)["loss"].mean()
+    rules = {
+        f"{k} in layer {layer}": StaticPerLayer((*full[:layer], k, *full[layer + 1 :]))
+        for layer in range(len(layers))
+        for k in range(1, most)
+    }
+    rules = {f"{most} everywhere": StaticPerLayer(full)} | rules
+    losses = _means(model, rules, data, batch_size=batch_size, cache=cache)["loss"]
+    whole = losses[f"{most} everywhere"]
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # experts spent so far -> least loss, and how
-    for layer in tqdm(range(len(layers)), unit="layer", desc="static k per layer"):
-        added = {most: 0.0}
-        for k in range(1, most):
-            rule = StaticPerLayer((*full[:layer], k, *full[layer + 1 :]))
-            added[k] = evaluate(model, data, rule, batch_size=batch_size)["loss"].mean() - whole
+    for layer in range(len(layers)):
+        added = {most: 0.0} | {k: losses[f"{k} in layer {layer}"] - whole for k in range(1, most)}
         extended: dict[int, tuple[float, tuple[int, ...]]] = {}
         for spent, (loss, ks) in best.items():
             for k, more in added.items():
@@ -85,6 +153,7 @@ def choose_layer_weights(
     factor: float = 7.0,
     rounds: int = 4,
     batch_size: int = 8,
+    cache: str | Path | None = None,
 ) -> tuple[float, ...]:
     """Weights of the layers for `BH`, so that one more expert is worth as much in one layer as in another.
 
@@ -107,6 +176,8 @@ def choose_layer_weights(
         Each takes two evaluations per layer.
     batch_size : int
         Sequences per forward pass.
+    cache : path, optional
+        Folder of finished cells, as for `sweep`: a search that was stopped goes on where it was.
 
     Returns
     -------
@@ -125,21 +196,19 @@ def choose_layer_weights(
     if factor <= 1:
         raise ValueError(f"factor must be above 1, got {factor}; 7.0 suits the default p-values.")
     log_weights = np.zeros(len(find_moe_layers(model)))
-
-    def measure(log_weights: np.ndarray) -> tuple[float, float]:
-        frame = evaluate(model, data, replace(rule, layer_weights=tuple(np.exp(log_weights))), batch_size=batch_size)
-        return frame["loss"].mean(), frame["mean_k"].mean()
-
-    with tqdm(total=2 * rounds * len(log_weights), unit="pass", desc="layer weights") as bar:
-        for _ in range(rounds):
-            gains = []
-            for layer in range(len(log_weights)):
-                step = np.zeros(len(log_weights))
-                step[layer] = np.log(factor)
-                (loss_with, more), (loss_without, fewer) = measure(log_weights + step), measure(log_weights - step)
-                gains.append(max((loss_without - loss_with) / max(more - fewer, 1e-4), 1e-6))
-                bar.update(2)
-            surplus = np.log(gains) - np.log(gains).mean()
-            log_weights += 2 * np.log(factor) * surplus.clip(-1, 1)
-            log_weights -= log_weights.mean()
+    for _ in range(rounds):
+        rules: dict[str, Rule] = {}
+        for layer in range(len(log_weights)):
+            step = np.zeros(len(log_weights))
+            step[layer] = np.log(factor)
+            for name, moved in (("more", log_weights + step), ("less", log_weights - step)):
+                rules[f"{name} in layer {layer}"] = replace(rule, layer_weights=tuple(np.exp(moved)))
+        means = _means(model, rules, data, batch_size=batch_size, cache=cache)
+        more, less = (means.loc[[f"{name} in layer {i}" for i in range(len(log_weights))]] for name in ("more", "less"))
+        lost = less["loss"].to_numpy() - more["loss"].to_numpy()
+        saved = more["mean_k"].to_numpy() - less["mean_k"].to_numpy()
+        gains = np.maximum(lost / np.maximum(saved, 1e-4), 1e-6)
+        surplus = np.log(gains) - np.log(gains).mean()
+        log_weights += 2 * np.log(factor) * surplus.clip(-1, 1)
+        log_weights -= log_weights.mean()
     return tuple(float(weight) for weight in np.exp(log_weights))

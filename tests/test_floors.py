@@ -52,6 +52,7 @@ FLOORS = [
     "speed",  # how fast a patched model is on a GPU
     "colab",  # badges and set-up cells of the notebooks
     "sweep_command",  # python -m bhlib sweep
+    "figures_command",  # python -m bhlib figures
     "__main__",  # python -m bhlib
 ]
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from bhlib.comparisons import matched_compute, with_documents
 from bhlib.evaluation import sweep
 from bhlib.evidence import compare_at_equal_cost
+from bhlib.figures.about import about_of
 from bhlib.figures.drawing import (
     ALL,
     Picture,
@@ -20,8 +21,6 @@ from bhlib.figures.drawing import (
 from bhlib.figures.families import tried_families
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
-from bhlib.figures.sweeps import THIN
-from bhlib.loading import heldout_sequence_documents, load_heldout
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from bhlib.pvalues import NULLS, STATISTICS, DirichletNull
 
@@ -33,14 +32,18 @@ __all__ = [
 ]
 
 
-def compute_statistic_matters(study: Study, mean_experts: tuple[float, ...] = (4.0, 5.0, 6.0)) -> pd.DataFrame:
-    """Loss of BH with one kind of null and different statistics, against static top-k with as many experts."""
+def compute_statistic_matters(study: Study) -> pd.DataFrame:
+    """Loss of BH with one kind of null and different statistics, against static top-k with as many experts.
+
+    At the mean numbers of experts of other figures, but for the smallest and the largest.
+    """
     makers = {"KDE of all, logit": study.fit_null(statistic="logit", exclude_top=0)}
     makers |= {f"KDE, {name}": study.fit_null(statistic=name) for name in STATISTICS}
     makers |= {"Dirichlet": DirichletNull()}
     return compare_at_equal_cost(
         study.model, makers, study.calibration_logits, study.validation,
-        mean_experts=mean_experts, documents=study.validation_documents,
+        mean_experts=study.mean_ks[1:-1], static_k=tuple(range(int(study.mean_ks[0]), study.top_k + 1)),
+        documents=study.validation_documents, cache=study.cache, batch_size=study.batch_size(study.window),
     )  # fmt: skip
 
 
@@ -62,33 +65,37 @@ def draw_statistic_matters(table: pd.DataFrame) -> Figure:
     axes.set(xlabel="experts per token and layer (mean)", ylabel="loss above static top-k (nats per token)")
     axes.set_title(
         f"{sample_caption(table, 'validation')}\n{interval_caption(table, ALL)}\n"
-        "KDE nulls leave out the top 8 of each token, except “of all”", fontsize=8,
+        f"KDE nulls leave out the top {about_of(table).top_k} of each token, except “of all”", fontsize=8,
     )  # fmt: skip
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="null and statistic", title_fontsize=8)
     return fig
 
 
 def compute_families_tried(
-    study: Study, mean_k: tuple[int, ...] = (3, 5, 7), length: int = 512, per_domain: int = 8
+    study: Study, mean_k: tuple[float, ...] | None = None, length: int | None = None, per_domain: int | None = None
 ) -> pd.DataFrame:
-    """Every family that was tried, on the validation split: loss minus static top-k. Takes half an hour."""
+    """Every family that was tried, on the validation split: loss minus static top-k. Takes half an hour.
+
+    At every other mean number of experts of other figures, on half as many sequences of a domain, if not told else.
+    """
+    mean_k, length, per_domain = mean_k or study.mean_ks[::2], length or study.length, per_domain or study.few
     fitted = {
         label: study.fit_null(null=name, **options)
         for name, entry in NULLS.items()
         if entry.needs_calibration
         for label, options in entry.tried.items()
     }
-    logits = study.calibration_logits[:, ::THIN]
     rules, wanted = study.static_rules, {}
-    for name, family in tried_families(fitted).items():
+    for name, family in tried_families(fitted, study).items():
         for k in mean_k:
             try:
-                rules[f"{name}, k = {k}"] = family(logits, k)
+                rules[f"{name}, k = {k:g}"] = family(study.thin_logits, k)
             except ValueError:
                 continue  # no level of this family gives this many
-            wanted[f"{name}, k = {k}"] = name, k
-    frame = sweep(study.model, rules, load_heldout("validation", length, per_domain))
-    frame = with_documents(frame, heldout_sequence_documents("validation", length, per_domain))
+            wanted[f"{name}, k = {k:g}"] = name, k
+    text = study.text.sequences("validation", length, per_domain)
+    frame = sweep(study.model, rules, text, cache=study.cache, batch_size=study.batch_size(length))
+    frame = with_documents(frame, study.text.documents("validation", length, per_domain))
     matched = matched_compute(frame)
     matched.insert(0, "family", [wanted[rule][0] for rule in matched["rule"]])
     matched.insert(1, "wanted_k", [wanted[rule][1] for rule in matched["rule"]])

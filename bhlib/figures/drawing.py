@@ -1,6 +1,6 @@
 """One style for all figures, a Figure that notebooks show, and the parts that several figures have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 
 import matplotlib
@@ -10,6 +10,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bhlib.figures.about import about_of
 from bhlib.looks import BLACK, COLORS
 
 __all__ = ["STYLE", "Picture"]
@@ -72,7 +73,7 @@ ONE, ALL = "each point by itself", "all points of a panel at once"
 def sample_caption(table: pd.DataFrame, split: str) -> str:
     """What was measured on: a split of the text, sequences and tokens."""
     first = table.iloc[0]
-    return f"demo model, {split} split: {first['sequences']:,.0f} sequences, {first['tokens']:,.0f} tokens"
+    return f"{about_of(table).name}, {split} split: {first['sequences']:,.0f} sequences, {first['tokens']:,.0f} tokens"
 
 
 def interval_caption(table: pd.DataFrame, scope: str) -> str:
@@ -80,6 +81,12 @@ def interval_caption(table: pd.DataFrame, scope: str) -> str:
     first = table.iloc[0]
     units = f"{first['units']:,.0f} documents" if first["units"] < first["sequences"] else "sequences"
     return f"bars: 95 % bootstrap over {units}, for {scope}"
+
+
+def layer_ticks(layers: Iterable[int]) -> list[int]:
+    """Ticks of an axis of layers: all of them, or every second, third, ... where they would touch each other."""
+    layers = sorted(set(layers))
+    return layers[:: 1 + (len(layers) - 1) // 16]
 
 
 def ink_on(colors: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The figure of generated text: what top-8 and BH write, and how many experts each token took."""
+"""The figure of generated text: what top-k and BH write, and how many experts each token took."""
 
 import re
 
@@ -11,6 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from bhlib.figures.about import about_of
 from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
@@ -21,18 +22,15 @@ from bhlib.rules import BH, TopK
 
 __all__ = ["compute_generation", "draw_generation"]
 
-#: Rules whose texts stand side by side.
-WRITERS = {"top-8": TopK(8), "BH 0.05": BH(0.05), "BH 0.01": BH(0.01)}
+#: Domains of the repository's text that show best how texts differ.
+DOMAINS = ("novels", "scripture", "manuals", "python")
 
 
 @torch.no_grad()
-def compute_generation(
-    study: Study,
-    domains: tuple[str, ...] = ("novels", "scripture", "manuals", "python"),
-    prompt_length: int = 24,
-    length: int = 30,
-) -> pd.DataFrame:
-    """Beginnings of test sequences, continued greedily (repetition penalty 1.2) by top-8 and by BH.
+def compute_generation(study: Study, prompt_length: int = 24, length: int = 30) -> pd.DataFrame:
+    """Beginnings of test sequences, continued greedily (repetition penalty 1.2) by top-k and by BH.
+
+    Of `DOMAINS` if the text has them, otherwise of its first four.
 
     Returns
     -------
@@ -40,7 +38,10 @@ def compute_generation(
         Row per token: ``domain``, ``rule`` ("prompt" for what was given), ``position``, ``token`` (its text),
         ``experts`` (mean over layers, of the token before, from which this one was predicted; none for the prompt).
     """
-    prompts = torch.cat([study.test[domain][:1, :prompt_length] for domain in domains]).to(study.model.device)
+    domains = DOMAINS if study.test.keys() >= {*DOMAINS} else sorted(study.test)[: len(DOMAINS)]
+    writers = {study.own: TopK(study.top_k)}
+    writers |= {f"BH {alpha}": BH(alpha, max_k=study.top_k) for alpha in (0.05, 0.01)}
+    prompts = torch.cat([study.test[domain][:1, :prompt_length] for domain in domains]).to(study.device)
     names, rows = np.array(domains), []
 
     def add(rule: str, ids: np.ndarray, experts: np.ndarray) -> None:
@@ -49,7 +50,7 @@ def compute_generation(
             rows.append((names[i], rule, position, text, experts[i, position]))
 
     add("prompt", prompts.cpu().numpy(), np.full(prompts.shape, np.nan))
-    for rule_name, rule in WRITERS.items():
+    for rule_name, rule in writers.items():
         with RoutingPatch(study.model, rule, max_recorded_tokens=None) as patch:
             output = study.model.generate(
                 input_ids=prompts, attention_mask=torch.ones_like(prompts),
@@ -92,11 +93,12 @@ def draw_generation(table: pd.DataFrame) -> Figure:
     axes.axis("off")
     legend = "mean experts per layer of the token that predicts it:"
     headings.append((0, 0.2, legend, "normal"))
-    pieces += [(len(legend) + 2 + 4 * k, 0.2, f" {k} ", k) for k in range(1, 9)]
+    top_k = about_of(table).top_k
+    pieces += [(len(legend) + 2 + 4 * k, 0.2, f" {k} ", k) for k in range(1, top_k + 1)]
     length = table.loc[table["rule"] == rules[0], "position"].max() + 1
     settings = f"greedy, repetition penalty 1.2; one text of {length} tokens each"
-    headings.append((len(legend) + 40, 0.2, settings, "normal"))
-    _put(axes, pieces, headings)
+    headings.append((len(legend) + 8 + 4 * top_k, 0.2, settings, "normal"))
+    _put(axes, pieces, headings, top_k)
     return fig
 
 
@@ -120,10 +122,10 @@ def _wrap(rows: pd.DataFrame) -> list[tuple[int, int, str, float]]:
     return boxes
 
 
-def _put(axes: Axes, pieces: list[tuple], headings: list[tuple]) -> None:
+def _put(axes: Axes, pieces: list[tuple], headings: list[tuple], top_k: int) -> None:
     """Text in a grid of characters: `pieces` (x, y, text, experts) on colour, `headings` (x, y, text, weight)."""
     shade = LinearSegmentedColormap.from_list("experts", ["#ffffff", SKY])
-    boxes = [Rectangle((x, y), len(text), 0.94, facecolor=shade((k - 1) / 7)) for x, y, text, k in pieces]
+    boxes = [Rectangle((x, y), len(text), 0.94, facecolor=shade((k - 1) / (top_k - 1))) for x, y, text, k in pieces]
     axes.add_collection(PatchCollection(boxes, match_original=True, edgecolor="#dddddd", linewidth=0.4))
     font = {"family": "DejaVu Sans Mono", "fontsize": _FONT, "va": "center", "parse_math": False}
     for x, y, text, _ in pieces:

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import Picture, error_bars
+from bhlib.figures.about import about_of
+from bhlib.figures.drawing import Picture, error_bars, layer_ticks
 from bhlib.figures.registry import figure
 from bhlib.figures.runs import Run, interval
 from bhlib.figures.study import Study
@@ -13,8 +14,8 @@ from bhlib.looks import BLACK, BLUE, RED
 __all__ = ["compute_expert_load", "draw_expert_load"]
 
 
-def compute_expert_load(study: Study, layer: int = 4, num_pairs: int = 10) -> pd.DataFrame:
-    """How evenly experts are used, and which go together, under the model's own top-8 and under BH.
+def compute_expert_load(study: Study, num_pairs: int = 10) -> pd.DataFrame:
+    """How evenly experts are used, and which go together, under the model's own top-k and under BH.
 
     Returns
     -------
@@ -25,11 +26,11 @@ def compute_expert_load(study: Study, layer: int = 4, num_pairs: int = 10) -> pd
         ``load``: share of a layer's (token, expert) pairs that falls to the expert of a ``rank``;
         ``busiest``: load of a layer's busiest expert over the mean load (1 if even);
         ``pair``: of the tokens that use expert ``i``, the share that also uses ``j`` (co-activation as defined in
-        section 5.2 of the OLMoE paper), for the strongest pairs of one `layer` under top-8, one direction of each;
+        section 5.2 of the OLMoE paper), for the strongest pairs of the middle layer under top-k, one direction of each;
         ``partner``: mean over a layer's experts of the co-activation with the strongest partner, and ``pairs``: with
         any other, the mean over all pairs. Partners are those of the whole sample.
     """
-    rows = []
+    layer, rows = study.num_layers // 2, []
     for rule, run in study.runs.items():
         load = np.diagonal(run.coactivation, axis1=2, axis2=3)
         share = load.sum(axis=0) / load.sum(axis=(0, 2))[:, None]
@@ -86,20 +87,19 @@ def _partners(run: Run, layer: int) -> tuple[np.ndarray, np.ndarray]:
     return np.nanmean(shared / own, axis=1), np.nanmean(others / own, axis=1) / (len(experts) - 1)
 
 
-RULE_LOOKS = {"top-8": (BLACK, "s", "the model's own top-8"), "BH 0.05": (BLUE, "o", "BH, α = 0.05")}
-
-
 @figure("expert_load", compute_expert_load)
 def draw_expert_load(table: pd.DataFrame) -> Figure:
     """Sorted loads, the busiest expert per layer, the strongest pairs of one layer, strongest partners per layer."""
     fig = Picture(figsize=(9.0, 6.4), layout="constrained")
     (loads, busiest), (pairs, partners) = fig.subplots(2, 2)
+    top = about_of(table).own
+    looks = {top: (BLACK, "s", f"the model's own {top}"), "BH 0.05": (BLUE, "o", "BH, α = 0.05")}
     kinds = dict(list(table.groupby("kind")))
-    layers = sorted(table["layer"].unique())
+    layers = layer_ticks(table["layer"])
     kinds["pair"] = kinds["pair"].sort_values("value", ascending=False)
-    own = kinds["pair"][kinds["pair"]["rule"] == "top-8"]
+    own = kinds["pair"][kinds["pair"]["rule"] == top]
     names = [f"{i:.0f} → {j:.0f}" for i, j in zip(own["i"], own["j"], strict=True)]
-    for shift, (rule, (color, marker, label)) in zip((-0.15, 0.15), RULE_LOOKS.items(), strict=True):
+    for shift, (rule, (color, marker, label)) in zip((-0.15, 0.15), looks.items(), strict=True):
         part = {kind: rows[rows["rule"] == rule] for kind, rows in kinds.items()}
         wide = 100 * part["load"].pivot(index="rank", columns="layer", values="value")
         loads.plot(wide.index, wide, color=color, linewidth=0.6, alpha=0.5)
@@ -121,7 +121,7 @@ def draw_expert_load(table: pd.DataFrame) -> Figure:
     pairs.invert_yaxis()
     pairs.set(xlabel="tokens of expert i that use expert j too (%)", ylabel="experts i → j", xlim=(0, None))
     shown = kinds["pair"]["layer"].iloc[0]
-    pairs.set_title(f"co-activation in layer {shown}: the strongest pairs under top-8", fontsize=8)
+    pairs.set_title(f"co-activation in layer {shown}: the strongest pairs under {top}", fontsize=8)
     partners.set(xlabel="layer", ylabel="co-activation (%), mean over experts", xticks=layers, ylim=(0, None))
     partners.set_title("co-activation with the strongest partner; dotted: with any other", fontsize=8)
     handles, labels = loads.get_legend_handles_labels()

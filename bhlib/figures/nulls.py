@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bhlib import evidence
+from bhlib.figures.about import about_of
 from bhlib.figures.drawing import Picture, heat_map
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
@@ -41,21 +42,23 @@ def draw_softmax_theorem(table: pd.DataFrame) -> Figure:
     """Why 1 - softmax can never reject two: the k-th probability is at most 1/k, and BH needs nearly 1."""
     fig = Picture(figsize=(6.6, 3.8), layout="constrained")
     axes = fig.subplots()
-    k, num_tests = table["k"], len(table)
+    k, num_tests, name = table["k"], len(table), about_of(table).name
     axes.fill_between(k, table["bound"], 2, color=BLACK, alpha=0.07, linewidth=0)
     axes.plot(k, table["bound"], color=BLACK, label="bound: k probabilities sum to at most 1")
     for alpha, color in zip(SOFTMAX_ALPHAS, (BLUE, GREEN, ORANGE), strict=True):
         axes.plot(k, table[f"needed_{alpha}"], color=color, label=f"needed to reject k at α = {alpha}: 1 − αk/N")
-    axes.plot(k, table["largest"], color=RED, linestyle="--", label="demo model: the largest k-th probability seen")
-    axes.plot(k, table["median"], color=RED, linestyle=":", label="demo model: median k-th probability")
-    axes.annotate("impossible", (9, 0.2), color="#555555", fontsize=9, style="italic")
-    ticks = [1, 2, 4, 8, 16, 32, 64]
+    axes.plot(k, table["largest"], color=RED, linestyle="--", label=f"{name}: the largest k-th probability seen")
+    axes.plot(k, table["median"], color=RED, linestyle=":", label=f"{name}: median k-th probability")
+    axes.annotate(
+        "impossible", (0.53, 0.2), xycoords=("axes fraction", "data"), color="#555555", fontsize=9, style="italic"
+    )
+    ticks = [2**i for i in range(num_tests.bit_length())]
     axes.set(xscale="log", yscale="log", xlim=(1, num_tests), ylim=(5e-4, 1.3), xlabel="rank k among the N experts")
     axes.set_xticks(ticks, ticks, minor=False)
     axes.set_xticks([], minor=True)
     axes.set(ylabel="k-th largest probability")
     axes.set_title(
-        f"N = {num_tests}; demo on the validation split: {table['tokens'].iloc[0]:,} tokens × "
+        f"N = {num_tests}; {name}, validation split: {table['tokens'].iloc[0]:,} tokens × "
         f"{table['layers'].iloc[0]} layers",
         fontsize=8,
     )
@@ -67,8 +70,8 @@ def compute_null_calibration(study: Study) -> pd.DataFrame:
     """Held-out p-values of null experts, for every null: a row per layer (``ks``) and per level (``curve``)."""
     logits = study.calibration_logits
     parts = []
-    for name, maker in evidence.candidate_nulls(logits, study.name).items():
-        settings = {"sequence_length": study.window}
+    for name, maker in evidence.candidate_nulls(logits, study.name, study.top_k).items():
+        settings = {"sequence_length": study.tokens_per_window, "exclude_top": study.top_k}
         layers = evidence.uniformity(maker, study.validation_logits, **settings)
         parts.append(layers.assign(kind="ks", null=name, calibration_tokens=logits.shape[1]))
         if name in null_looks():

@@ -4,6 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bhlib import comparisons
+from bhlib.figures.about import DEMO, about_of
 from bhlib.figures.drawing import (
     ALL,
     ONE,
@@ -49,24 +50,28 @@ def compute_loss_vs_experts(study: Study) -> pd.DataFrame:
 
 @figure("loss_vs_experts", compute_loss_vs_experts, tolerance={"seconds": FREE, "rows": 300})
 def draw_loss_vs_experts(table: pd.DataFrame) -> Figure:
-    """Loss minus the loss of the model's own top-8, against experts per token: every rule."""
+    """Loss minus the loss of the model's own top-k, against experts per token: every rule."""
+    own, top_k = about_of(table).own, about_of(table).top_k
     fig = Picture(figsize=(7.0, 4.0), layout="constrained")
     axes = fig.subplots()
+    shown = table[table["mean_k"].between(0.3 * top_k, top_k)]
     for family in families_of(table["family"]):
-        part = table[(table["family"] == family.name) & table["mean_k"].between(2.4, 8)].sort_values("mean_k")
+        part = shown[shown["family"] == family.name].sort_values("mean_k")
         if part.empty:
             continue
         axes.errorbar(part["mean_k"], *error_bars(part, "difference"), label=family.name, **_series(family))
     axes.axhline(0, color=BLACK, linewidth=0.8)
-    half_percent = 0.005 * table.loc[table["rule"] == "top-8", "loss"].iloc[0]
+    half_percent = 0.005 * table.loc[table["rule"] == own, "loss"].iloc[0]
     axes.axhline(half_percent, color=BLACK, linewidth=0.8, linestyle=":")
-    axes.annotate("0.5 % of the loss of top-8", (2.75, half_percent), fontsize=7, va="bottom")
+    axes.annotate(f"0.5 % of the loss of {own}", (0.34 * top_k, half_percent), fontsize=7, va="bottom")
     axes.set_yscale("symlog", linthresh=0.02, linscale=0.8)
     ticks = [0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
     axes.set(
-        xlabel="experts per token and layer (mean)", ylabel="loss above top-8 (nats per token)", ylim=(-0.002, 0.4)
+        xlabel="experts per token and layer (mean)",
+        ylabel=f"loss above {own} (nats per token)",
+        ylim=(min(-0.002, 1.1 * shown["low"].min()), max(0.4, 1.1 * shown["high"].max())),
     )
     axes.set_title(f"{sample_caption(table, 'test')}\n{interval_caption(table, ONE)}", fontsize=8)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -93,21 +98,24 @@ def draw_matched_compute(table: pd.DataFrame) -> Figure:
 
     Only near whole numbers: between them the straight line that static top-k is read from lies above its convex curve.
     """
-    table = table[(table["mean_k"] - table["mean_k"].round()).abs() < 0.15]
+    top_k = about_of(table).top_k
+    if top_k >= 5:  # below, there are too few whole numbers
+        table = table[(table["mean_k"] - table["mean_k"].round()).abs() < 0.15]
+    left, right = 0.325 * top_k, top_k - 0.5 if top_k >= 5 else top_k
     fig = Picture(figsize=(7.0, 4.0), layout="constrained")
     axes = fig.subplots()
     for i, family in enumerate(families_of({"static top-k", *table["family"]})):
-        part = table[(table["family"] == family.name) & table["mean_k"].between(2.6, 7.5)].sort_values("mean_k")
+        part = table[(table["family"] == family.name) & table["mean_k"].between(left, right)].sort_values("mean_k")
         if part.empty:
             continue
-        axes.errorbar(part["mean_k"] + 0.02 * (i - 5), *joint_bars(part), label=family.name, **_series(family))
+        axes.errorbar(part["mean_k"] + top_k / 400 * (i - 5), *joint_bars(part), label=family.name, **_series(family))
     axes.axhline(0, color=BLACK, linewidth=1.2)
-    axes.annotate("static top-k", (7.15, 0.3), fontsize=8)
+    axes.annotate("static top-k", (top_k - 0.1 * top_k, 0.3), fontsize=8)
     axes.set_yscale("symlog", linthresh=10, linscale=1.5)
     signed_ticks(axes, DIFFERENCES)
     axes.set(
         xlabel="experts per token and layer (mean)", ylabel="loss minus static top-k (nats / 1000 per token)",
-        xlim=(2.6, 7.95),
+        xlim=(left, top_k),
     )  # fmt: skip
     axes.set_title(f"{sample_caption(table, 'test')}\n{interval_caption(table, ALL)}", fontsize=8)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -126,7 +134,7 @@ FIXED_CUTS = {
 
 
 def compute_whole_test_split(study: Study) -> pd.DataFrame:
-    """All families on every test sequence, against static top-k, the threshold, the model's own top-8 and fixed cuts.
+    """All families on every test sequence, against static top-k, the threshold, the model's own top-k and fixed cuts.
 
     Returns
     -------
@@ -139,24 +147,25 @@ def compute_whole_test_split(study: Study) -> pd.DataFrame:
         ± 0.4 thousandths of a nat by an equivalence test, each row by itself;
         ``stepup_…``: of BH, from the fixed cut on the same p-values (`FIXED_CUTS`) at the same mean, ``…joint_low`` and
         ``…joint_high`` for the five means of a family at once;
-        ``top8_…``: from the model's own top-8, each row by itself; and ``tokens``.
+        ``top8_…``: from the model's own top-k, whatever it is, each row by itself; and ``tokens``.
     """
-    return summarize_whole_test_split(whole_comparison(study))
+    return summarize_whole_test_split(whole_comparison(study), study.own)
 
 
-def summarize_whole_test_split(frame: pd.DataFrame) -> pd.DataFrame:
+def summarize_whole_test_split(frame: pd.DataFrame, own: str = DEMO.own) -> pd.DataFrame:
     """The table of `compute_whole_test_split` from that of `whole_comparison`."""
     facts = frame.groupby("rule", sort=False)[["family", "wanted_k", "level"]].first()
     rules = facts.dropna(subset="wanted_k").groupby("family", sort=False).groups  # the names of each family's rules
     table = facts.join(comparisons.matched_compute(frame).set_index("rule"), how="inner")
-    table["wanted_k"] = table["wanted_k"].astype(int)
+    table["wanted_k"] = table["wanted_k"].convert_dtypes()  # whole numbers, if they are
     threshold = comparisons.matched_difference(frame, table.index, rules["threshold"])
-    stepup = [comparisons.matched_difference(frame, rules[bh], rules[cut]) for bh, cut in FIXED_CUTS.items()]
-    top8 = [{"rule": rule} | comparisons.paired_difference(frame, rule, "top-8") for rule in table.index]
+    pairs = [pair for pair in FIXED_CUTS.items() if rules.keys() >= {*pair}]
+    stepup = [comparisons.matched_difference(frame, rules[bh], rules[cut]) for bh, cut in pairs]
+    top8 = [{"rule": rule} | comparisons.paired_difference(frame, rule, own) for rule in table.index]
     parts = {"threshold": threshold, "stepup": pd.concat(stepup), "top8": pd.DataFrame(top8).drop(columns="sequences")}
     for name, part in parts.items():
         table = table.join(part.set_index("rule").add_prefix(f"{name}_"))
-    table["tokens"] = int(frame.loc[frame["rule"] == "top-8", "tokens"].sum())
+    table["tokens"] = int(frame.loc[frame["rule"] == own, "tokens"].sum())
     return table.reset_index(drop=True)
 
 
@@ -171,7 +180,7 @@ def draw_whole_test_split(table: pd.DataFrame) -> Figure:
         for i, family in enumerate(shown):
             part = table[table["family"] == family.name].sort_values("mean_k")
             label = family.name if axes is static else None
-            x = part["wanted_k"] + 0.04 * (i - len(shown) / 2)
+            x = part["wanted_k"] + 0.005 * about_of(table).top_k * (i - len(shown) / 2)
             axes.errorbar(x, *joint_bars(part, prefix), label=label, **_series(family))
         axes.axhline(0, color=BLACK, linewidth=1.2)
         axes.set_xticks(sorted(table["wanted_k"].unique()))

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from bhlib.figures.drawing import STYLE
+from bhlib.figures.folder import StudyFolder
 from bhlib.figures.study import Study
-from bhlib.figures.tables import compare_tables, read_table, to_csv
+from bhlib.figures.tables import compare_tables, read_table, to_csv, write_whole
 
 __all__ = ["FIGURES", "FigureSpec", "check_figures", "figure", "make_figures", "redraw_figures", "save"]
 
@@ -35,6 +36,8 @@ class FigureSpec:
     slow : bool
         Whether computing takes so long that it is done, or checked, only if the figure is asked for by name; otherwise
         it is drawn from its CSV.
+    of_model : bool
+        Whether it is of a model. What is not is the same for all of them, and is made with the embedded one's figures.
     """
 
     name: str
@@ -42,6 +45,7 @@ class FigureSpec:
     draw: Callable[[pd.DataFrame], Figure]
     tolerance: Mapping[str, float] = field(default_factory=dict)
     slow: bool = False
+    of_model: bool = True
 
     def is_computed(self, named: bool) -> bool:
         """Whether it is computed here, if it was asked for by name or not."""
@@ -56,6 +60,7 @@ def figure(
     compute: Callable[[Study], pd.DataFrame] | None,
     tolerance: Mapping[str, float] | None = None,
     slow: bool = False,
+    of_model: bool = True,
 ) -> Callable:
     """Register a drawing function under a name; it is run in this package's style, whatever the user's is.
 
@@ -77,7 +82,7 @@ def figure(
             with matplotlib.rc_context(STYLE):
                 return draw(*args, **kwargs)
 
-        FIGURES[name] = FigureSpec(name, compute, styled, tolerance or {}, slow)
+        FIGURES[name] = FigureSpec(name, compute, styled, tolerance or {}, slow, of_model)
         return styled
 
     return decorate
@@ -114,14 +119,13 @@ def make_figures(
         If the CSV of a figure that is not computed here is missing.
     """
     folder, study = Path(folder), study or Study()
-    specs, named = _chosen(only), only is not None
+    specs, named = chosen(only), only is not None
     _check_present(folder, [spec for spec in specs if not spec.is_computed(named)])
     folder.mkdir(parents=True, exist_ok=True)
-    for spec in _each(specs, "figures"):
+    for spec in each_figure(specs, "figures"):
         if spec.is_computed(named):
-            (folder / f"{spec.name}.csv").write_text(to_csv(spec.compute(study)), encoding="utf-8", newline="\n")
-        # Drawn from the file, so that the picture shows what the file says.
-        _redraw(folder, spec)
+            write_whole(folder / f"{spec.name}.csv", to_csv(spec.compute(study)))
+        redraw(folder, spec)
     return [folder / f"{spec.name}.csv" for spec in specs]
 
 
@@ -130,10 +134,9 @@ def redraw_figures(folder: str | Path = "figures", only: Iterable[str] | None = 
 
     Parameters and errors as for `make_figures`.
     """
-    folder, specs = Path(folder), _chosen(only)
-    _check_present(folder, specs)
-    for spec in _each(specs, "redraw"):
-        _redraw(folder, spec)
+    folder, specs = Path(folder), _present(folder, only)
+    for spec in each_figure(specs, "redraw"):
+        redraw(folder, spec)
     return [folder / f"{spec.name}.csv" for spec in specs]
 
 
@@ -151,10 +154,9 @@ def check_figures(
         below the header), ``column``, ``was``, ``now``, ``tolerance``.
     """
     folder, study = Path(folder), study or Study()
-    specs, named = _chosen(only), only is not None
-    _check_present(folder, specs)
+    specs, named = _present(folder, only), only is not None
     parts = [compare_tables(pd.DataFrame(), pd.DataFrame(), {}).assign(figure="")]
-    for spec in _each([spec for spec in specs if spec.is_computed(named)], "check"):
+    for spec in each_figure([spec for spec in specs if spec.is_computed(named)], "check"):
         now = read_table(StringIO(to_csv(spec.compute(study))))
         moved = compare_tables(read_table(folder / f"{spec.name}.csv"), now, spec.tolerance)
         parts.append(moved.assign(figure=spec.name))
@@ -166,17 +168,34 @@ def check_figures(
     return moved[["figure", *moved.columns.drop("figure")]]
 
 
-def _redraw(folder: Path, spec: FigureSpec) -> None:
+def redraw(folder: Path, spec: FigureSpec) -> None:
+    """Draw a figure from its file, so that the picture shows what the file says, and of which model it is."""
     path = folder / f"{spec.name}.csv"
-    save(spec.draw(read_table(path)), path)
+    table, study = read_table(path), StudyFolder(folder)
+    if study.is_there:
+        fig = spec.draw(study.about.put_on(table))
+        fig.text(0.5, -0.01, study.about.line(), ha="center", va="top", fontsize=7)
+    else:
+        fig = spec.draw(table)
+    save(fig, path)
 
 
-def _chosen(only: Iterable[str] | None) -> list[FigureSpec]:
+def chosen(only: Iterable[str] | None) -> list[FigureSpec]:
+    """The figures of these names, or all; ValueError for a name that is not registered."""
     names = list(FIGURES if only is None else only)
     unknown = [name for name in names if name not in FIGURES]
     if unknown:
         raise ValueError(f"no figure is called {', '.join(map(repr, unknown))}; there are: {', '.join(FIGURES)}.")
     return [FIGURES[name] for name in names]
+
+
+def _present(folder: str | Path, only: Iterable[str] | None) -> list[FigureSpec]:
+    """The figures of these names, or all, whose tables have to be there: in a study's folder, all that are."""
+    specs = chosen(only)
+    if only is None and StudyFolder(folder).is_there:
+        return [spec for spec in specs if (Path(folder) / f"{spec.name}.csv").exists()]
+    _check_present(Path(folder), specs)
+    return specs
 
 
 def _check_present(folder: Path, specs: list[FigureSpec]) -> None:
@@ -189,7 +208,7 @@ def _check_present(folder: Path, specs: list[FigureSpec]) -> None:
         )
 
 
-def _each(specs: list[FigureSpec], what: str) -> Iterator[FigureSpec]:
+def each_figure(specs: list[FigureSpec], what: str) -> Iterator[FigureSpec]:
     """The figures in turn, with a progress bar, and a line that says how long each took."""
     with tqdm(specs, desc=what, unit="figure") as bar:
         for spec in bar:

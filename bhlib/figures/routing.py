@@ -7,7 +7,9 @@ from matplotlib.figure import Figure
 
 from bhlib.calibration import collect_router_logits
 from bhlib.comparisons import resample
-from bhlib.figures.drawing import Picture, error_bars, heat_map
+from bhlib.discovery import input_device
+from bhlib.figures.about import about_of
+from bhlib.figures.drawing import Picture, error_bars, heat_map, layer_ticks
 from bhlib.figures.registry import figure
 from bhlib.figures.runs import interval
 from bhlib.figures.study import Study
@@ -46,6 +48,7 @@ def compute_experts_vs_alpha(study: Study) -> pd.DataFrame:
 @figure("experts_vs_alpha", compute_experts_vs_alpha)
 def draw_experts_vs_alpha(table: pd.DataFrame) -> Figure:
     """Experts per token against alpha, a line per domain."""
+    top_k = about_of(table).top_k
     fig = Picture(figsize=(6.6, 3.6), layout="constrained")
     axes = fig.subplots()
     # More domains than colours: the line style tells the second round from the first.
@@ -57,10 +60,10 @@ def draw_experts_vs_alpha(table: pd.DataFrame) -> Figure:
             label=domain,
         )  # fmt: skip
         axes.fill_between(part["alpha"], part["low"], part["high"], alpha=0.2, linewidth=0, color=line.get_color())
-    axes.axhline(8, color=BLACK, linestyle=":", label="the model's own top-8")
-    axes.set(xscale="log", xlabel="α", ylabel="experts per token and layer", ylim=(0, 8.4))
+    axes.axhline(top_k, color=BLACK, linestyle=":", label=f"the model's own top-{top_k}")
+    axes.set(xscale="log", xlabel="α", ylabel="experts per token and layer", ylim=(0, 1.05 * top_k))
     axes.set_title(
-        f"default p-values, max_k = 8; per domain {table['sequences'].iloc[0]} sequences of "
+        f"default p-values, max_k = {top_k}; per domain {table['sequences'].iloc[0]} sequences of "
         f"{table['tokens_per_sequence'].iloc[0]} tokens\nfrom {table['documents'].min()} to "
         f"{table['documents'].max()} documents; 95 % bands over documents, each point by itself", fontsize=8
     )  # fmt: skip
@@ -71,7 +74,7 @@ def draw_experts_vs_alpha(table: pd.DataFrame) -> Figure:
 def compute_count_distribution(study: Study) -> pd.DataFrame:
     """Share of (token, layer) pairs that get k experts, per alpha: a fifth of the test text, the model's own logits."""
     text, _ = study.every(5)
-    logits = collect_router_logits(study.model, text, progress=False)
+    logits = collect_router_logits(study.model, text, batch_size=study.batch_size(study.length), progress=False)
     layers, tokens, _ = logits.shape
     rows = []
     for alpha in (0.01, 0.05, 0.2, 0.5):
@@ -87,7 +90,7 @@ def compute_count_distribution(study: Study) -> pd.DataFrame:
 @figure("count_distribution", compute_count_distribution)
 def draw_count_distribution(table: pd.DataFrame) -> Figure:
     """Distribution of the number of experts per token and layer, one panel per alpha."""
-    alphas = sorted(table["alpha"].unique())
+    alphas, top_k = sorted(table["alpha"].unique()), about_of(table).top_k
     fig = Picture(figsize=(7.2, 2.4), layout="constrained")
     for axes, alpha in zip(fig.subplots(1, len(alphas), sharey=True), alphas, strict=True):
         part = table[table["alpha"] == alpha]
@@ -95,19 +98,20 @@ def draw_count_distribution(table: pd.DataFrame) -> Figure:
         mean = (part["experts"] * part["fraction"]).sum()
         axes.axvline(mean, color=RED, linestyle="--")
         axes.set_title(f"α = {alpha:g}, mean {mean:.2f}", fontsize=8.5)
-        axes.set(xlabel="experts", xticks=range(0, 9, 2))
+        axes.set(xlabel="experts", xticks=range(0, top_k + 1, max(1, top_k // 4)))
     fig.axes[0].set_ylabel("% of (token, layer) pairs")
-    fig.suptitle(f"{table['tokens'].iloc[0]:,} tokens × {table['layers'].iloc[0]} layers; bounds 1 and 8", fontsize=8)
+    sample = f"{table['tokens'].iloc[0]:,} tokens × {table['layers'].iloc[0]} layers"
+    fig.suptitle(f"{sample}; bounds 1 and {top_k}", fontsize=8)
     return fig
 
 
 def compute_token_layer_map(study: Study, alpha: float = 0.05, length: int = 40) -> pd.DataFrame:
-    """Experts per token and layer of a passage from each of two test domains."""
+    """Experts per token and layer of a passage from each of two test domains, or of the only one."""
     parts = []
     domains = sorted(study.test)
-    for domain in (domains[0], domains[-1]):
+    for domain in dict.fromkeys((domains[0], domains[-1])):
         ids = study.test[domain][:1, : 3 * length]
-        counts = passage_counts(study.model, study.tokenizer, ids, alpha=alpha)
+        counts = passage_counts(study.model, study.tokenizer, ids, alpha=alpha, max_k=study.top_k)
         shown = counts[counts["position"] >= counts["position"].max() + 1 - length]
         parts.append(shown.assign(domain=domain, alpha=alpha))
     return pd.concat(parts, ignore_index=True)
@@ -130,7 +134,7 @@ def passage_counts(model, tokenizer, input_ids: torch.Tensor, **bh_options) -> p
         Columns ``position``, ``token`` (its text), ``layer``, ``count``.
     """
     with BHRoutingIntegration(model, max_recorded_tokens=None, **bh_options) as bh, torch.no_grad():
-        model(input_ids=input_ids.to(model.device), use_cache=False)
+        model(input_ids=input_ids.to(input_device(model)), use_cache=False)
     counts = bh.records.counts()
     texts = [tokenizer.decode([token]) for token in input_ids[0].tolist()]
     tokens, layers = counts.shape
@@ -148,12 +152,13 @@ def passage_counts(model, tokenizer, input_ids: torch.Tensor, **bh_options) -> p
 def draw_token_layer_map(table: pd.DataFrame) -> Figure:
     """Experts per token and layer, a row of panels per passage (column ``domain``, if there is one)."""
     passages = list(table.groupby("domain")) if "domain" in table else [("passage", table)]
+    top_k = about_of(table).top_k
     fig = Picture(figsize=(9.0, 2.5 * len(passages)), layout="constrained")
     for axes, (name, part) in zip(np.atleast_1d(fig.subplots(len(passages), 1)), passages, strict=True):
         grid = part.pivot(index="layer", columns="position", values="count")
         texts = part.drop_duplicates("position")["token"]
-        bar = {"label": "experts", "ticks": [1, 4, 8], "pad": 0.01}
-        heat_map(axes, grid[::-1], cmap="viridis", vmin=1, vmax=8, cbar_kws=bar, xticklabels=False)
+        bar = {"label": "experts", "ticks": sorted({1, max(1, top_k // 2), top_k}), "pad": 0.01}
+        heat_map(axes, grid[::-1], cmap="viridis", vmin=1, vmax=top_k, cbar_kws=bar, xticklabels=False)
         axes.set_xticks(np.arange(len(texts)) + 0.5, [repr(str(text))[1:-1] for text in texts])
         axes.tick_params(axis="x", rotation=90, labelsize=6.5)
         axes.set(ylabel="layer", title=f"{name}: mean {part['count'].mean():.2f} experts")
@@ -176,6 +181,7 @@ def compute_experts_per_layer(study: Study) -> pd.DataFrame:
 @figure("experts_per_layer", compute_experts_per_layer, tolerance=dict.fromkeys(["value", "low", "high"], 5e-3))
 def draw_experts_per_layer(table: pd.DataFrame) -> Figure:
     """Heat map of the mean number of experts per domain and layer; beside it the layers' means with intervals."""
+    top_k = about_of(table).top_k
     wide = table.pivot(index="domain", columns="layer", values="value")
     order = wide.drop(index="all").mean(axis=1).sort_values(ascending=False).index
     fig = Picture(figsize=(8.6, 3.6), layout="constrained")
@@ -194,10 +200,15 @@ def draw_experts_per_layer(table: pd.DataFrame) -> Figure:
         label="all domains, 95 % interval",
     )  # fmt: skip
     right.axhline(everything["value"].mean(), color=RED, linestyle="--", linewidth=1, label="mean over layers")
-    right.set(xlabel="layer", ylabel="experts per token (mean)", ylim=(0, 8.4), xticks=everything["layer"])
+    right.set(
+        xlabel="layer",
+        ylabel="experts per token (mean)",
+        ylim=(0, 1.05 * top_k),
+        xticks=layer_ticks(everything["layer"]),
+    )
     right.legend(fontsize=7.5, loc="lower right")
     fig.suptitle(
-        f"default BH, α = 0.05, max_k = 8; test split, {each['sequences'].iloc[0]} sequences of "
+        f"default BH, α = 0.05, max_k = {top_k}; test split, {each['sequences'].iloc[0]} sequences of "
         f"{table['tokens_per_sequence'].iloc[0]} tokens per domain; bootstrap over {everything['documents'].iloc[0]} "
         f"documents", fontsize=8,
     )  # fmt: skip

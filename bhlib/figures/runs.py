@@ -9,6 +9,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from bhlib.comparisons import Resamples, resample
+from bhlib.discovery import input_device
 from bhlib.evaluation import score_tokens
 from bhlib.patching import RoutingPatch
 from bhlib.rules import Rule
@@ -55,7 +56,7 @@ def observe(model: nn.Module, data: Mapping[str, Tensor], documents: Mapping[str
         for domain, sequences in data.items():
             for sequence, document in zip(sequences, documents[domain], strict=True):
                 patch.reset_stats()
-                loss, _ = score_tokens(model, sequence[None].to(model.device))
+                loss, _ = score_tokens(model, sequence[None].to(input_device(model)))
                 domains.append(domain)
                 numbers.append(document)
                 losses.append(loss[0].cpu().numpy())

@@ -43,7 +43,7 @@ BARS = (
 )
 
 
-@figure("speed", None)
+@figure("speed", None, of_model=False)
 def draw_speed(table: pd.DataFrame) -> Figure:
     """Time of the call as a share of the unpatched one; below, time against experts: measured, floor, ideal of k / 8.
 

@@ -1,45 +1,110 @@
-"""What figures are computed on: a model, its text and what is made of them once for many figures."""
+"""What figures are computed on: a model, its text, the settings of rules for it, and what many figures share."""
 
+import json
+import os
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from bhlib.calibration import collect_router_logits, fit_null, name_of
-from bhlib.discovery import find_moe_layers
+from bhlib.cells import model_key, sweep_key
+from bhlib.discovery import MoELayer, find_moe_layers, input_device
+from bhlib.figures.about import DEMO, About
 from bhlib.figures.runs import Run, observe
-from bhlib.loading import heldout_sequence_documents, load_demo, load_heldout
+from bhlib.figures.tables import write_whole
+from bhlib.loading import load_demo, load_settings
 from bhlib.pvalues import FittedNull
 from bhlib.rules import BH, TopK
 from bhlib.sampling import VALUES_PER_LAYER
+from bhlib.texts import Text, read_text
+from bhlib.tuning import choose_settings
 
 __all__ = ["Study"]
 
+#: Tokens of a forward pass, and sequences at most.
+TOKENS_PER_PASS, SEQUENCES_PER_PASS = 4096, 8
+
+#: One in this many tokens is enough to find the level that gives a mean number of experts.
+THIN = 8
+
+#: Router logits of a split take no more than this many bytes, in memory and in a study's folder.
+LOGITS_BYTES = 2**28
+
 
 class Study:
-    """The embedded model, on a CUDA device if there is one, and its held-out text; loaded when first needed.
+    """A model, a text, settings of rules that were chosen for the two, and what many figures share.
+
+    By default the embedded model, on a CUDA device if there is one, and its held-out text; loaded when first needed.
 
     Parameters
     ----------
     cache : path, optional
-        Folder of finished cells for the sweeps that compare rules on the test split (`bhlib.evaluation.sweep`). With
-        it a sweep that was stopped goes on where it was, and what is made of a finished one needs no second pass:
-        ``make_figures(only=["whole_test_split"], study=Study(cache="cells"))``.
+        Folder of finished cells for sweeps (`bhlib.evaluation.sweep`). With it a sweep that was stopped goes on where
+        it was, and what is made of a finished one needs no second pass:
+        ``make_figures(only=["whole_test_split"], study=Study(cache="cells"))``. Router logits are kept there too.
+    model : nn.Module, optional
+        A model that can be patched (`find_moe_layers`) and gives a token two experts or more, unpatched, in evaluation
+        mode, where it is to run.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The model's.
+    text : Text, optional
+        By default the held-out text of the repository, in the tokens of the model.
+    sequences : int
+        Of each domain on which figures are computed: a compromise between time and intervals.
+    length : int
+        Tokens per sequence of the test split.
+    folder : path, optional
+        Where `settings` are kept, and read again if they are of this model, this text and these sizes.
+
+    Raises
+    ------
+    ValueError
+        If the model gives a token one expert, so that there is nothing to save, or a sequence is longer than it reads.
     """
 
-    #: Sequences of each domain on which figures are computed: a compromise between time and intervals.
-    sequences_per_domain = 16
-
-    #: Tokens per sequence of the test split.
-    length = 512
-
-    #: Tokens per sequence of `validation`, and of the text that the logits below are of.
-    window = 256
-
-    def __init__(self, cache: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        cache: str | Path | None = None,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text: Text | None = None,
+        sequences: int = 16,
+        length: int = 512,
+        folder: str | Path | None = None,
+    ) -> None:
         self.cache = cache
+        self.folder = folder
+        self.is_demo = model is None
+        self.sequences_per_domain = sequences
+        self.length = length
+        #: Tokens per sequence of `validation`, and of the text that settings are chosen and logits collected on.
+        self.window = length // 2
+        if model is not None:
+            self.model_and_tokenizer = model, tokenizer
+            self._check()
+        if text is not None:
+            self.text = text
+
+    def _check(self) -> None:
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or self.length
+        if self.length > longest:
+            raise ValueError(
+                f"length must be at most {longest}, the longest text that this model reads; got {self.length}."
+            )
+        if self.top_k < 2:
+            raise ValueError(
+                f"{self.name} gives a token one expert, so no rule can give it fewer: figures need a model with two or "
+                f"more."
+            )
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
@@ -57,14 +122,49 @@ class Study:
         return self.model_and_tokenizer[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs."""
+        return input_device(self.model)
+
+    @property
     def name(self) -> str:
         """The name that calibrations of the model are filed under."""
         return name_of(self.model)
 
     @cached_property
+    def _layers(self) -> list[MoELayer]:
+        return find_moe_layers(self.model)
+
+    @property
     def top_k(self) -> int:
         """Experts per token of the model's own routing."""
-        return find_moe_layers(self.model)[0].top_k
+        return self._layers[0].top_k
+
+    @property
+    def num_layers(self) -> int:
+        """MoE layers of the model."""
+        return len(self._layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of each layer."""
+        return self._layers[0].num_experts
+
+    @cached_property
+    def about(self) -> About:
+        """What pictures say of the model and the text."""
+        if self.is_demo:
+            return DEMO
+        family = self.model.config.get_text_config().model_type
+        return About(self.name, family, self.num_layers, self.num_experts, self.top_k, self.text.name)
+
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """What tables and settings belong to: another model, other text or other sizes have others."""
+        sizes = {"sequences": self.sequences_per_domain, "length": self.length}
+        return {"model": model_key(self.model), "text": self.text.key} | sizes
+
+    # -- rules ---------------------------------------------------------------------------------------------------------
 
     @property
     def own(self) -> str:
@@ -77,30 +177,86 @@ class Study:
         return {f"top-{k}": TopK(k) for k in range(1, self.top_k + 1)}
 
     @property
-    def mean_ks(self) -> tuple[int, ...]:
-        """Mean numbers of experts at which rules are compared: from below half of the model's own to one less."""
-        return tuple(range(max(1, self.top_k // 2 - 1), self.top_k))
+    def mean_ks(self) -> tuple[float, ...]:
+        """Mean numbers of experts at which rules are compared: from below half of the model's own to one less.
+
+        Below top-5 there are too few whole numbers, and those are taken that divide what lies between 1 and top-k.
+        """
+        if self.top_k >= 5:
+            return tuple(range(self.top_k // 2 - 1, self.top_k))
+        parts = 4 if self.top_k == 2 else 2 * (self.top_k - 1)
+        return tuple(1 + (self.top_k - 1) * i / parts for i in range(1, parts))
+
+    @property
+    def half(self) -> float:
+        """The mean number of experts at which weights of layers are chosen."""
+        return max(self.top_k / 2, 1.5)
+
+    @cached_property
+    def settings(self) -> dict:
+        """Settings of rules that differ by layer (`bhlib.tuning.choose_settings`).
+
+        The embedded model brings its own; for another they are chosen on `calibration`, which takes some hundred passes
+        over it, each of them a cell in `cache`.
+        """
+        if self.is_demo:
+            return load_settings()
+        file = Path(self.folder) / "settings.json" if self.folder else None
+        # One process looks, so that all choose or none.
+        found = json.loads(file.read_text("utf-8")) if file and file.exists() else {}
+        state = PartialState(cpu=not torch.cuda.is_available())
+        (found,) = broadcast_object_list([found])
+        if found.get("of") == self.identity:
+            return found["settings"]
+        settings = choose_settings(
+            self.model, self.calibration, self.thin_logits, self.mean_ks, self.half,
+            batch_size=self.batch_size(self.window), cache=self.cache,
+        )  # fmt: skip
+        if file and state.is_main_process:
+            write_whole(file, json.dumps({"of": self.identity, "settings": settings}, indent=1) + "\n")
+        return settings
+
+    # -- the text ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def text(self) -> Text:
+        return read_text(None, self.tokenizer)
+
+    def check_text(self) -> None:
+        """Refuse a text that is too short, and warn of one of too few documents for intervals (`Text.check`)."""
+        self.text.check(self.length, self.sequences_per_domain, ["test"])
+        self.text.check(self.window, self.few, ["validation"])
+        self.text.check(self.window, self.few, ["calibration"], documents=1)
+
+    def batch_size(self, length: int) -> int:
+        """Sequences of a length in one forward pass."""
+        return max(1, min(SEQUENCES_PER_PASS, TOKENS_PER_PASS // length))
+
+    @property
+    def few(self) -> int:
+        """Sequences of a domain in `validation`."""
+        return max(1, self.sequences_per_domain // 2)
 
     # -- the text that results are reported on -------------------------------------------------------------------------
 
     @cached_property
     def test(self) -> dict[str, Tensor]:
-        return load_heldout("test", self.length, self.sequences_per_domain)
+        return self.text.sequences("test", self.length, self.sequences_per_domain)
 
     @cached_property
     def test_documents(self) -> dict[str, np.ndarray]:
         """The document of each sequence of `test`."""
-        return heldout_sequence_documents("test", self.length, self.sequences_per_domain)
+        return self.text.documents("test", self.length, self.sequences_per_domain)
 
     @cached_property
     def whole_test(self) -> dict[str, Tensor]:
         """All of the test split: 14 times what most figures are computed on."""
-        return load_heldout("test", self.length)
+        return self.text.sequences("test", self.length)
 
     @cached_property
     def whole_test_documents(self) -> dict[str, np.ndarray]:
         """The document of each sequence of `whole_test`."""
-        return heldout_sequence_documents("test", self.length)
+        return self.text.documents("test", self.length)
 
     def every(self, step: int) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         """Every step-th sequence of each domain of `test`, and the document of each."""
@@ -118,25 +274,69 @@ class Study:
     @cached_property
     def validation(self) -> dict[str, Tensor]:
         """Text to choose settings on."""
-        return load_heldout("validation", self.window, max(1, self.sequences_per_domain // 2))
+        return self.text.sequences("validation", self.window, self.few)
 
     @cached_property
     def validation_documents(self) -> dict[str, np.ndarray]:
         """The document of each sequence of `validation`."""
-        return heldout_sequence_documents("validation", self.window, max(1, self.sequences_per_domain // 2))
+        return self.text.documents("validation", self.window, self.few)
+
+    @cached_property
+    def calibration(self) -> dict[str, Tensor]:
+        """Text to fit nulls on."""
+        return self.text.sequences("calibration", self.window, max(1, 3 * self.sequences_per_domain // 4))
 
     @cached_property
     def calibration_logits(self) -> Tensor:
-        """Router logits [layers, tokens, experts] on the calibration split: what nulls are fitted on."""
-        text = load_heldout("calibration", self.window, max(1, 3 * self.sequences_per_domain // 4))
-        return collect_router_logits(self.model, text)
-
-    def fit_null(self, **options) -> FittedNull:
-        """A null fitted on `calibration_logits`, as many values of a layer as tokens at most; options of `fit_null`."""
-        size = min(VALUES_PER_LAYER, self.calibration_logits.shape[1])
-        return fit_null(self.calibration_logits, model_name=self.name, max_values=size, **options)
+        """Router logits [layers, tokens, experts] on `calibration`: what nulls are fitted on."""
+        return self._logits("calibration", self.calibration)
 
     @cached_property
     def validation_logits(self) -> Tensor:
         """Router logits [layers, tokens, experts] on `validation`: what nulls are tested on."""
-        return collect_router_logits(self.model, self.validation)
+        return self._logits("validation", self.validation)
+
+    @property
+    def thin_logits(self) -> Tensor:
+        """Some of `calibration_logits`: enough to find levels on, which looks at them many times."""
+        return self.calibration_logits[:, ::THIN]
+
+    @property
+    def every_token(self) -> int:
+        """One in this many tokens of `validation` and `calibration` has its logits kept: all, unless they are many.
+
+        A power of two, so that it divides the usual `window`.
+        """
+        tokens = max(sum(ids.numel() for ids in text.values()) for text in (self.calibration, self.validation))
+        step = 1
+        while 4 * self.num_layers * self.num_experts * tokens // step > LOGITS_BYTES and self.window % (2 * step) == 0:
+            step *= 2
+        return step
+
+    @property
+    def tokens_per_window(self) -> int:
+        """Tokens of a sequence of `validation` and `calibration` whose logits are kept."""
+        return self.window // self.every_token
+
+    def _logits(self, split: str, text: Mapping[str, Tensor]) -> Tensor:
+        """Router logits on a text, collected once for all processes if there is a `cache`."""
+        every = self.every_token
+        if self.cache is None:
+            return collect_router_logits(self.model, text, every=every)
+        key = sweep_key(self.model, text, {"logits of every": every})
+        path = Path(self.cache) / f"logits-{split}-{key[:16]}.safetensors"
+        with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+                batch_size = self.batch_size(self.window)
+                logits = collect_router_logits(self.model, text, every=every, batch_size=batch_size)
+                save_file({"logits": logits}, unfinished)
+                unfinished.replace(path)
+        return load_file(path)["logits"]
+
+    def fit_null(self, **options) -> FittedNull:
+        """A null fitted on `calibration_logits`, as many values of a layer as tokens at most; options of `fit_null`."""
+        size = min(VALUES_PER_LAYER, self.calibration_logits.shape[1])
+        options = {"exclude_top": self.top_k} | options
+        return fit_null(self.calibration_logits, model_name=self.name, max_values=size, **options)

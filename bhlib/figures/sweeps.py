@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from bhlib.comparisons import with_documents
 from bhlib.evaluation import sweep
@@ -15,9 +16,6 @@ __all__ = ["ALPHAS"]
 
 #: Levels at which the default rule is measured.
 ALPHAS = (0.0003, 0.003, 0.01, 0.05, 0.07, 0.1, 0.3, 0.6, 0.9)
-
-#: One in this many tokens is enough to find the level that gives a mean number of experts.
-THIN = 8
 
 
 @lru_cache(maxsize=1)
@@ -32,7 +30,7 @@ def comparison(study: Study) -> pd.DataFrame:
         As `sweep` returns it, with the ``document`` of each row's sequence, and ``family``, ``wanted_k`` (the mean that
         a level was found for) and ``level`` (`RuleFamily.level_of`) of its rule.
     """
-    default = [("BH", np.nan, f"BH {alpha:g}", BH(alpha)) for alpha in ALPHAS]
+    default = [("BH", np.nan, f"BH {alpha:g}", BH(alpha, max_k=study.top_k)) for alpha in ALPHAS]
     return _sweep(study, default + _at_mean_k(study, _calibrated_families(study)), *study.every(2))
 
 
@@ -41,19 +39,31 @@ def whole_comparison(study: Study) -> pd.DataFrame:
 
     Takes minutes on a GPU, and two hours on two cores without; `Study.cache` keeps what is finished.
     """
-    families = {"BH": bh()} | _calibrated_families(study)
-    return _sweep(study, _at_mean_k(study, families), study.whole_test, study.whole_test_documents, batch_size=16)
+    families = {"BH": bh(study)} | _calibrated_families(study)
+    batch_size = 2 * study.batch_size(study.length)
+    return _sweep(
+        study, _at_mean_k(study, families), study.whole_test, study.whole_test_documents, batch_size=batch_size
+    )
 
 
 def _calibrated_families(study: Study) -> dict[str, AtMean]:
     """All families but BH with its default p-values, in the order of tables."""
-    return fitted_families(study.fit_null(statistic="log_prob")) | weighted_families() | rivals()
+    fitted = fitted_families(study, study.fit_null(statistic="log_prob"))
+    return fitted | weighted_families(study) | rivals(study)
 
 
 def _at_mean_k(study: Study, families: dict[str, AtMean]) -> list[tuple[str, float, str, Rule]]:
-    """AtMean, wanted mean, name and rule, of each family at each of `Study.mean_ks`."""
-    logits = study.calibration_logits[:, ::THIN]
-    return [(name, k, f"{name}, k = {k}", make(logits, k)) for k in study.mean_ks for name, make in families.items()]
+    """Family, wanted mean, name and rule, of each family at each of `Study.mean_ks` that it can give."""
+    entries = []
+    for k in study.mean_ks:
+        for name, make in families.items():
+            try:
+                rule = make(study.thin_logits, k)
+            except ValueError as reason:
+                tqdm.write(f"{name}, k = {k:g} is left out: {reason}")
+            else:
+                entries.append((name, k, f"{name}, k = {k:g}", rule))
+    return entries
 
 
 def _sweep(
@@ -66,5 +76,6 @@ def _sweep(
         name: {"family": family, "wanted_k": k, "level": FAMILIES[family].level_of(rule)}
         for family, k, name, rule in entries
     }
+    options = {"batch_size": study.batch_size(study.length)} | options
     frame = sweep(study.model, rules, text, cache=study.cache, **options)
     return with_documents(frame.join(pd.DataFrame.from_dict(facts, orient="index"), on="rule"), documents)

@@ -1,6 +1,7 @@
 """The table of a figure as a file: written, read, and compared with what it was."""
 
 import math
+import os
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -69,6 +70,13 @@ def read_table(path: Path | StringIO) -> pd.DataFrame:
 def to_csv(table: pd.DataFrame) -> str:
     """A figure's table as it stands in its CSV: six digits, so that rounding of sums seldom shows."""
     return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file: all of it or, if the process is stopped, none."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text, encoding="utf-8", newline="\n")
+    unfinished.replace(path)
 
 
 def _short(value: object) -> str:

@@ -45,7 +45,7 @@ def compute_stepup(study: Study | None = None, alpha: float = 0.05) -> pd.DataFr
     )
 
 
-@figure("stepup_1995", compute_stepup)
+@figure("stepup_1995", compute_stepup, of_model=False)
 def draw_stepup(table: pd.DataFrame) -> Figure:
     """The step-up rule: sorted p-values against the line alpha k/m."""
     fig = Picture(figsize=(6.4, 3.2), layout="constrained")
@@ -69,14 +69,15 @@ def draw_stepup(table: pd.DataFrame) -> Figure:
 
 
 def compute_fdr_simulation(study: Study, repetitions: int = 10_000) -> pd.DataFrame:
-    """Realised false discovery rates under four dependences, two of them fitted to the demo's router logits."""
-    parts = [
-        simulate_fdr(dependence="independent", repetitions=repetitions),
-        simulate_fdr(dependence="equicorrelated", rho=0.5, repetitions=repetitions),
-    ]
+    """Realised false discovery rates under four dependences, two of them fitted to the model's router logits.
+
+    There are as many tests as experts, three quarters of them true nulls.
+    """
+    size = {"num_tests": study.num_experts, "num_null": 3 * study.num_experts // 4, "repetitions": repetitions}
+    parts = [simulate_fdr(dependence="independent", **size), simulate_fdr(dependence="equicorrelated", rho=0.5, **size)]
     for statistic, label in {"standardized": "router, standardized", "logit": "router, raw logits"}.items():
-        layer, correlation = evidence.strongest_dependence(study.calibration_logits, statistic)
-        part = simulate_fdr(dependence=label, correlation=correlation, repetitions=repetitions)
+        layer, correlation = evidence.strongest_dependence(study.calibration_logits, statistic, study.top_k)
+        part = simulate_fdr(dependence=label, correlation=correlation, **size)
         parts.append(part.assign(layer=layer))
     return pd.concat(parts, ignore_index=True).astype({"layer": "Int64"})
 
@@ -114,7 +115,7 @@ def draw_fdr_simulation(table: pd.DataFrame) -> Figure:
         axes.set_yticks([0.05, 0.1, 0.25, 0.5, 1, 2, 4], ["0.05", "0.1", "0.25", "0.5", "1", "2", "4"])
         axes.set_yticks([], minor=True)
         fitted = "layer" in panel and panel["layer"].notna().all()
-        layer = f"\n(layer {int(panel['layer'].iloc[0])} of the demo)" if fitted else "\n"
+        layer = f"\n(layer {int(panel['layer'].iloc[0])})" if fitted else "\n"
         title = "equicorrelated, ρ = 0.5" if dependence == "equicorrelated" else dependence
         axes.set_title(title + layer, fontsize=8.5)
     fig.axes[0].set_ylabel("false discovery rate / α")
@@ -135,7 +136,7 @@ def compute_power_1995(study: Study | None = None, repetitions: int = 20_000) ->
     return simulate_power_1995(repetitions=repetitions)
 
 
-@figure("power_1995", compute_power_1995)
+@figure("power_1995", compute_power_1995, of_model=False)
 def draw_power_1995(table: pd.DataFrame) -> Figure:
     """Power against the number of tests: rows by the fraction of true nulls, columns by the effects."""
     fractions = sorted(table["null_fraction"].unique(), reverse=True)

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from bhlib.comparisons import paired_difference, with_documents
 from bhlib.evaluation import sweep
-from bhlib.figures.drawing import Picture, error_bars, signed_ticks
+from bhlib.figures.about import NotForThisModel, about_of
+from bhlib.figures.drawing import Picture, error_bars, layer_ticks, signed_ticks
 from bhlib.figures.registry import figure
 from bhlib.figures.runs import interval, rank_correlation
 from bhlib.figures.study import Study
@@ -28,7 +29,7 @@ __all__ = [
 def compute_token_loss(study: Study, num_bins: int = 10) -> pd.DataFrame:
     """Experts that BH gives to the token that predicts another, against how hard the other is to predict.
 
-    The difficulty is the loss under the model's own top-8, the experts are a mean over the layers.
+    The difficulty is the loss under the model's own top-k, the experts are a mean over the layers.
 
     Returns
     -------
@@ -82,7 +83,7 @@ def draw_token_loss(table: pd.DataFrame) -> Figure:
         everything["loss"], *error_bars(everything), color=BLUE, marker="o", markersize=4, capsize=2,
         label="all domains, 95 % interval",
     )  # fmt: skip
-    left.set(xscale="log", xlabel="loss of a token under top-8 (nats; tenths of tokens)")
+    left.set(xscale="log", xlabel=f"loss of a token under {about_of(table).own} (nats; tenths of tokens)")
     left.set(ylabel="experts of the token that predicts it\n(mean over layers)")
     left.legend(fontsize=7.5)
     domains = table[table["kind"] == "domain"].sort_values("value", ignore_index=True)
@@ -101,7 +102,7 @@ def draw_token_loss(table: pd.DataFrame) -> Figure:
     middle.set(xlabel="rank correlation of loss and experts")
     layers = table[table["kind"] == "layer"]
     right.errorbar(layers["layer"], *error_bars(layers), color=BLUE, marker="o", markersize=4, capsize=2)
-    right.set(xlabel="layer", ylabel="rank correlation with that layer's experts", xticks=layers["layer"])
+    right.set(xlabel="layer", ylabel="rank correlation with that layer's experts", xticks=layer_ticks(layers["layer"]))
     reach = 1.1 * domains[["low", "high"]].abs().max(axis=None)
     middle.set_xlim(-reach, reach)
     middle.axvline(0, color=RED, linestyle="--", linewidth=1)
@@ -117,29 +118,41 @@ def draw_token_loss(table: pd.DataFrame) -> Figure:
 # -- renormalization and temperature -----------------------------------------------------------------------------------
 
 
+#: What keeps the sum of the weights that the model's own experts would have; tables call it so whatever its top-k.
+SUM = "sum of top-8"
+
 #: What is done to the weights of the kept experts, and the options of `RoutingPatch` that do it.
 WEIGHTS = {
     "as they are": {},
     "sum 1": {"weights": "normalized"},
-    "sum of top-8": {},
+    SUM: {},
     "temperature 0.9": {"temperature": 0.9},
     "temperature 1.1": {"temperature": 1.1},
 }
 
 
-def compute_renormalization(study: Study, mean_experts: tuple[int, ...] = (3, 4, 5, 6)) -> pd.DataFrame:
+def compute_renormalization(study: Study) -> pd.DataFrame:
     """Loss of static top-k and of BH at about the same number of experts, with different weights of the kept ones.
 
-    Differences are paired, from the same rule with its weights as they are. Every sixth test sequence.
+    At the whole numbers of experts of other figures, but for the largest. Differences are paired, from the same rule
+    with its weights as they are. Every sixth test sequence.
     """
+    mean_experts = [int(k) for k in study.mean_ks[:-1] if k == int(k)]
+    if not mean_experts:
+        raise NotForThisModel(
+            f"static {study.own} and BH are compared at whole numbers of experts between 1 and the model's own, and "
+            f"between 1 and {study.top_k} there is none"
+        )
     text, documents = study.every(6)
     rules = {f"top-{k}": TopK(k) for k in mean_experts}
     for k in mean_experts:
-        rules[f"BH-{k}"] = BH(alpha_for_mean_experts(DirichletNull(), study.calibration_logits, k))
+        alpha = alpha_for_mean_experts(DirichletNull(), study.calibration_logits, k, max_k=study.top_k)
+        rules[f"BH-{k}"] = BH(alpha, max_k=study.top_k)
     parts = []
     for weights, options in WEIGHTS.items():
-        changed = {name: KeepMass(rule) for name, rule in rules.items()} if weights == "sum of top-8" else rules
-        frame = sweep(study.model, changed, text, **options)
+        changed = {name: KeepMass(rule, study.top_k) for name, rule in rules.items()} if weights == SUM else rules
+        batch_size = study.batch_size(study.length)
+        frame = sweep(study.model, changed, text, cache=study.cache, batch_size=batch_size, **options)
         parts.append(frame.assign(weights=weights, plain=frame["rule"], rule=frame["rule"] + " " + weights))
     frame = with_documents(pd.concat(parts, ignore_index=True), documents)
     rows = []
@@ -168,7 +181,7 @@ def draw_renormalization(table: pd.DataFrame) -> Figure:
             part = table[(table["rule"] == rule) & (table["weights"] == weights)]
             axes.errorbar(
                 part["mean_k"] + shift, *error_bars(part, "difference"), color=color, marker=marker,
-                markersize=4, capsize=2, label=weights,
+                markersize=4, capsize=2, label=f"sum of {about_of(table).own}" if weights == SUM else weights,
             )  # fmt: skip
         axes.axhline(0, color=BLACK, linewidth=1)
         axes.set_yscale("symlog", linthresh=0.02, linscale=0.8)
