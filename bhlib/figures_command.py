@@ -19,7 +19,7 @@ from bhlib.texts import add_text_arguments, text_of
 #: What a study is made with, where neither the command nor its folder says otherwise.
 DEFAULTS: dict[str, Any] = {
     "model": "demo", "dtype": None, "text": None, "text_field": "text", "text_separator": None, "sequences": 16,
-    "length": 512,
+    "length": 512, "tokens_per_pass": 4096,
 }  # fmt: skip
 
 
@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_arguments(study)
     study.add_argument("--sequences", type=at_least(2), metavar="N", help="of each domain (default: 16)")
-    study.add_argument("--length", type=at_least(4), metavar="N", help="tokens of each (default: 512)")
+    study.add_argument("--length", type=at_least(16), metavar="N", help="tokens of each (default: 512)")
+    study.add_argument(
+        "--tokens-per-pass", type=at_least(1), metavar="N", help="fewer take less memory (default: 4096)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,10 +85,11 @@ def _run_study(arguments: argparse.Namespace, folder, source: dict[str, Any]) ->
     state = PartialState(cpu=not torch.cuda.is_available())
     model, tokenizer = _load(source, state)
     text = text_of(argparse.Namespace(**source), tokenizer)
+    sizes = {name: source[name] for name in ("sequences", "length", "tokens_per_pass")}
     try:
         study = Study(
             cache=None if arguments.check else folder.path / "cells", folder=folder.path, model=model,
-            tokenizer=tokenizer, text=text, sequences=source["sequences"], length=source["length"],
+            tokenizer=tokenizer, text=text, **sizes,
         )  # fmt: skip
         study.check_text()
         if arguments.check:

@@ -65,7 +65,7 @@ def choose_settings(
         weights[method] = choose_layer_weights(model, data, rule, batch_size=batch_size, cache=cache)
     static = choose_static_per_layer(model, data, mean_ks, batch_size=batch_size, cache=cache)
     return {
-        "layer_weights": {method: [round(w, 4) for w in chosen] for method, chosen in weights.items()},
+        "layer_weights": {method: [float(f"{w:.6g}") for w in chosen] for method, chosen in weights.items()},
         "static_per_layer": {f"{k:g}": list(rule.ks) for k, rule in static.items()},
     }
 

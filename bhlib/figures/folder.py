@@ -83,9 +83,10 @@ class StudyFolder:
         )
 
     def is_finished(self, name: str) -> bool:
-        """Whether the table of a figure is there, as this code has written it."""
+        """Whether a figure is there, its table as this code has written it."""
         entry, path = self.facts.get("figures", {}).get(name, {}), self.path / f"{name}.csv"
-        return entry.get("code") == _CODE and path.exists() and entry.get("table") == _hash(path)
+        there = path.exists() and path.with_suffix(".png").exists()
+        return there and entry.get("code") == _CODE and entry.get("table") == _hash(path)
 
     def finish(self, name: str, cost: dict[str, float]) -> None:
         """Say that the table of a figure is there, and what it took."""

@@ -59,7 +59,7 @@ def compute_generation(study: Study, prompt_length: int = 24, length: int = 30) 
         counts = patch.records.counts().mean(axis=1)
         reading = counts[: prompts.numel()].reshape(prompts.shape)
         writing = counts[prompts.numel() :].reshape(length - 1, len(prompts)).T
-        add(rule_name, output[:, prompt_length:].cpu().numpy(), np.hstack([reading[:, -1:], writing]))
+        add(rule_name, output[:, prompts.shape[1] :].cpu().numpy(), np.hstack([reading[:, -1:], writing]))
     return pd.DataFrame(rows, columns=["domain", "rule", "position", "token", "experts"])
 
 

@@ -23,13 +23,13 @@ ROWS = 200
 
 def write_page(folder: StudyFolder, figures: Mapping[str, FigureSpec]) -> None:
     """Write ``index.html`` into the folder of a study."""
-    facts, about = folder.facts, folder.about
+    facts, about, size = folder.facts, folder.about, folder.facts["identity"]
     entries = facts.get("figures", {})
     finished = [name for name in figures if "table" in entries.get(name, {})]
     parts = [
         f"<h1>Routing of {escape(about.name)}</h1>",
-        f"<p>{escape(about.line())}. {facts['identity']['sequences']} sequences of {facts['identity']['length']} tokens "
-        f"per domain; every figure says what it is computed on.</p>",
+        f"<p>{escape(about.line())}. {size['sequences']} sequences of {size['length']} tokens per domain; every figure "
+        f"says what it is computed on.</p>",
         "<h2>Figures</h2>",
         *(_figure(folder, figures[name], entries[name]) for name in finished),
         "<h2>Figures that are not here</h2>",
@@ -71,10 +71,10 @@ def _missing(figures: Mapping[str, FigureSpec], entries: dict) -> list[tuple[str
             rows.append((name, f"failed: {entry['failed']}"))
         elif not spec.of_model:
             rows.append((name, "not of a model: it is in the repository's folder figures/"))
+        elif spec.slow:
+            rows.append((name, f"takes long, and is computed if it is named: --only {name}"))
         else:
-            rows.append(
-                (name, f"takes long, and is computed if it is named: --only {name}" if spec.slow else "not yet")
-            )
+            rows.append((name, "not computed yet"))
     return rows
 
 
@@ -86,8 +86,8 @@ def _predecessor(rows: list[dict] | None) -> list[str]:
     table["ours"] = table["ours"].map("{:.2f}".format, na_action="ignore").fillna("not measured on this text")
     return [
         "<h2>An earlier study of the real OLMoE</h2>",
-        "<p>Perplexity with k experts for every token. Tokenization and window of the earlier study are not fully known; "
-        "ours is of the test split, when the text is the one that is named.</p>",
+        "<p>Perplexity with k experts for every token. Tokenization and window of the earlier study are not fully "
+        "known; ours is of the test split, if the text is the one that is named.</p>",
         _table(table),
     ]
 

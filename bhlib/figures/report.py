@@ -65,9 +65,6 @@ def make_study(
         (finished,) = broadcast_object_list([place.is_finished(spec.name)])
         if not finished and (error := _make(study, place, spec, state)):
             failed[spec.name] = error
-        elif state.is_main_process and not (place.path / f"{spec.name}.png").exists():
-            if finished:
-                redraw(place.path, spec)
     comparison = compare_with_predecessor(study)
     if state.is_main_process:
         if comparison is not None:

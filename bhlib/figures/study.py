@@ -29,8 +29,8 @@ from bhlib.tuning import choose_settings
 
 __all__ = ["Study"]
 
-#: Tokens of a forward pass, and sequences at most.
-TOKENS_PER_PASS, SEQUENCES_PER_PASS = 4096, 8
+#: Sequences of a forward pass, at most.
+SEQUENCES_PER_PASS = 8
 
 #: One in this many tokens is enough to find the level that gives a mean number of experts.
 THIN = 8
@@ -61,6 +61,8 @@ class Study:
         Of each domain on which figures are computed: a compromise between time and intervals.
     length : int
         Tokens per sequence of the test split.
+    tokens_per_pass : int
+        Of a forward pass, at most, or one sequence: fewer take less memory.
     folder : path, optional
         Where `settings` are kept, and read again if they are of this model, this text and these sizes.
 
@@ -79,6 +81,7 @@ class Study:
         text: Text | None = None,
         sequences: int = 16,
         length: int = 512,
+        tokens_per_pass: int = 4096,
         folder: str | Path | None = None,
     ) -> None:
         self.cache = cache
@@ -86,6 +89,7 @@ class Study:
         self.is_demo = model is None
         self.sequences_per_domain = sequences
         self.length = length
+        self.tokens_per_pass = tokens_per_pass
         #: Tokens per sequence of `validation`, and of the text that settings are chosen and logits collected on.
         self.window = length // 2
         if model is not None:
@@ -230,7 +234,7 @@ class Study:
 
     def batch_size(self, length: int) -> int:
         """Sequences of a length in one forward pass."""
-        return max(1, min(SEQUENCES_PER_PASS, TOKENS_PER_PASS // length))
+        return max(1, min(SEQUENCES_PER_PASS, self.tokens_per_pass // length))
 
     @property
     def few(self) -> int:

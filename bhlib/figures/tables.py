@@ -64,7 +64,8 @@ def report(moved: pd.DataFrame, per_figure: int = 10) -> str:
 
 def read_table(path: Path | StringIO) -> pd.DataFrame:
     """Read a figure's CSV: only an empty cell is a missing number, since "null" or "NA" may be a token of a text."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    # A token may be a carriage return.
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], lineterminator="\n")
 
 
 def to_csv(table: pd.DataFrame) -> str:
