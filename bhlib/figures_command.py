@@ -30,17 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--redraw", action="store_true", help="draw from the CSV tables in the folder, without the model")
     how.add_argument("--check", action="store_true", help="recompute, write nothing, fail if a number has moved")
-    study = parser.add_argument_group(
-        "another model, or another text", "in a folder of their own, which keeps these options and what is finished"
-    )
-    study.add_argument("--model", metavar="NAME", help="hub id or folder; demo for the embedded one")
-    study.add_argument(
+    parser.add_argument(
+        "--model", metavar="NAME",
+        help="hub id or folder of another model, demo for the embedded one with another text or size; --folder is then "
+        "its own, and keeps these options and what is finished",
+    )  # fmt: skip
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own, demo float32"
     )
-    add_text_arguments(study)
-    study.add_argument("--sequences", type=at_least(2), metavar="N", help="of each domain (default: 16)")
-    study.add_argument("--length", type=at_least(16), metavar="N", help="tokens of each (default: 512)")
-    study.add_argument(
+    add_text_arguments(parser)
+    parser.add_argument("--sequences", type=at_least(2), metavar="N", help="of each domain (default: 16)")
+    parser.add_argument("--length", type=at_least(16), metavar="N", help="tokens of each (default: 512)")
+    parser.add_argument(
         "--tokens-per-pass", type=at_least(1), metavar="N", help="fewer take less memory (default: 4096)"
     )
 

@@ -58,10 +58,8 @@ def choose_settings(
     top_k = find_moe_layers(model)[0].top_k
     weights = {}
     for method in ("bh", "fixed"):
-        alpha = level_for_mean_experts(
-            lambda level, method=method: BH(level, method=method, max_k=top_k), router_logits, weighted_at
-        )
-        rule = BH(alpha, method=method, max_k=top_k)
+        plain = BH(method=method, max_k=top_k)
+        rule = plain.at(level_for_mean_experts(plain.at, router_logits, weighted_at))
         weights[method] = choose_layer_weights(model, data, rule, batch_size=batch_size, cache=cache)
     static = choose_static_per_layer(model, data, mean_ks, batch_size=batch_size, cache=cache)
     return {

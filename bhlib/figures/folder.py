@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import bhlib
 from bhlib.cells import hash_source
 from bhlib.figures.about import About
 from bhlib.figures.tables import write_whole
@@ -15,7 +14,7 @@ from bhlib.figures.tables import write_whole
 __all__ = ["StudyFolder"]
 
 #: Of the package as it was imported, computing and drawing.
-_CODE = hash_source(Path(bhlib.__file__).parent, drawing=True)
+_CODE = hash_source(Path(__file__).parents[1], drawing=True)
 
 
 class StudyFolder:

@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-import bhlib
 from bhlib.figures.about import NotForThisModel
 from bhlib.figures.folder import StudyFolder
 from bhlib.figures.page import write_page
@@ -105,7 +105,7 @@ def environment(study: Study) -> dict[str, str]:
     else:
         device = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {
-        "bhlib": bhlib.__version__,
+        "bhlib": import_module("bhlib").__version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
