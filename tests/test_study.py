@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from models import tiny_olmoe
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from bhlib import load_demo
+from bhlib import load_demo, load_olmoe
 from bhlib.__main__ import main
 from bhlib.calibration import collect_router_logits
 from bhlib.cells import model_key
@@ -26,6 +25,7 @@ from bhlib.figures.families import rivals
 from bhlib.figures.tables import read_table, to_csv
 from bhlib.levels import mean_experts
 from bhlib.loading import heldout_documents
+from bhlib.texts import read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -158,7 +158,7 @@ def test_a_finished_study_is_not_computed_again(mixtral, capsys):
     before = {path: path.stat().st_mtime_ns for path in mixtral.glob("*.[cp]*")}
     main(["figures", "--folder", str(mixtral)])  # the folder knows the model, the text and the sizes
     assert {path: path.stat().st_mtime_ns for path in mixtral.glob("*.[cp]*")} == before
-    assert capsys.readouterr().out.strip() == str(mixtral / "index.html")
+    assert capsys.readouterr().out.strip() == str(mixtral / "index.html")  # no figure is announced
 
 
 def test_redraw_and_check_of_a_study(mixtral, capsys):
@@ -166,17 +166,22 @@ def test_redraw_and_check_of_a_study(mixtral, capsys):
         path.unlink()
     main(["figures", "--folder", str(mixtral), "--redraw", *only("count_distribution")])
     assert (mixtral / "count_distribution.png").exists()
-    main(["figures", "--folder", str(mixtral), "--check", *only("count_distribution", "experts_vs_alpha")])
+    main(["figures", "--folder", str(mixtral), "--check", *only("count_distribution")])
     assert "every number is as it was" in capsys.readouterr().out
-    settings = mixtral / "settings.json"
-    stored = json.loads(settings.read_text(encoding="utf-8"))
-    changed = stored["settings"] | {"static_per_layer": {k: [2, 2] for k in stored["settings"]["static_per_layer"]}}
-    settings.write_text(json.dumps(stored | {"settings": changed}), encoding="utf-8")
-    try:
-        with pytest.raises(SystemExit, match=r"matched_compute.csv: .* moved"):  # settings are read, not chosen anew
-            main(["figures", "--folder", str(mixtral), "--check", *only("matched_compute")])
-    finally:
-        settings.write_text(json.dumps(stored), encoding="utf-8")
+
+
+def test_settings_are_read_again_if_they_are_of_this_study(folder, mixtral, tmp_path):
+    model, tokenizer = load_olmoe(str(folder / "mixtral"), device_map=None)
+    options = {"model": model, "tokenizer": tokenizer, "text": read_text(folder / "novels.jsonl", tokenizer)}
+    study = Study(**options, sequences=4, length=32, folder=tmp_path)
+    stored = json.loads((mixtral / "settings.json").read_text(encoding="utf-8"))
+    assert stored["of"] == study.identity and stored["settings"].keys() == {"layer_weights", "static_per_layer"}
+    stored["settings"]["static_per_layer"] = {"1.5": [2, 1]}
+    (tmp_path / "settings.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert study.settings["static_per_layer"] == {"1.5": [2, 1]}
+    other = Study(**options, sequences=4, length=16, folder=tmp_path)
+    assert other.settings["static_per_layer"].keys() == {"1.25", "1.5", "1.75"}
+    assert json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))["of"] == other.identity
 
 
 @pytest.mark.parametrize(
@@ -211,39 +216,26 @@ def test_what_is_too_long_or_too_short_is_said_before_computing(folder, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_and_resumed(folder, mixtral, tmp_path):
+def test_killed_and_resumed_by_two_processes(folder, mixtral, tmp_path):
     """SIGKILL while settings are chosen; the tables are those of the study that nothing disturbed."""
-    words = command(folder, "mixtral", tmp_path / "out", *only("loss_vs_experts", "experts_vs_alpha"))
-    cells = tmp_path / "out" / "cells"
-    with subprocess.Popen(
-        [sys.executable, "-m", "bhlib", *words], env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    ) as process:
+    out = tmp_path / "out"
+    words = ["-m", "bhlib", *command(folder, "mixtral", out, *only("loss_vs_experts", "experts_vs_alpha"))]
+    with subprocess.Popen([sys.executable, *words], env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
         stop = time.monotonic() + 200
-        while len(list(cells.glob("*.csv"))) < 5 and time.monotonic() < stop:
+        while len(list(out.glob("cells/*.csv"))) < 5 and time.monotonic() < stop:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    finished = {path: path.stat().st_mtime_ns for path in cells.glob("*.csv")}
-    assert len(finished) >= 5 and not (tmp_path / "out" / "loss_vs_experts.csv").exists()
-    main(words)
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    for name in ("loss_vs_experts", "experts_vs_alpha"):
-        ours, undisturbed = (read_table(place / f"{name}.csv") for place in (tmp_path / "out", mixtral))
-        pd.testing.assert_frame_equal(
-            *(table.drop(columns="seconds", errors="ignore") for table in (ours, undisturbed))
-        )
-
-
-def test_two_processes_make_the_same_tables(folder, mixtral, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bhlib"]
-    words = command(folder, "mixtral", tmp_path / "out", *only("experts_vs_alpha", "renormalization"))
-    ended = subprocess.run([*launch, *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        process.kill()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("cells/*.csv")}
+    assert len(finished) >= 5 and not (out / "settings.json").exists()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
+    ended = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("index.html") == 1
-    ours, one = (read_table(place / "experts_vs_alpha.csv") for place in (tmp_path / "out", mixtral))
-    pd.testing.assert_frame_equal(ours, one)
-    assert json.loads((tmp_path / "out" / "settings.json").read_text("utf-8")) == json.loads(
-        (mixtral / "settings.json").read_text("utf-8")
-    )
+    assert ended.stdout.count("index.html") == 1  # one process speaks for all
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert (out / "settings.json").read_bytes() == (mixtral / "settings.json").read_bytes()
+    for name in ("loss_vs_experts", "experts_vs_alpha"):
+        tables = (read_table(place / f"{name}.csv") for place in (out, mixtral))
+        pd.testing.assert_frame_equal(*(table.drop(columns="seconds", errors="ignore") for table in tables))
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ def compute_expert_load(study: Study, num_pairs: int = 10) -> pd.DataFrame:
     for i, j in _strongest_pairs(study.runs[study.own], layer, num_pairs):
         for rule, run in study.runs.items():
             both, one = (run.drawn.means(run.coactivation[:, layer, i, other]) for other in (j, i))
+            one[one == 0] = np.nan  # an expert that no token of a resample used
             share = interval(both / one, run.drawn)
             rows.append({"rule": rule, "layer": layer, "kind": "pair", "i": i, "j": j} | share)
     sequences, tokens, _ = run.counts.shape

@@ -38,7 +38,8 @@ def write_page(folder: StudyFolder, figures: Mapping[str, FigureSpec]) -> None:
         "<h2>What it took</h2>",
         _table(pd.DataFrame([(n, entries[n]["minutes"], entries[n]["peak_gib"]) for n in finished],
                             columns=["figure", "minutes", "peak memory, GiB"])),
-        "<p>A figure's minutes hold those of what it shares with later ones.</p>",
+        "<p>A figure's minutes hold those of what it shares with later ones. The memory is that of the GPUs, or "
+        "without one the most that the process had taken until then.</p>",
         "<h2>Made with</h2>",
         _table(pd.DataFrame(facts["environment"].items(), columns=["", "version"])),
     ]  # fmt: skip

@@ -208,11 +208,12 @@ def _check_present(folder: Path, specs: list[FigureSpec]) -> None:
         )
 
 
-def each_figure(specs: list[FigureSpec], what: str) -> Iterator[FigureSpec]:
-    """The figures in turn, with a progress bar, and a line that says how long each took."""
-    with tqdm(specs, desc=what, unit="figure") as bar:
+def each_figure(specs: list[FigureSpec], what: str, shown: bool = True) -> Iterator[FigureSpec]:
+    """The figures in turn; if `shown` with a progress bar, and a line that says how long each took."""
+    with tqdm(specs, desc=what, unit="figure", disable=not shown) as bar:
         for spec in bar:
             bar.set_postfix_str(spec.name)
             start = time.perf_counter()
             yield spec
-            tqdm.write(f"{time.perf_counter() - start:7.1f} s  {spec.name}")
+            if shown:
+                tqdm.write(f"{time.perf_counter() - start:7.1f} s  {spec.name}")

@@ -61,9 +61,11 @@ def make_study(
     if state.is_main_process:
         place.claim(study.identity, study.about, source or {}, environment(study))
     failed = {}
-    for spec in each_figure([spec for spec in specs if spec.of_model and spec.is_computed(named)], "figures"):
-        (finished,) = broadcast_object_list([place.is_finished(spec.name)])
-        if not finished and (error := _make(study, place, spec, state)):
+    # One process looks what is finished, so that all compute the same rest.
+    wanted = [spec for spec in specs if spec.of_model and spec.is_computed(named)]
+    (rest,) = broadcast_object_list([[spec.name for spec in wanted if not place.is_finished(spec.name)]])
+    for spec in each_figure(chosen(rest), "figures", shown=state.is_main_process):
+        if error := _make(study, place, spec, state):
             failed[spec.name] = error
     comparison = compare_with_predecessor(study)
     if state.is_main_process:
