@@ -126,6 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=_at_least(1), default=16, metavar="N", help="per domain (default: 16)")
     parser.add_argument("--length", type=_at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
     parser.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        default=8,
+        metavar="N",
+        help="sequences in a pass; fewer take less memory (default: 8)",
+    )
+    parser.add_argument(
         "--rules", type=parse_rules, default="own top-k:1-8 bh:0.01,0.05,0.1,0.3", metavar="SPEC",
         help=f'"NAME:NUMBERS ...", NAME one of {", ".join(rule_families())} (default: "%(default)s")',
     )  # fmt: skip
@@ -169,7 +176,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(str(error)) from error
     model.to(state.device)  # each process has a GPU to itself
     try:
-        frame = sweep(model, arguments.rules | arguments.alphas, data, cache=arguments.cache)
+        rules = arguments.rules | arguments.alphas
+        frame = sweep(model, rules, data, cache=arguments.cache, batch_size=arguments.batch_size)
     except OSError as error:
         raise SystemExit(str(error)) from error
     if state.is_main_process:

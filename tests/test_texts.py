@@ -276,7 +276,10 @@ def test_few_documents_are_said_with_what_they_cost(recwarn):
 def test_the_sweep_reads_a_text_of_ones_own(tmp_path, capsys):
     for domain in ("letters", "mails"):
         write_jsonl(tmp_path / "my_texts" / domain / "a.jsonl", [f"{domain} {text}" for text in sentences(30)], "body")
-    out, options = tmp_path / "table.csv", ["--text-field", "body", "--length", "48", "--sequences", "7"]
+    out, options = (
+        tmp_path / "table.csv",
+        ["--text-field", "body", "--length", "48", "--sequences", "7", "--batch-size", "5"],
+    )
     command = ["sweep", "--text", str(tmp_path / "my_texts"), *options, "--rules", "top-k:7,8 bh:0.05"]
     main([*command, "--out", str(out)])
     table = pd.read_csv(out)
