@@ -3,7 +3,8 @@
 import argparse
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cached_property
@@ -279,6 +280,19 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check_source(arguments: argparse.Namespace) -> None:
+    """Say at once, before a model is loaded, that what `--text` names is not there or is no text.
+
+    Raises
+    ------
+    SystemExit
+        With the reason.
+    """
+    if arguments.text is not None:
+        with _as_exit():
+            open_documents(arguments.text, arguments.text_field, arguments.text_separator)
+
+
 def text_of(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The text that the options of `add_text_arguments` name.
 
@@ -287,7 +301,13 @@ def text_of(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     SystemExit
         With the reason, if it cannot be read.
     """
-    try:
+    with _as_exit():
         return read_text(arguments.text, tokenizer, field=arguments.text_field, separator=arguments.text_separator)
+
+
+@contextmanager
+def _as_exit() -> Iterator[None]:
+    try:
+        yield
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
