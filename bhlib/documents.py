@@ -9,6 +9,7 @@ too short.
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +155,14 @@ def _rows_of_hub(source: str) -> tuple[str, Iterator[dict]]:
     """The name and the rows of a data set: ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``. Nothing is stored."""
     name, config, split = (*source.split(":"), "", "")[:3]
     try:
-        from datasets import load_dataset
+        datasets = import_module("datasets")  # no requirement of the package: only who names a data set needs it
     except ImportError as error:
         raise ImportError(
             f"there is no file or folder {source!r} here, and to read a data set of that name from the Hugging Face "
             f"hub, the library datasets is needed: pip install datasets."
         ) from error
     try:
-        parts = load_dataset(name, config or None, streaming=True)
+        parts = datasets.load_dataset(name, config or None, streaming=True)
     except Exception as error:  # of many kinds, some of which only datasets knows
         raise OSError(
             f"{name!r} could not be opened as a data set of the Hugging Face hub: {error}. Check the name "
