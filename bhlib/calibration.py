@@ -12,7 +12,7 @@ sample of fixed size, drawn without replacement and uniformly from all values th
 bounded however long the text is. The draw depends on the seed and on the order of the tokens, not on the batch size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, watch
-from bhlib.experts import is_twin
+from bhlib.discovery import MoELayer, find_moe_layers, watch
 from bhlib.levels import undecided_pvalues
 from bhlib.pvalues import FittedNull, PValueMaker, check_logits, fitted_nulls, load_null, null_values
 from bhlib.sampling import LogitSampler
+from bhlib.text_pass import batches, check_plain, check_texts, run_batch
 
 
 def calibrate(
@@ -255,12 +255,8 @@ def _run(
     take: Callable[[int, Tensor], None],
 ) -> None:
     """Run the model and hand over, per forward pass and layer, the logits [real tokens, experts] of each router."""
-    pieces = _pieces(token_ids, attention_mask)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be 1 or more")
-    _check_plain(model, layers)
-    body = getattr(model, "base_model", model)  # without the head: only the routers are of interest
-    device = next(model.parameters()).device
+    texts = check_texts(token_ids, attention_mask)
+    check_plain(model, layers)
     valid = None
 
     def take_real(layer: MoELayer, output: tuple) -> None:
@@ -269,66 +265,15 @@ def _run(
         check_logits(logits)
         take(layer.index, logits)
 
-    total = sum(len(ids) for ids, _ in pieces)
+    total = sum(len(text.ids) for text in texts)
     with (
         tqdm(total=total, unit="seq", desc="router logits", disable=not progress) as bar,
         watch(layers, take_real),
     ):
-        for ids, mask in _batches(pieces, batch_size):
-            valid = None if mask is None else mask.bool()
-            inputs = {} if mask is None else {"attention_mask": mask.to(device)}
-            body(input_ids=ids.to(device), use_cache=False, **inputs)
-            bar.update(len(ids))
-
-
-def _check_plain(model: nn.Module, layers: list[MoELayer]) -> None:
-    """Raise if the routers would not see what they see in the model's own inference."""
-    if model.training:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, where dropout and router noise change the logits: "
-            "call model.eval() first"
-        )
-    if any(is_twin(implementation_of(layer.experts)) for layer in layers):
-        raise RuntimeError(
-            f"{type(model).__name__} is patched, so its layers do not see what the model's own routing makes of the "
-            "text: calibrate outside the `with` block, or call unpatch_model() first"
-        )
-
-
-def _pieces(
-    token_ids: Tensor | Mapping[str, Tensor], attention_mask: Tensor | Mapping[str, Tensor] | None
-) -> list[tuple[Tensor, Tensor | None]]:
-    """The texts, each with its mask, checked."""
-    texts = token_ids if isinstance(token_ids, Mapping) else {"token_ids": token_ids}
-    masks: Mapping[str, Tensor | None]
-    if attention_mask is None:
-        masks = dict.fromkeys(texts)
-    else:
-        masks = attention_mask if isinstance(attention_mask, Mapping) else {"token_ids": attention_mask}
-    if masks.keys() != texts.keys():
-        raise ValueError(
-            f"attention_mask is there for {sorted(masks)}, but token_ids for {sorted(texts)}; pass one mask per text"
-        )
-    for name, ids in texts.items():
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            found = f"shape {tuple(ids.shape)}, {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(f"{name} must be an integer tensor [sequences, length], got {found}")
-        mask = masks[name]
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(
-                f"the attention_mask of {name} has shape {tuple(mask.shape)}, its ids {tuple(ids.shape)}; "
-                "they must agree"
-            )
-    if not sum(ids.numel() for ids in texts.values()):
-        raise ValueError("token_ids holds no token; pass a text to calibrate on")
-    return [(ids, masks[name]) for name, ids in texts.items()]
-
-
-def _batches(pieces: list[tuple[Tensor, Tensor | None]], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for ids, mask in pieces:
-        for start in range(0, len(ids), batch_size):
-            rows = slice(start, start + batch_size)
-            yield ids[rows], None if mask is None else mask[rows]
+        for batch in batches(texts, batch_size):
+            valid = None if batch.mask is None else batch.mask.bool()
+            run_batch(model, batch)
+            bar.update(len(batch.ids))
 
 
 def _null_class(null: str | type[FittedNull]) -> type[FittedNull]:
