@@ -85,15 +85,15 @@ class LayerPass(NamedTuple):
     hidden : Tensor [rows, hidden]
         What the experts were given.
     logits : Tensor [rows, experts]
-    index, weights : Tensor [rows, top_k]
-        The experts selected, and their weights.
+    experts, weights : Tensor [rows, top_k]
+        Those selected, and their weights.
     output : Tensor [rows, hidden]
         The weighted sum of these.
     """
 
     hidden: Tensor
     logits: Tensor
-    index: Tensor
+    experts: Tensor
     weights: Tensor
     output: Tensor
 
@@ -135,10 +135,10 @@ def weights_of_all(layer: MoELayer, seen: LayerPass) -> Tensor:
     """The weight of each expert, float32 [rows, experts]: as `Contributions.r` reads them."""
     convention = find_weighting(layer.weighting)
     scores = convention.scores(as_scored(seen.logits, layer.narrows))
-    own = scores.gather(-1, seen.index)[:, None].expand(-1, layer.num_experts, -1)
+    own = scores.gather(-1, seen.experts)[:, None].expand(-1, layer.num_experts, -1)
     beside = torch.cat([own, scores[..., None]], dim=-1).flatten(0, 1)  # an expert as one more of those selected
     weights = convention.weights(beside, torch.ones_like(beside, dtype=torch.bool))[:, -1]
-    return weights.view_as(scores).float().scatter(-1, seen.index, seen.weights.float())
+    return weights.view_as(scores).float().scatter(-1, seen.experts, seen.weights.float())
 
 
 def _measured(layer: MoELayer, seen: LayerPass) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def _measured(layer: MoELayer, seen: LayerPass) -> dict[str, Tensor]:
         "along": weights * (dots / whole) / whole,
         "norms": norms,
         "logits": seen.logits.float(),
-        "selected": torch.zeros_like(weights, dtype=torch.bool).scatter(-1, seen.index, True),
+        "selected": torch.zeros_like(weights, dtype=torch.bool).scatter(-1, seen.experts, True),
     }
 
 
@@ -396,7 +396,7 @@ def _changes(
         for position in [position for position, number in places if number == layer.index]:
             here = seen.at(torch.tensor([position], device="cpu"))
             scores = find_weighting(layer.weighting).scores(as_scored(here.logits, layer.narrows))
-            own = here.index[0].tolist()
+            own = here.experts[0].tolist()
             best = [*own, *(e for e in scores[0].argsort(descending=True).tolist() if e not in own)]
             for rank, expert in enumerate(best[:ranks], start=1):
                 kept = [e for e in own if e != expert] if expert in own else [*own, expert]
@@ -413,7 +413,7 @@ def _layer_output(layer: MoELayer, seen: LayerPass, experts: list[int]) -> Tenso
     if not experts:
         return torch.zeros_like(seen.output[0])
     convention = find_weighting(layer.weighting)
-    index = torch.tensor([experts], device=seen.index.device)
+    index = torch.tensor([experts], device=seen.experts.device)
     scores = convention.scores(as_scored(seen.logits, layer.narrows)).gather(-1, index)
     weights = convention.weights(scores, torch.ones_like(scores, dtype=torch.bool))
     return layer.experts.forward(seen.hidden, index, weights.to(seen.weights.dtype))[0]
