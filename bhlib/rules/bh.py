@@ -129,6 +129,8 @@ class BH(Rule):
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
         if self.has_thresholds:
             self._ranked_thresholds(num_experts, layer, device)
+        if not self.pvalues.ranks_by_logit:
+            self.pvalues(torch.zeros(1, num_experts, device=device), layer)  # what it keeps of the layer on the device
         self.kernel_cuts(num_experts, layer, device)
 
     def _by_kernel(
