@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.contributions import LayerPass, SelectedNorms, watch_layers
+from bhlib.contributions import SelectedNorms
 from bhlib.discovery import MoELayer, find_moe_layers, watch
+from bhlib.layer_passes import LayerPass, watch_layers
 from bhlib.levels import undecided_pvalues
 from bhlib.pvalues import (
     FittedNull,
