@@ -128,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
     parser.add_argument(
         "--batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         default=8,
         metavar="N",
         help="sequences in a pass; fewer take less memory (default: 8)",
