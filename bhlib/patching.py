@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
+from bhlib.compensation import Compensation, mark_dropped
 from bhlib.compiled_passes import enroll, record
 from bhlib.discovery import (
     MoELayer,
@@ -112,6 +114,7 @@ class RoutingPatch:
         record_logits: bool = False,
         weights: str = "model",
         kernels: bool | str = "auto",
+        compensation: Compensation | None = None,
     ) -> None:
         if kernels not in (True, False, "auto"):
             raise ValueError(f"kernels must be True, False or 'auto', got {kernels!r}.")
@@ -126,6 +129,7 @@ class RoutingPatch:
         check_temperature(temperature)
         self.model, self._rule, self.temperature, self.mode = model, rule, temperature, mode
         self.collect_stats, self.record_logits, self.weights = collect_stats, record_logits, weights
+        self.compensation = compensation
         self.layers = find_moe_layers(model)
         self._check(rule)
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
@@ -200,6 +204,10 @@ class RoutingPatch:
             if self.mode == "patch":
                 twins = implementations_changed(self.layers, lambda name: pairwise.twin(name, self.kernels))
                 self._implementations.enter_context(twins)
+                if self.compensation is not None:
+                    for layer in self.layers:
+                        hook = partial(self._compensate, layer)
+                        self._hooks.add(layer.experts, layer.experts.register_forward_hook(hook))
             self._prepare(self._rule)
             body = self._body
             self._hooks.add(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -280,15 +288,22 @@ class RoutingPatch:
         """Apply the rule to one layer's logits [tokens, experts]; weights for the model in a dtype."""
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
-        return self._rule.forms(
-            as_scored(router_logits, layer.narrows),
-            layer.index,
-            weighting=self._weighting(layer),
-            temperature=self.temperature,
-            dtype=dtype,
-            exact=self.collect_stats,
-            fused=self.kernels,
+        logits, options = as_scored(router_logits, layer.narrows), self._weights_options(layer)
+        forms = self._rule.forms(
+            logits, layer.index, dtype=dtype, exact=self.collect_stats, fused=self.kernels, **options
         )
+        if self.compensation is None or self.mode == "analyze":
+            return forms
+        return mark_dropped(forms, logits, top_k=layer.top_k, is_prefix=self._rule.is_prefix, **options)
+
+    def _weights_options(self, layer: MoELayer) -> dict[str, Any]:
+        return {"weighting": self._weighting(layer), "temperature": self.temperature}
+
+    def _compensate(self, layer: MoELayer, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of a layer's experts: add what stands in for those that were dropped."""
+        hidden_states, index, weights = args
+        assert self.compensation is not None
+        return output + self.compensation.layer(layer.index, output).missing(hidden_states, index, weights)
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights
