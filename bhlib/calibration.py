@@ -12,7 +12,8 @@ sample of fixed size, drawn without replacement and uniformly from all values th
 bounded however long the text is. The draw depends on the seed and on the order of the tokens, not on the batch size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, watch
-from bhlib.experts import is_twin
+from bhlib.contributions import LayerPass, SelectedNorms, watch_layers
+from bhlib.discovery import MoELayer, find_moe_layers, watch
 from bhlib.levels import undecided_pvalues
-from bhlib.pvalues import FittedNull, PValueMaker, check_logits, fitted_nulls, load_null, null_values
+from bhlib.pvalues import FittedNull, PValueMaker, check_logits, check_norms_fit, fitted_nulls, load_null, null_values
 from bhlib.sampling import LogitSampler
+from bhlib.text_pass import batches, check_plain, check_texts, run_batch
 
 
 def calibrate(
@@ -36,6 +38,7 @@ def calibrate(
     statistic: str = "log_prob",
     exclude_top: int | None = None,
     per_expert: bool = False,
+    norms: bool = False,
     max_values: int | None = None,
     attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     batch_size: int = 8,
@@ -61,9 +64,13 @@ def calibrate(
         How many of each token's largest logits to leave out; by default as many as the model itself selects.
     per_expert : bool
         Whether each expert gets a null of its own.
+    norms : bool
+        Whether the statistic, then ``"log_prob"``, counts how large the output of each expert is: its mean norm where
+        it is selected, relative to its layer's mean (`FittedNull.log_norms`), measured in the same pass. The experts
+        are then computed twice. A rule with such a null ranks experts by weight times norm, and no kernel routes it.
     max_values : int, optional
         Size of the sample, by default 50,000 values per layer; with `per_expert`, 4,000 per layer and expert. While
-        the model runs a value takes 12 bytes.
+        the model runs a value takes 16 bytes.
     attention_mask : as `token_ids`, optional
         0 for padding, which is not counted.
     batch_size : int
@@ -85,7 +92,7 @@ def calibrate(
     ------
     ValueError
         For an unknown null or statistic, ids or a mask of the wrong shape, a model in training mode, logits that are
-        not finite.
+        not finite, `norms` with another statistic than ``"log_prob"`` or with `per_expert`.
     RuntimeError
         If the model is patched.
 
@@ -103,10 +110,16 @@ def calibrate(
     num_experts = layers[0].num_experts
     sampler = LogitSampler(len(layers), num_experts, statistic, exclude_top, per_expert, max_values, seed)
     make = _null_class(null)
-    _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add)
-    return _with_levels(
-        make.fit(sampler.samples(), model_name=name_of(model), **sampler.settings, **options), sampler.logits()
+    measured = None
+    if norms:
+        check_norms_fit(statistic, per_expert)
+        measured = SelectedNorms(len(layers), num_experts)
+    _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add, measured)
+    log_norms = None if measured is None else measured.log_relative()
+    fitted = make.fit(
+        sampler.samples(log_norms), model_name=name_of(model), log_norms=log_norms, **sampler.settings, **options
     )
+    return _with_levels(fitted, sampler.logits())
 
 
 def fit_null(
@@ -117,6 +130,7 @@ def fit_null(
     statistic: str = "log_prob",
     exclude_top: int = 8,
     per_expert: bool = False,
+    log_norms: Tensor | None = None,
     max_values: int | None = None,
     seed: int = 0,
     **options,
@@ -129,6 +143,8 @@ def fit_null(
         As `collect_router_logits` returns them.
     model_name : str
         Whose logits these are, for instance ``name_of(model)``.
+    log_norms : Tensor [layers, experts], optional
+        Where ``calibrate(norms=True)`` measures them: ``null.log_norms`` of one that it fitted.
     null, statistic, exclude_top, per_expert, max_values, seed, **options
         As for `calibrate`, which returns the same null for the same tokens.
     """
@@ -136,7 +152,9 @@ def fit_null(
     sampler = LogitSampler(num_layers, num_experts, statistic, exclude_top, per_expert, max_values, seed)
     for layer, logits in enumerate(router_logits):
         sampler.add(layer, logits)
-    fitted = _null_class(null).fit(sampler.samples(), model_name=model_name, **sampler.settings, **options)
+    fitted = _null_class(null).fit(
+        sampler.samples(log_norms), model_name=model_name, log_norms=log_norms, **sampler.settings, **options
+    )
     return _with_levels(fitted, sampler.logits())
 
 
@@ -253,14 +271,14 @@ def _run(
     batch_size: int,
     progress: bool,
     take: Callable[[int, Tensor], None],
+    norms: SelectedNorms | None = None,
 ) -> None:
-    """Run the model and hand over, per forward pass and layer, the logits [real tokens, experts] of each router."""
-    pieces = _pieces(token_ids, attention_mask)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be 1 or more")
-    _check_plain(model, layers)
-    body = getattr(model, "base_model", model)  # without the head: only the routers are of interest
-    device = next(model.parameters()).device
+    """Run the model and hand over, per forward pass and layer, the logits [real tokens, experts] of each router.
+
+    `norms` measures the experts' outputs meanwhile.
+    """
+    texts = check_texts(token_ids, attention_mask)
+    check_plain(model, layers)
     valid = None
 
     def take_real(layer: MoELayer, output: tuple) -> None:
@@ -269,66 +287,20 @@ def _run(
         check_logits(logits)
         take(layer.index, logits)
 
-    total = sum(len(ids) for ids, _ in pieces)
+    def measure_real(layer: MoELayer, seen: LayerPass) -> None:
+        assert norms is not None
+        norms.add(layer, seen if valid is None else seen.at(valid.flatten().nonzero().flatten()))
+
+    total = sum(len(text.ids) for text in texts)
     with (
         tqdm(total=total, unit="seq", desc="router logits", disable=not progress) as bar,
         watch(layers, take_real),
+        nullcontext() if norms is None else watch_layers(layers, measure_real),
     ):
-        for ids, mask in _batches(pieces, batch_size):
-            valid = None if mask is None else mask.bool()
-            inputs = {} if mask is None else {"attention_mask": mask.to(device)}
-            body(input_ids=ids.to(device), use_cache=False, **inputs)
-            bar.update(len(ids))
-
-
-def _check_plain(model: nn.Module, layers: list[MoELayer]) -> None:
-    """Raise if the routers would not see what they see in the model's own inference."""
-    if model.training:
-        raise ValueError(
-            f"{type(model).__name__} is in training mode, where dropout and router noise change the logits: "
-            "call model.eval() first"
-        )
-    if any(is_twin(implementation_of(layer.experts)) for layer in layers):
-        raise RuntimeError(
-            f"{type(model).__name__} is patched, so its layers do not see what the model's own routing makes of the "
-            "text: calibrate outside the `with` block, or call unpatch_model() first"
-        )
-
-
-def _pieces(
-    token_ids: Tensor | Mapping[str, Tensor], attention_mask: Tensor | Mapping[str, Tensor] | None
-) -> list[tuple[Tensor, Tensor | None]]:
-    """The texts, each with its mask, checked."""
-    texts = token_ids if isinstance(token_ids, Mapping) else {"token_ids": token_ids}
-    masks: Mapping[str, Tensor | None]
-    if attention_mask is None:
-        masks = dict.fromkeys(texts)
-    else:
-        masks = attention_mask if isinstance(attention_mask, Mapping) else {"token_ids": attention_mask}
-    if masks.keys() != texts.keys():
-        raise ValueError(
-            f"attention_mask is there for {sorted(masks)}, but token_ids for {sorted(texts)}; pass one mask per text"
-        )
-    for name, ids in texts.items():
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            found = f"shape {tuple(ids.shape)}, {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(f"{name} must be an integer tensor [sequences, length], got {found}")
-        mask = masks[name]
-        if mask is not None and mask.shape != ids.shape:
-            raise ValueError(
-                f"the attention_mask of {name} has shape {tuple(mask.shape)}, its ids {tuple(ids.shape)}; "
-                "they must agree"
-            )
-    if not sum(ids.numel() for ids in texts.values()):
-        raise ValueError("token_ids holds no token; pass a text to calibrate on")
-    return [(ids, masks[name]) for name, ids in texts.items()]
-
-
-def _batches(pieces: list[tuple[Tensor, Tensor | None]], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for ids, mask in pieces:
-        for start in range(0, len(ids), batch_size):
-            rows = slice(start, start + batch_size)
-            yield ids[rows], None if mask is None else mask[rows]
+        for batch in batches(texts, batch_size):
+            valid = None if batch.mask is None else batch.mask.bool()
+            run_batch(model, batch)
+            bar.update(len(batch.ids))
 
 
 def _null_class(null: str | type[FittedNull]) -> type[FittedNull]:

@@ -33,6 +33,8 @@ FLOORS = [
     "records",  # what was routed where
     "explain",  # a rule and a token's logits -> why these experts
     "patching",  # patch, analyze, restore
+    "text_pass",  # a text in batches, for a model that is not patched
+    "contributions",  # what each expert adds, measured
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
     "loading",  # the embedded model, the real one, held-out text
