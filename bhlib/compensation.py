@@ -107,7 +107,7 @@ class Compensation:
     layers : sequence of LayerCompensation
         In order of depth, float32.
     model_name : str
-        Whose experts these are (`bhlib.calibration.name_of`).
+        Whose experts these are (`bhlib.discovery.name_of`).
 
     Attributes
     ----------

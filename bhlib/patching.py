@@ -39,6 +39,7 @@ from bhlib.discovery import (
     find_moe_layers,
     implementation_of,
     implementations_changed,
+    name_of,
 )
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
@@ -95,6 +96,9 @@ class RoutingPatch:
         the model's own implementation, so that a pass in which the rule selects exactly the model's own experts
         gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to rounding. True
         demands those for CUDA, and refuses a machine or a model that cannot use them.
+    compensation : Compensation, optional
+        What stands in for the experts of the model's own top-k that the rule drops (`bhlib.compensation`). Whatever the
+        convention, weights are then those that the model itself would give. In analyze mode it has no part.
 
     Attributes
     ----------
@@ -132,6 +136,8 @@ class RoutingPatch:
         self.compensation = compensation
         self.layers = find_moe_layers(model)
         self._check(rule)
+        if compensation is not None:
+            self._check_compensation(compensation)
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         reader = PassReader(*special_tokens(model))
@@ -180,6 +186,11 @@ class RoutingPatch:
         """Whether hooks are in place now."""
         return bool(self._hooks)
 
+    @property
+    def compensates(self) -> bool:
+        """Whether something is added for dropped experts."""
+        return self.compensation is not None and self.mode == "patch"
+
     def patch_model(self, *, rewind: bool = True) -> "RoutingPatch":
         """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already.
 
@@ -204,10 +215,10 @@ class RoutingPatch:
             if self.mode == "patch":
                 twins = implementations_changed(self.layers, lambda name: pairwise.twin(name, self.kernels))
                 self._implementations.enter_context(twins)
-                if self.compensation is not None:
-                    for layer in self.layers:
-                        hook = partial(self._compensate, layer)
-                        self._hooks.add(layer.experts, layer.experts.register_forward_hook(hook))
+            if self.compensates:
+                for layer in self.layers:
+                    hook = partial(self._compensate, layer)
+                    self._hooks.add(layer.experts, layer.experts.register_forward_hook(hook))
             self._prepare(self._rule)
             body = self._body
             self._hooks.add(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -254,6 +265,17 @@ class RoutingPatch:
         for num_experts in dict.fromkeys(layer.num_experts for layer in self.layers):
             rule.check_model(len(self.layers), num_experts)
 
+    def _check_compensation(self, compensation: Compensation) -> None:
+        """Raise if a compensation cannot stand in for experts of the model."""
+        first = self.layers[0]
+        if first.experts.num_experts != first.num_experts:
+            raise ValueError(
+                f"{type(self.model).__name__} is spread over processes by its experts, and each would add the "
+                f"compensation: leave compensation out, or load the model without expert parallelism."
+            )
+        hidden_size = first.router.weight.shape[-1]
+        compensation.check_model(name_of(self.model), len(self.layers), first.num_experts, hidden_size)
+
     def _prepare(self, rule: Rule) -> None:
         """Let a rule compute ahead what it looks up."""
         for layer in self.layers:
@@ -292,7 +314,7 @@ class RoutingPatch:
         forms = self._rule.forms(
             logits, layer.index, dtype=dtype, exact=self.collect_stats, fused=self.kernels, **options
         )
-        if self.compensation is None or self.mode == "analyze":
+        if not self.compensates:
             return forms
         return mark_dropped(forms, logits, top_k=layer.top_k, is_prefix=self._rule.is_prefix, **options)
 
@@ -482,7 +504,7 @@ class BHRoutingIntegration(RoutingPatch):
         Multiple-testing procedure (`bhlib.procedures`).
     layer_weights : sequence of float, optional
         A factor per MoE layer on the odds of `alpha` (`bhlib.tuning.choose_layer_weights`).
-    weights, max_recorded_tokens, record_logits, kernels
+    weights, max_recorded_tokens, record_logits, kernels, compensation
         See `RoutingPatch`.
 
     Examples
@@ -515,6 +537,7 @@ class BHRoutingIntegration(RoutingPatch):
         max_recorded_tokens: int | None = MAX_RECORDED_TOKENS,
         record_logits: bool = False,
         kernels: bool | str = "auto",
+        compensation: Compensation | None = None,
     ) -> None:
         check_temperature(temperature)
         super().__init__(
@@ -527,6 +550,7 @@ class BHRoutingIntegration(RoutingPatch):
             max_recorded_tokens=max_recorded_tokens,
             record_logits=record_logits,
             kernels=kernels,
+            compensation=compensation,
         )
 
     @property
