@@ -95,7 +95,8 @@ def mark_dropped(
         others = ~same.any(dim=1) & (forms.experts < num_experts)
         index = torch.cat([index, torch.where(others, forms.experts, num_experts)], dim=1)
         given = torch.cat([given, forms.weights * others], dim=1)
-        exact = None if forms.exact is None else torch.cat([exact, forms.exact * others], dim=1)
+        if exact is not None and forms.exact is not None:
+            exact = torch.cat([exact, forms.exact * others], dim=1)
     return Forms(given, index, forms.counts, exact)
 
 
