@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bhlib.contributions import SelectedNorms
-from bhlib.discovery import MoELayer, find_moe_layers, watch
+from bhlib.discovery import MoELayer, find_moe_layers, name_of, watch
 from bhlib.layer_passes import LayerPass, watch_layers
 from bhlib.levels import undecided_pvalues
 from bhlib.pvalues import (
@@ -219,17 +219,6 @@ def load_calibration(path: str | Path, model: nn.Module) -> FittedNull:
     """
     layers = find_moe_layers(model)
     return load_null(path, model_name=name_of(model), num_layers=len(layers), num_experts=layers[0].num_experts)
-
-
-def name_of(model: nn.Module) -> str:
-    """The name that a calibration is filed under: where the model was loaded from, or else the name of its class.
-
-    Of a local folder only the last part counts, so that a calibration is good on other machines too.
-    """
-    source = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
-    if Path(source).is_absolute() or Path(source).is_dir():
-        source = Path(source).name
-    return source or type(model).__name__
 
 
 def _with_levels(null: FittedNull, router_logits: list[Tensor]) -> FittedNull:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -138,6 +139,17 @@ def input_device(model: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(model.parameters()).device
+
+
+def name_of(model: nn.Module) -> str:
+    """The name that a calibration is filed under: where the model was loaded from, or else the name of its class.
+
+    Of a local folder only the last part counts, so that a calibration is good on other machines too.
+    """
+    source = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if Path(source).is_absolute() or Path(source).is_dir():
+        source = Path(source).name
+    return source or type(model).__name__
 
 
 def _find_router(model: nn.Module, name: str, experts: "ExpertsModule", num_experts: int) -> tuple[str, "RouterModule"]:

@@ -32,7 +32,7 @@ from bhlib.records import Records
 from bhlib.rules import Rule, TopK
 
 #: What `evaluate` and `sweep` hand on to `RoutingPatch`.
-PATCH_OPTIONS = ("temperature", "weights", "kernels")
+PATCH_OPTIONS = ("temperature", "weights", "kernels", "compensation")
 
 # -- one rule --------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
+from bhlib.compensation import Compensation, mark_dropped
 from bhlib.compiled_passes import enroll, record
 from bhlib.discovery import (
     MoELayer,
@@ -37,6 +39,7 @@ from bhlib.discovery import (
     find_moe_layers,
     implementation_of,
     implementations_changed,
+    name_of,
 )
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
@@ -93,6 +96,9 @@ class RoutingPatch:
         the model's own implementation, so that a pass in which the rule selects exactly the model's own experts
         gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to rounding. True
         demands those for CUDA, and refuses a machine or a model that cannot use them.
+    compensation : Compensation, optional
+        What stands in for the experts of the model's own top-k that the rule drops (`bhlib.compensation`). Whatever the
+        convention, weights are then those that the model itself would give. In analyze mode it has no part.
 
     Attributes
     ----------
@@ -112,6 +118,7 @@ class RoutingPatch:
         record_logits: bool = False,
         weights: str = "model",
         kernels: bool | str = "auto",
+        compensation: Compensation | None = None,
     ) -> None:
         if kernels not in (True, False, "auto"):
             raise ValueError(f"kernels must be True, False or 'auto', got {kernels!r}.")
@@ -126,8 +133,11 @@ class RoutingPatch:
         check_temperature(temperature)
         self.model, self._rule, self.temperature, self.mode = model, rule, temperature, mode
         self.collect_stats, self.record_logits, self.weights = collect_stats, record_logits, weights
+        self.compensation = compensation
         self.layers = find_moe_layers(model)
         self._check(rule)
+        if compensation is not None:
+            self._check_compensation(compensation)
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         reader = PassReader(*special_tokens(model))
@@ -176,6 +186,11 @@ class RoutingPatch:
         """Whether hooks are in place now."""
         return bool(self._hooks)
 
+    @property
+    def compensates(self) -> bool:
+        """Whether something is added for dropped experts."""
+        return self.compensation is not None and self.mode == "patch"
+
     def patch_model(self, *, rewind: bool = True) -> "RoutingPatch":
         """Put the hooks in place; returns self. Raises RuntimeError if the model is patched already.
 
@@ -200,6 +215,10 @@ class RoutingPatch:
             if self.mode == "patch":
                 twins = implementations_changed(self.layers, lambda name: pairwise.twin(name, self.kernels))
                 self._implementations.enter_context(twins)
+            if self.compensates:
+                for layer in self.layers:
+                    hook = partial(self._compensate, layer)
+                    self._hooks.add(layer.experts, layer.experts.register_forward_hook(hook))
             self._prepare(self._rule)
             body = self._body
             self._hooks.add(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -246,6 +265,17 @@ class RoutingPatch:
         for num_experts in dict.fromkeys(layer.num_experts for layer in self.layers):
             rule.check_model(len(self.layers), num_experts)
 
+    def _check_compensation(self, compensation: Compensation) -> None:
+        """Raise if a compensation cannot stand in for experts of the model."""
+        first = self.layers[0]
+        if first.experts.num_experts != first.num_experts:
+            raise ValueError(
+                f"{type(self.model).__name__} is spread over processes by its experts, and each would add the "
+                f"compensation: leave compensation out, or load the model without expert parallelism."
+            )
+        hidden_size = first.router.weight.shape[-1]
+        compensation.check_model(name_of(self.model), len(self.layers), first.num_experts, hidden_size)
+
     def _prepare(self, rule: Rule) -> None:
         """Let a rule compute ahead what it looks up."""
         for layer in self.layers:
@@ -280,15 +310,23 @@ class RoutingPatch:
         """Apply the rule to one layer's logits [tokens, experts]; weights for the model in a dtype."""
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
-        return self._rule.forms(
-            as_scored(router_logits, layer.narrows),
-            layer.index,
-            weighting=self._weighting(layer),
-            temperature=self.temperature,
-            dtype=dtype,
-            exact=self.collect_stats,
-            fused=self.kernels,
+        logits, options = as_scored(router_logits, layer.narrows), self._weights_options(layer)
+        forms = self._rule.forms(
+            logits, layer.index, dtype=dtype, exact=self.collect_stats, fused=self.kernels, **options
         )
+        if not self.compensates:
+            return forms
+        is_prefix = self._rule.is_prefix and self._rule.max_k <= layer.top_k
+        return mark_dropped(forms, logits, top_k=layer.top_k, is_prefix=is_prefix, **options)
+
+    def _weights_options(self, layer: MoELayer) -> dict[str, Any]:
+        return {"weighting": self._weighting(layer), "temperature": self.temperature}
+
+    def _compensate(self, layer: MoELayer, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of a layer's experts: add what stands in for those that were dropped."""
+        hidden_states, index, weights = args
+        assert self.compensation is not None
+        return output + self.compensation.layer(layer.index, output).missing(hidden_states, index, weights)
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights
@@ -467,7 +505,7 @@ class BHRoutingIntegration(RoutingPatch):
         Multiple-testing procedure (`bhlib.procedures`).
     layer_weights : sequence of float, optional
         A factor per MoE layer on the odds of `alpha` (`bhlib.tuning.choose_layer_weights`).
-    weights, max_recorded_tokens, record_logits, kernels
+    weights, max_recorded_tokens, record_logits, kernels, compensation
         See `RoutingPatch`.
 
     Examples
@@ -500,6 +538,7 @@ class BHRoutingIntegration(RoutingPatch):
         max_recorded_tokens: int | None = MAX_RECORDED_TOKENS,
         record_logits: bool = False,
         kernels: bool | str = "auto",
+        compensation: Compensation | None = None,
     ) -> None:
         check_temperature(temperature)
         super().__init__(
@@ -512,6 +551,7 @@ class BHRoutingIntegration(RoutingPatch):
             max_recorded_tokens=max_recorded_tokens,
             record_logits=record_logits,
             kernels=kernels,
+            compensation=compensation,
         )
 
     @property

@@ -21,6 +21,7 @@ FLOORS = [
     "expert_loop",  # the experts one after the other, on a CPU
     "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
+    "compensation",  # what stands in for dropped experts
     "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only
     "hooks",  # hooks that copies of a module leave behind
@@ -38,6 +39,7 @@ FLOORS = [
     "contributions",  # what each expert adds, measured
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
+    "compensating",  # one pass over a model -> what stands in for its experts
     "documents",  # texts of one's own, document by document
     "sequences",  # documents as tokens -> sequences of equal length
     "loading",  # the embedded model, the real one, held-out text

@@ -96,6 +96,9 @@ class Rule:
 
     level_name: ClassVar[str | None] = None
 
+    #: Whether the experts that it keeps are always the best-scored ones.
+    is_prefix: ClassVar[bool] = False
+
     _upper_bound = "max_k"  # what the user calls the largest number of experts
 
     def __post_init__(self) -> None:
@@ -337,6 +340,8 @@ class PrefixRule(Rule):
     Scores are what the model ranks by, which for some families are raw logits: a rule that looks at their size is a
     `ProbabilityRule`.
     """
+
+    is_prefix = True
 
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         top, order = torch.topk(scores, self.max_k, dim=-1)

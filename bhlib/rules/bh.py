@@ -118,6 +118,10 @@ class BH(Rule):
             order = by_score.gather(-1, by_pvalue)[:, : self.max_k]
         return order, counts.clamp(self.min_k, self.max_k)
 
+    @property
+    def is_prefix(self) -> bool:  # type: ignore[override]
+        return self.pvalues.ranks_by_logit
+
     def check_model(self, num_layers: int, num_experts: int) -> None:
         super().check_model(num_layers, num_experts)
         self.pvalues.check_model(num_layers, num_experts)

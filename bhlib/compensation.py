@@ -1,0 +1,204 @@
+"""What stands in for dropped experts: the mean output of each, and a linear map of the hidden state that all share.
+
+    compensation = fit_compensation(model, load_heldout("calibration"), rank=16)
+    with BHRoutingIntegration(model, alpha=0.01, compensation=compensation): ...
+
+For an expert e of its top-k that a rule drops, the model would have added ``w_e E_e(x)``. Under a compensation it adds
+``w_e (m_e + U V x)``: a row of a table, weighted as the expert would have been, and one product of small rank for all
+dropped experts of a token together. Where nothing is dropped nothing is added, not even a zero.
+
+The slots of the model's own top-k carry the decision to the experts: a dropped expert e stands there as the number
+``num_experts + 1 + e``, with its weight, and whoever multiplies matrices takes such a slot for an empty one.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import embedding_bag, linear
+
+from bhlib.rules import Forms
+from bhlib.weighting import find_weighting
+
+#: Version of the file format.
+FORMAT = 1
+
+
+class LayerCompensation(NamedTuple):
+    """What one layer adds for experts that were dropped.
+
+    Attributes
+    ----------
+    means : Tensor [1 + experts, hidden]
+        Zeros, and the mean output of each expert.
+    down, up : Tensor [rank, hidden] and [hidden, rank]
+        The linear map, ``up @ down``; of rank 0 there is none.
+    """
+
+    means: Tensor
+    down: Tensor
+    up: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.means) - 1
+
+    def missing(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What is added to the layer's output [tokens, hidden], from slots as `mark_dropped` leaves them."""
+        rows = (index - self.num_experts).clamp(min=0)  # of a kept expert: the zeros
+        weights = weights.to(self.means.dtype)
+        total = embedding_bag(rows, self.means, per_sample_weights=weights, mode="sum")
+        if len(self.down):
+            mass = weights.masked_fill(rows == 0, 0.0).sum(dim=-1, keepdim=True)
+            total = total + mass * linear(linear(hidden_states.to(total.dtype), self.down), self.up)
+        return total
+
+
+def mark_dropped(
+    forms: Forms, router_logits: Tensor, *, top_k: int, weighting: str, temperature: float, is_prefix: bool
+) -> Forms:
+    """A routing in the slots of the model's own top-k, of which those that were dropped are marked.
+
+    Parameters
+    ----------
+    forms : Forms
+        What a rule decided about these logits.
+    router_logits : Tensor [tokens, experts]
+    top_k : int
+        Of the model's own routing.
+    weighting, temperature
+        As the rule was called with.
+    is_prefix : bool
+        Whether the rule keeps experts of the model's own top-k only.
+
+    Returns
+    -------
+    Forms
+        `top_k` slots, and, unless `is_prefix`, those of the rule that hold other experts. Weights are those of the
+        model's own routing: where its convention divides by a sum, by that of its own top-k, whatever was dropped, so
+        that kept and missing parts fit together. `exact` holds 0 for what was dropped.
+    """
+    convention, num_experts = find_weighting(weighting), router_logits.shape[-1]
+    scores, own = convention.scores(router_logits, temperature).topk(top_k, dim=-1)
+    weights = convention.weights(scores, torch.ones_like(own, dtype=torch.bool))
+    same = own[:, :, None] == forms.experts[:, None, :]
+    kept = same.any(dim=2)
+    index = torch.where(kept, own, own + (num_experts + 1))
+    exact = None if forms.exact is None else weights * kept
+    given = weights.to(forms.weights.dtype)
+    if not is_prefix:
+        others = ~same.any(dim=1) & (forms.experts < num_experts)
+        index = torch.cat([index, torch.where(others, forms.experts, num_experts)], dim=1)
+        given = torch.cat([given, forms.weights * others], dim=1)
+        if exact is not None and forms.exact is not None:
+            exact = torch.cat([exact, forms.exact * others], dim=1)
+    return Forms(given, index, forms.counts, exact)
+
+
+class Compensation:
+    """What stands in for dropped experts, layer by layer. Make one with `fit_compensation`, or load one.
+
+    Parameters
+    ----------
+    layers : sequence of LayerCompensation
+        In order of depth, float32.
+    model_name : str
+        Whose experts these are (`bhlib.discovery.name_of`).
+
+    Attributes
+    ----------
+    num_layers, num_experts, hidden_size, rank : int
+    """
+
+    def __init__(self, layers: Sequence[LayerCompensation], model_name: str) -> None:
+        self.layers, self.model_name = list(layers), model_name
+        self.num_layers = len(self.layers)
+        self.num_experts, self.hidden_size = self.layers[0].num_experts, self.layers[0].means.shape[1]
+        self.rank = len(self.layers[0].down)
+        self._on_device: dict = {}
+
+    def layer(self, index: int, like: Tensor) -> LayerCompensation:
+        """That of a layer, on the device of a tensor and in its dtype; moved once."""
+        key = index, like.device, like.dtype
+        if key not in self._on_device:
+            with torch.inference_mode(False):  # it outlives the pass that asks first
+                self._on_device[key] = LayerCompensation(*(part.to(like) for part in self.layers[index]))
+        return self._on_device[key]
+
+    def cost(self, mean_experts: float, top_k: int, intermediate_size: int) -> float:
+        """Arithmetic of the compensation for a token and layer, in experts of three matrices.
+
+        Parameters
+        ----------
+        mean_experts : float
+            How many of its `top_k` experts a token keeps. The others take a row of the table each.
+        top_k, intermediate_size : int
+            Of the model.
+        """
+        expert = 3 * self.hidden_size * intermediate_size
+        dropped = max(top_k - mean_experts, 0)
+        return (dropped * self.hidden_size + 2 * self.rank * self.hidden_size) / expert
+
+    def check_model(self, model_name: str, num_layers: int, num_experts: int, hidden_size: int) -> None:
+        """Raise a ValueError if it was fitted on another model."""
+        own = {"layers": self.num_layers, "experts": self.num_experts, "hidden size": self.hidden_size}
+        asked = {"layers": num_layers, "experts": num_experts, "hidden size": hidden_size}
+        if own != asked or model_name != self.model_name:
+            raise ValueError(
+                f"this compensation was fitted on {self.model_name!r} ({_listed(own)}), but the model is "
+                f"{model_name!r} ({_listed(asked)}): fit one on the model that you patch, "
+                f"bhlib.fit_compensation(model, token_ids)."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {
+            f"{part}.{index}": getattr(layer, part).contiguous()
+            for index, layer in enumerate(self.layers)
+            for part in LayerCompensation._fields
+        }
+        header = {"format": FORMAT, "kind": "compensation", "model_name": self.model_name, "layers": self.num_layers}
+        save_file(tensors, path, metadata={"bhlib": json.dumps(header, sort_keys=True)})
+
+    def __repr__(self) -> str:
+        return (
+            f"Compensation(means of {self.num_experts} experts, rank {self.rank}, {self.num_layers} layers of "
+            f"{self.hidden_size}, fitted on {self.model_name!r})"
+        )
+
+
+def load_compensation(path: str | Path) -> Compensation:
+    """Load what `Compensation.save` wrote.
+
+    Raises
+    ------
+    OSError
+        If there is no such file.
+    ValueError
+        If the file holds no compensation, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("bhlib", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): save the compensation again.") from error
+    if header.get("kind") != "compensation" or header.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no compensation of format {FORMAT}: write one with Compensation.save(path).")
+    wanted = {f"{part}.{index}" for index in range(header["layers"]) for part in LayerCompensation._fields}
+    if wanted != tensors.keys():
+        raise ValueError(f"{path} is damaged: {sorted(wanted ^ tensors.keys())} do not fit its header.")
+    layers = [
+        LayerCompensation(*(tensors[f"{part}.{index}"] for part in LayerCompensation._fields))
+        for index in range(header["layers"])
+    ]
+    return Compensation(layers, header["model_name"])
+
+
+def _listed(facts: dict[str, int]) -> str:
+    return ", ".join(f"{value} {name}" for name, value in facts.items())
