@@ -22,8 +22,8 @@ from bhlib.levels import level_for_mean_experts
 from bhlib.rules import Rule, Threshold
 from bhlib.text_pass import Text, batches, check_plain, check_texts, run_batch
 
-#: Strengths of the ridge that are tried, as parts of the mean square of a feature.
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+#: Strengths of the ridge that are tried, as multiples of the mean square of a feature: the largest leave nothing.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
 
 #: Sequences of each text, or up to twice as many, on which the default of `keep` is found.
 SEQUENCES_FOR_LEVEL = 2

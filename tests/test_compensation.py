@@ -8,10 +8,11 @@ import torch
 from families import PATCHED, tiny
 from models import state_of, tiny_olmoe, tokens
 
-from bhlib import BHRoutingIntegration, RoutingPatch, calibrate, find_moe_layers
+from bhlib import BHRoutingIntegration, RoutingPatch, calibrate, find_moe_layers, load_demo, load_heldout
 from bhlib.compensating import Products, explain_missing, fit_compensation, solve
 from bhlib.compensation import Compensation, LayerCompensation, load_compensation
 from bhlib.discovery import name_of
+from bhlib.evaluation import evaluate
 from bhlib.layer_passes import expert_output, watch_layers
 from bhlib.rules import BH, Threshold, TopK
 
@@ -264,19 +265,36 @@ def fitted():
     return model, fit_compensation(model, tokens(20, 16), rank=2, batch_size=2, progress=False)
 
 
-def test_a_fit_lessens_what_is_missing(fitted):
-    model, compensation = fitted
-    before = state_of(model)
-    distances = {}
-    for name, options in {"nothing": {}, "compensated": {"compensation": compensation}}.items():
-        with RoutingPatch(model, TopK(4), **options):
-            seen, _ = passes_of(model, tokens(20, 16))
-        layer = find_moe_layers(model)[0]
-        with torch.no_grad():
-            own = layer.experts(seen[0].hidden, *layer.router(seen[0].hidden)[:0:-1])
-        distances[name] = float((seen[0].output - own).norm())
-    assert distances["compensated"] < 0.9 * distances["nothing"]
+def missing_after(model, ids, rule, **options):
+    """Norm of what the first layer's output lacks under a rule, over that of its own output."""
+    layer = find_moe_layers(model)[0]
+    with RoutingPatch(model, rule, kernels=False, **options):
+        seen, _ = passes_of(model, ids)
+    with torch.no_grad():
+        _, weights, experts = layer.router(seen[0].hidden)
+        own = layer.experts(seen[0].hidden, experts, weights)
+    return float((seen[0].output - own).norm() / own.norm())
+
+
+def test_a_fit_gives_back_loss_on_other_text():
+    model, _ = load_demo()
+    text = load_heldout("calibration", length=64, max_sequences=10)
+    data = load_heldout("validation", length=128, max_sequences=2)
+    before, own = state_of(model), evaluate(model, data)["loss"].mean()
+    lost = {"nothing": evaluate(model, data, TopK(3))["loss"].mean() - own}
+    for rank in (0, 16):
+        compensation = fit_compensation(model, text, rank=rank, progress=False)
+        lost[rank] = evaluate(model, data, TopK(3), compensation=compensation)["loss"].mean() - own
+    assert 0 < lost[16] < lost[0] < 0.85 * lost["nothing"]
     assert state_of(model) == before
+
+
+def test_where_means_say_nothing_next_to_nothing_is_added(fitted):
+    # Random experts are as often for as against a direction: whatever was fitted would be chance.
+    model, compensation = fitted
+    ids = tokens(20, 16, seed=5)
+    lacks = [missing_after(model, ids, TopK(4), **options) for options in ({}, {"compensation": compensation})]
+    assert lacks[1] < 1.01 * lacks[0]
 
 
 def test_padding_is_left_out(fitted):
