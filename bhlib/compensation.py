@@ -7,8 +7,7 @@ For an expert e of its top-k that a rule drops, the model would have added ``w_e
 ``w_e (m_e + U V x)``: a row of a table, weighted as the expert would have been, and one product of small rank for all
 dropped experts of a token together. Where nothing is dropped nothing is added, not even a zero.
 
-The slots of the model's own top-k carry the decision to the experts: a dropped expert e stands there as the number
-``num_experts + 1 + e``, with its weight, and whoever multiplies matrices takes such a slot for an empty one.
+A routing says which experts were dropped, and with which weights (`bhlib.rules.routing.mark_dropped`).
 """
 
 import json
@@ -22,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
-from bhlib.rules import Forms
-from bhlib.weighting import find_weighting
+from bhlib import kernels
 
 #: Version of the file format.
 FORMAT = 1
@@ -49,7 +47,15 @@ class LayerCompensation(NamedTuple):
         return len(self.means) - 1
 
     def missing(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """What is added to the layer's output [tokens, hidden], from slots as `mark_dropped` leaves them."""
+        """What is to be added to the layer's output [tokens, hidden].
+
+        Parameters
+        ----------
+        hidden_states : Tensor [tokens, hidden]
+            What the experts were given.
+        index, weights : Tensor [tokens, slots]
+            As `bhlib.rules.routing.mark_dropped` leaves them.
+        """
         rows = (index - self.num_experts).clamp(min=0)  # of a kept expert: the zeros
         weights = weights.to(self.means.dtype)
         total = embedding_bag(rows, self.means, per_sample_weights=weights, mode="sum")
@@ -58,46 +64,14 @@ class LayerCompensation(NamedTuple):
             total = total + mass * linear(linear(hidden_states.to(total.dtype), self.down), self.up)
         return total
 
+    def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor, fused: bool = False) -> Tensor:
+        """The layer's output with what is `missing`; if `fused`, by a kernel where one can."""
+        wants_gradients = torch.is_grad_enabled() and (output.requires_grad or weights.requires_grad)
+        if fused and output.dtype in kernels.DTYPES and kernels.run_on(output.device) and not wants_gradients:
+            from bhlib.kernels.missing import add_missing  # imports Triton, which not everybody has
 
-def mark_dropped(
-    forms: Forms, router_logits: Tensor, *, top_k: int, weighting: str, temperature: float, is_prefix: bool
-) -> Forms:
-    """A routing in the slots of the model's own top-k, of which those that were dropped are marked.
-
-    Parameters
-    ----------
-    forms : Forms
-        What a rule decided about these logits.
-    router_logits : Tensor [tokens, experts]
-    top_k : int
-        Of the model's own routing.
-    weighting, temperature
-        As the rule was called with.
-    is_prefix : bool
-        Whether the rule keeps experts of the model's own top-k only.
-
-    Returns
-    -------
-    Forms
-        `top_k` slots, and, unless `is_prefix`, those of the rule that hold other experts. Weights are those of the
-        model's own routing: where its convention divides by a sum, by that of its own top-k, whatever was dropped, so
-        that kept and missing parts fit together. `exact` holds 0 for what was dropped.
-    """
-    convention, num_experts = find_weighting(weighting), router_logits.shape[-1]
-    scores, own = convention.scores(router_logits, temperature).topk(top_k, dim=-1)
-    weights = convention.weights(scores, torch.ones_like(own, dtype=torch.bool))
-    same = own[:, :, None] == forms.experts[:, None, :]
-    kept = same.any(dim=2)
-    index = torch.where(kept, own, own + (num_experts + 1))
-    exact = None if forms.exact is None else weights * kept
-    given = weights.to(forms.weights.dtype)
-    if not is_prefix:
-        others = ~same.any(dim=1) & (forms.experts < num_experts)
-        index = torch.cat([index, torch.where(others, forms.experts, num_experts)], dim=1)
-        given = torch.cat([given, forms.weights * others], dim=1)
-        if exact is not None and forms.exact is not None:
-            exact = torch.cat([exact, forms.exact * others], dim=1)
-    return Forms(given, index, forms.counts, exact)
+            return add_missing(output, hidden_states, index, weights, *self)
+        return output + self.missing(hidden_states, index, weights)
 
 
 class Compensation:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bhlib import experts as pairwise
 from bhlib import kernels as triton_kernels
-from bhlib.compensation import Compensation, mark_dropped
+from bhlib.compensation import Compensation
 from bhlib.compiled_passes import enroll, record
 from bhlib.discovery import (
     MoELayer,
@@ -310,23 +310,23 @@ class RoutingPatch:
         """Apply the rule to one layer's logits [tokens, experts]; weights for the model in a dtype."""
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
-        logits, options = as_scored(router_logits, layer.narrows), self._weights_options(layer)
-        forms = self._rule.forms(
-            logits, layer.index, dtype=dtype, exact=self.collect_stats, fused=self.kernels, **options
+        return self._rule.forms(
+            as_scored(router_logits, layer.narrows),
+            layer.index,
+            weighting=self._weighting(layer),
+            temperature=self.temperature,
+            dtype=dtype,
+            exact=self.collect_stats,
+            fused=self.kernels,
+            own_k=layer.top_k if self.compensates else 0,
         )
-        if not self.compensates:
-            return forms
-        is_prefix = self._rule.is_prefix and self._rule.max_k <= layer.top_k
-        return mark_dropped(forms, logits, top_k=layer.top_k, is_prefix=is_prefix, **options)
-
-    def _weights_options(self, layer: MoELayer) -> dict[str, Any]:
-        return {"weighting": self._weighting(layer), "temperature": self.temperature}
 
     def _compensate(self, layer: MoELayer, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of a layer's experts: add what stands in for those that were dropped."""
         hidden_states, index, weights = args
         assert self.compensation is not None
-        return output + self.compensation.layer(layer.index, output).missing(hidden_states, index, weights)
+        part = self.compensation.layer(layer.index, output)
+        return part.add(output, hidden_states, index, weights, fused=self.kernels)
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights

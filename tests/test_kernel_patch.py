@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters  # noqa: E402
 from transformers import CompileConfig  # noqa: E402
 
 from bhlib import BHRoutingIntegration, RoutingPatch  # noqa: E402
+from bhlib.compensation import Compensation, LayerCompensation  # noqa: E402
+from bhlib.discovery import name_of  # noqa: E402
 from bhlib.rules import BH, TopK  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -49,6 +51,31 @@ def test_kernels_change_rounding_only(model, length):
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3)
     assert not torch.allclose(own, expected, rtol=1e-2, atol=1e-3), "nothing was routed"
     assert torch.equal(logits_of(model, ids), own)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_stands_in_for_dropped_experts_comes_by_kernels_too(model, rank):
+    ids, generator = tokens(1, 5).to(DEVICE), torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    layers = [
+        LayerCompensation(torch.cat([torch.zeros(1, 32), draw(8, 32)]), draw(rank, 32), draw(32, rank))
+        for _ in range(2)
+    ]
+    options = {"alpha": 0.05, "max_k": 3, "compensation": Compensation(layers, name_of(model))}
+    with BHRoutingIntegration(model, kernels=False, **options) as plain:
+        expected = logits_of(model, ids)
+    with BHRoutingIntegration(model, kernels=True, **options) as bh:
+        got = logits_of(model, ids)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(logits_of(compiled, ids), got)
+    assert plain.get_routing_stats()["sparsity_gain"] > 0
+    assert plain.records.to_frame()["experts"].equals(bh.records.to_frame()["experts"][: len(plain.records.to_frame())])
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=2e-3)
+    with BHRoutingIntegration(model, alpha=0.05, max_k=3, kernels=True):
+        assert not torch.allclose(logits_of(model, ids), expected, rtol=1e-2, atol=2e-3), "nothing was added"
 
 
 @pytest.mark.parametrize("collect_stats", [False, True])

@@ -21,15 +21,18 @@ pytest.importorskip("triton", reason="the kernels need Triton, which comes with 
 from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.jit import KernelInterface  # noqa: E402
 
+from bhlib.compensation import LayerCompensation  # noqa: E402
 from bhlib.kernels.forward import experts_forward  # noqa: E402
 from bhlib.kernels.grouped import PLANS, Plan, grouped_forward  # noqa: E402
 from bhlib.kernels.launch import QuickKernel  # noqa: E402
+from bhlib.kernels.missing import add_missing  # noqa: E402
 from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
 from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
 from bhlib.kernels.vector import vector_forward  # noqa: E402
 from bhlib.procedures import critical_values  # noqa: E402
 from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
 from bhlib.rules import BH  # noqa: E402
+from bhlib.rules.routing import mark_dropped  # noqa: E402
 from bhlib.weighting import WEIGHTINGS  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -114,6 +117,22 @@ def test_every_statistic(statistic):
     values, _ = null_values(logits.cpu(), statistic)
     null = KDENull.fit([values.flatten().numpy()], model_name="noise", num_experts=64, statistic=statistic)
     check_route(BH(alpha=0.5, pvalues=null), logits[:TOKENS])
+
+
+@pytest.mark.parametrize(("weighting", "own_k"), [("softmax", 8), ("normalized", 8), ("softmax_selected", 6)])
+def test_what_is_dropped_of_the_models_own_is_marked(weighting, own_k):
+    rule, logits = BH(alpha=0.2, max_k=6), spread_logits(TOKENS, 64)
+    sure = clear_cut(rule, logits).to(DEVICE)
+    weights, experts, counts, exact = kernel_route(rule, logits, 0, weighting=weighting, own_k=own_k, exact=True)
+    kept = rule(logits, 0, weighting=weighting)
+    expected = mark_dropped(
+        kept.weights, kept.experts.masked_fill(kept.experts < 0, 64), logits, own_k,
+        weighting=weighting, temperature=1.0, is_prefix=True,
+    )  # fmt: skip
+    assert (experts > 64).any() and torch.equal(counts[sure], kept.counts[sure])
+    assert torch.equal(experts[sure], expected[1][sure])
+    for got, wanted in ((weights, expected[0]), (exact, expected[2])):
+        torch.testing.assert_close(got[sure], wanted[sure], rtol=1e-5, atol=1e-7)
 
 
 def test_gaussian_null():
@@ -339,6 +358,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr("bhlib.kernels.forward.on_device", on_device)
     monkeypatch.setattr("bhlib.kernels.routing.on_device", on_device)
+    monkeypatch.setattr("bhlib.kernels.missing.on_device", on_device)
     monkeypatch.setattr(KernelInterface, "__getitem__", launch)
     monkeypatch.setattr(QuickKernel, "__getitem__", lambda quick, grid: quick.kernel[grid])
     kernel_route(BH(), spread_logits(3, 64))
@@ -346,8 +366,36 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         hidden, gate_up, down = tensors(num_tokens, 24, 16, 9, DTYPE)
         module = SimpleNamespace(gate_up_proj=gate_up, down_proj=down)
         experts_forward(module, hidden, *routed(num_tokens, 3, 9))
-    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots".split()
+    add_missing(hidden, hidden, *routed(40, 3, 9), *stand_in(24, 2))
+    names = (
+        "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots _add_missing".split()
+    )
     assert launched == {name: [hidden.device] for name in names}
+
+
+def stand_in(hidden, rank, num_experts=9):
+    """Means and a map, of which nothing is zero but the first row."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (num_experts + 1, hidden), (rank, hidden), (hidden, rank)
+    means, down, up = (0.3 * torch.randn(*shape, generator=generator) for shape in shapes)
+    means[0] = 0
+    return LayerCompensation(*(part.to(DEVICE, DTYPE) for part in (means, down, up)))
+
+
+@pytest.mark.parametrize("rank", [0, 2, 16])
+@pytest.mark.parametrize("num_tokens", [1, 7, 70])  # a program takes one token, or 16
+def test_what_stands_in_is_added(num_tokens, rank):
+    hidden = tensors(num_tokens, 24, 16, 9, DTYPE)[0]
+    output, part = hidden.flip(0), stand_in(24, rank)
+    index, weights = routed(num_tokens, 3, 9)  # some slots are kept, some empty
+    is_dropped = (torch.arange(3, device=DEVICE) > 0) & (index >= 0) & (index < 9)
+    is_dropped[-1] &= num_tokens == 1  # of the last of several tokens nothing is dropped
+    index = torch.where(is_dropped, index + 10, index)
+    got = add_missing(output, hidden, index, weights, *part)
+    wide = LayerCompensation(*(tensor.float() for tensor in part))
+    expected = output.float() + wide.missing(hidden.float(), index, weights.float())
+    assert relative_error(got, expected) < TOLERANCE
+    assert num_tokens == 1 or torch.equal(got[-1], output[-1])
 
 
 @pytest.mark.gpu

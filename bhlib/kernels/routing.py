@@ -65,6 +65,7 @@ def bh_route(
     weights_dtype: torch.dtype = torch.float32,
     empty: int = -1,
     exact: bool = False,
+    own_k: int = 0,
 ) -> tuple[Tensor, ...]:
     """Route tokens by a step-up procedure.
 
@@ -87,15 +88,19 @@ def bh_route(
         What stands in an empty slot.
     exact : bool
         Whether to return the weights as they were computed too.
+    own_k : int
+        If not 0, at least `max_k`: the model's own top-k, of which what is dropped is marked as
+        `bhlib.rules.routing.mark_dropped` does it.
 
     Returns
     -------
-    weights : Tensor [tokens, max_k]
+    weights : Tensor [tokens, max_k or own_k]
         0 in an empty slot.
-    experts : Tensor [tokens, max_k], int64
+    experts : Tensor [tokens, max_k or own_k], int64
         Largest logit first; of equal logits the lower index, where ``torch.topk`` leaves the order open.
     counts : Tensor [tokens], int64
-    exact_weights : Tensor [tokens, max_k], float32, only with `exact`
+    exact_weights : Tensor [tokens, max_k or own_k], float32, only with `exact`
+        0 for what was dropped.
 
     Raises
     ------
@@ -116,7 +121,7 @@ def bh_route(
     route = _route_operator if torch.compiler.is_compiling() else _launch
     routed = route(
         router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED,
-        temperature, weights_dtype, empty, exact,
+        temperature, weights_dtype, empty, exact, own_k,
     )  # fmt: skip
     return routed if exact else routed[:3]
 
@@ -133,10 +138,11 @@ def _launch(
     weights_dtype: torch.dtype,
     empty: int,
     exact: bool,
+    own_k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = router_logits.shape
     router_logits = router_logits if router_logits.stride(1) == 1 else router_logits.contiguous()
-    weights, experts, counts, exact_weights = _outputs(router_logits, max_k, weights_dtype, exact)
+    weights, experts, counts, exact_weights = _outputs(router_logits, own_k or max_k, weights_dtype, exact)
     programs, width, rows, warps = _cut(num_tokens, num_experts)
     if num_tokens:
         with on_device(router_logits.device):
@@ -156,6 +162,7 @@ def _launch(
                 ROWS=rows,
                 MIN_K=min_k,
                 MAX_K=max_k,
+                OWN_K=own_k,
                 EMPTY=empty,
                 STATISTIC=statistic,
                 EXCLUDE_TOP=exclude_top,
@@ -167,15 +174,15 @@ def _launch(
 
 
 def _outputs(
-    router_logits: Tensor, max_k: int, weights_dtype: torch.dtype, exact: bool
+    router_logits: Tensor, slots: int, weights_dtype: torch.dtype, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Room for the weights, the experts, the counts and, if they are wanted, the exact weights."""
     num_tokens = router_logits.shape[0]
     return (
-        router_logits.new_empty(num_tokens, max_k, dtype=weights_dtype),
-        router_logits.new_empty(num_tokens, max_k, dtype=torch.int64),
+        router_logits.new_empty(num_tokens, slots, dtype=weights_dtype),
+        router_logits.new_empty(num_tokens, slots, dtype=torch.int64),
         router_logits.new_empty(num_tokens, dtype=torch.int64),
-        router_logits.new_empty(num_tokens if exact else 0, max_k, dtype=torch.float32),
+        router_logits.new_empty(num_tokens if exact else 0, slots, dtype=torch.float32),
     )
 
 
@@ -184,9 +191,10 @@ _route_operator = torch.library.custom_op("bhlib::route", _launch, mutates_args=
 
 @_route_operator.register_fake
 def _(
-    router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype, empty, exact
+    router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype, empty, exact,
+    own_k,
 ):  # fmt: skip
-    return _outputs(router_logits, max_k, weights_dtype, exact)
+    return _outputs(router_logits, own_k or max_k, weights_dtype, exact)
 
 
 @functools.lru_cache(1024)
@@ -218,6 +226,7 @@ def _route(
     ROWS: tl.constexpr,
     MIN_K: tl.constexpr,
     MAX_K: tl.constexpr,
+    OWN_K: tl.constexpr,
     EMPTY: tl.constexpr,
     STATISTIC: tl.constexpr,
     EXCLUDE_TOP: tl.constexpr,
@@ -269,19 +278,22 @@ def _route(
     significant = tl.max(tl.where(valid & (value >= cut), rank + 1, 0), axis=1)
     count = tl.minimum(tl.maximum(significant, MIN_K), MAX_K)
     kept = rank < count[:, None]
+    slots: tl.constexpr = OWN_K or MAX_K
+    weighted = kept if OWN_K == 0 else rank < OWN_K
 
     if TEMPERED:
         odds = tl.exp(below / temperature)
         total = tl.sum(odds, axis=1)[:, None]
     if NORMALIZE:
-        total = tl.sum(tl.where(kept, odds, 0.0), axis=1)[:, None]
+        total = tl.sum(tl.where(weighted, odds, 0.0), axis=1)[:, None]
         total = tl.where(total == 0.0, 1.0, total)
-    weight = tl.where(kept, odds / total, 0.0)
-    slot = token.to(tl.int64) * MAX_K + rank
-    written = (token < num_tokens) & (rank < MAX_K)
+    weight = tl.where(weighted, odds / total, 0.0)
+    slot = token.to(tl.int64) * slots + rank
+    written = (token < num_tokens) & (rank < slots)
+    dropped = EMPTY if OWN_K == 0 else NUM_EXPERTS + 1 + expert
     tl.store(weights_ptr + slot, weight.to(weights_ptr.dtype.element_ty), mask=written)
-    tl.store(experts_ptr + slot, tl.where(kept, expert, EMPTY).to(tl.int64), mask=written)
+    tl.store(experts_ptr + slot, tl.where(kept, expert, dropped).to(tl.int64), mask=written)
     if exact_ptr is not None:
-        tl.store(exact_ptr + slot, weight, mask=written)
+        tl.store(exact_ptr + slot, tl.where(kept, weight, 0.0), mask=written)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tl.store(counts_ptr + row, count.to(tl.int64), mask=row < num_tokens)

@@ -3,54 +3,17 @@
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from bhlib.procedures import is_whole
+from bhlib.rules.routing import Forms, Routing, mark_dropped
 from bhlib.weighting import find_weighting, probabilities
 
 #: One number, or one for each sequence of a batch.
 Level = float | Sequence[float]
-
-
-class Routing(NamedTuple):
-    """What a rule decided: one row per token, one column per slot.
-
-    Attributes
-    ----------
-    weights : Tensor [tokens, slots], float32
-        Weight of each selected expert, 0 in an empty slot.
-    experts : Tensor [tokens, slots], int64
-        Index of each selected expert, -1 in an empty slot. Selected experts fill a row from the left.
-    counts : Tensor [tokens], int64
-        Number of experts selected for the token.
-    """
-
-    weights: Tensor
-    experts: Tensor
-    counts: Tensor
-
-
-class Forms(NamedTuple):
-    """A routing as a model's experts take it, and as it is recorded.
-
-    Attributes
-    ----------
-    weights : Tensor [tokens, slots]
-        In the dtype of the model; 0 in an empty slot.
-    experts : Tensor [tokens, slots], int64
-        The number of experts in an empty slot.
-    counts : Tensor [tokens], int64
-    exact : Tensor [tokens, slots], or None
-        The weights in float32 or wider; None if not asked for.
-    """
-
-    weights: Tensor
-    experts: Tensor
-    counts: Tensor
-    exact: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -282,6 +245,7 @@ class Rule:
         dtype: torch.dtype,
         exact: bool = False,
         fused: bool = False,
+        own_k: int = 0,
     ) -> Forms:
         """A call, in the form in which a model takes its answer.
 
@@ -293,11 +257,18 @@ class Rule:
             Whether to give the weights as they are computed too.
         fused : bool
             Whether a kernel may route, as in `fused`.
+        own_k : int
+            The model's own top-k, if what is dropped of it is to be marked (`bhlib.rules.routing.mark_dropped`).
         """
-        forms = self._by_kernel(router_logits, layer, weighting, temperature, dtype, exact) if fused else None
+        forms = self._by_kernel(router_logits, layer, weighting, temperature, dtype, exact, own_k) if fused else None
         if forms is not None:
             return forms
         weights, experts, counts = self._route(router_logits, layer, weighting, temperature, router_logits.shape[-1])
+        if own_k:
+            is_prefix = self.is_prefix and self.max_k <= own_k
+            options: dict[str, Any] = {"weighting": weighting, "temperature": temperature, "is_prefix": is_prefix}
+            weights, experts, exact_weights = mark_dropped(weights, experts, router_logits, own_k, **options)
+            return Forms(weights.to(dtype), experts, counts, exact_weights if exact else None)
         return Forms(weights.to(dtype), experts, counts, weights if exact else None)
 
     def _by_kernel(
@@ -308,6 +279,7 @@ class Rule:
         temperature: float,
         dtype: torch.dtype,
         exact: bool,
+        own_k: int = 0,
     ) -> Forms | None:
         """`forms` of one launch of a kernel; None where the rule has none, or the device."""
         return None

@@ -146,8 +146,11 @@ class BH(Rule):
         temperature: float,
         dtype: torch.dtype,
         exact: bool,
+        own_k: int = 0,
     ) -> Forms | None:
         """Of a statistic and a weighting that the kernel knows."""
+        if own_k and self.max_k > own_k:
+            return None
         code, num_experts = find_weighting(weighting).kernel, router_logits.shape[-1]
         if code is None or router_logits.dtype == torch.float64:
             return None
@@ -159,7 +162,7 @@ class BH(Rule):
         statistic, exclude_top, cuts = form
         if cuts.dim() == 2:
             tokens_each(len(router_logits), len(cuts))
-        more = exact and dtype != torch.float32
+        more = exact and (dtype != torch.float32 or own_k > 0)
         weights, experts, counts, *full = bh_route(
             router_logits,
             cuts,
@@ -172,6 +175,7 @@ class BH(Rule):
             weights_dtype=dtype,
             empty=num_experts,
             exact=more,
+            own_k=own_k,
         )
         return Forms(weights, experts, counts, full[0] if more else weights if exact else None)
 
