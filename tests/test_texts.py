@@ -147,7 +147,11 @@ def test_a_path_to_nothing_is_no_data_set(source, tokenizer):
 
 @pytest.mark.parametrize(
     ("separator", "message"),
-    [("(", r"the separator '\(' is not a regular expression: missing \)"), ("", "the separator is empty: write for")],
+    [
+        ("(", r"the separator '\(' is not a regular expression: missing \)"),
+        ("", "the separator is empty: write for"),
+        ("(a|b)", r"the separator '\(a\|b\)' has a group that it keeps: write \(\?:"),
+    ],
 )
 def test_separators_that_are_none(separator, message, tokenizer):
     with pytest.raises(ValueError, match=message):
