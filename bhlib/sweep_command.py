@@ -1,6 +1,7 @@
-"""The command ``python -m bhlib sweep``: loss and cost of rules on held-out text, in one process or in several.
+"""The command ``python -m bhlib sweep``: loss and cost of rules on text, in one process or in several.
 
 python -m bhlib sweep --rules "top-k:1-8 bh:0.01,0.05 top-p:0.4" --out sweep.csv
+python -m bhlib sweep --model allenai/OLMoE-1B-7B-0924 --text my_texts --out sweep.csv
 accelerate launch -m bhlib sweep --cache cells --out sweep.csv                  # all GPUs, the same table
 torchrun --nproc-per-node 2 -m bhlib sweep --cache cells --out sweep.csv        # two processes on CPUs
 """
