@@ -60,13 +60,15 @@ def _compiled(separator: str | None) -> re.Pattern | None:
         raise ValueError(f"the separator {separator!r} is not a regular expression: {error}.") from error
     if pattern and pattern.pattern == "":
         raise ValueError(r"the separator is empty: write for example '\n\s*\n' for an empty line, or give none.")
+    if pattern and pattern.groups:  # which would be pieces of the text
+        raise ValueError(f"the separator {separator!r} has a group that it keeps: write (?:…) instead of (…).")
     return pattern
 
 
 def _pieces(texts: Iterator[str], split_at: re.Pattern | None) -> Iterator[str]:
     """Texts, split if there is something to split at; without those that are empty."""
     for text in texts:
-        yield from (piece for piece in (split_at.split(text) if split_at else [text]) if piece and piece.strip())
+        yield from (piece for piece in (split_at.split(text) if split_at else [text]) if piece.strip())
 
 
 # -- files -----------------------------------------------------------------------------------------------------

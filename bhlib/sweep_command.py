@@ -1,6 +1,7 @@
-"""The command ``python -m bhlib sweep``: loss and cost of rules on held-out text, in one process or in several.
+"""The command ``python -m bhlib sweep``: loss and cost of rules on text, in one process or in several.
 
 python -m bhlib sweep --rules "top-k:1-8 bh:0.01,0.05 top-p:0.4" --out sweep.csv
+python -m bhlib sweep --model allenai/OLMoE-1B-7B-0924 --text my_texts --out sweep.csv
 accelerate launch -m bhlib sweep --cache cells --out sweep.csv                  # all GPUs, the same table
 torchrun --nproc-per-node 2 -m bhlib sweep --cache cells --out sweep.csv        # two processes on CPUs
 """
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -186,17 +188,18 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.out:
             Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
             frame.to_csv(arguments.out, index=False, lineterminator="\n")
-        _print(with_documents(frame, text.documents(arguments.split, *size)))
+        _print(frame, text.documents(arguments.split, *size))
     state.destroy_process_group()
     failed = frame[frame["error"] != ""]
     if len(failed) and state.is_main_process:
         raise SystemExit("\n".join(f"{row.rule} failed: {row.error}" for row in failed.itertuples()))
 
 
-def _print(frame: pd.DataFrame) -> None:
-    """The means, and the comparison with static top-k."""
+def _print(frame: pd.DataFrame, documents: dict[str, np.ndarray]) -> None:
+    """The means, and the comparison with static top-k, with intervals over the documents of the sequences."""
     if (frame["error"] != "").all():
         return
+    frame = with_documents(frame, documents)
     print(summarize(frame).to_string(index=False, float_format="{:.4g}".format))
     try:
         matched = matched_compute(frame)

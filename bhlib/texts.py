@@ -123,7 +123,8 @@ class Text:
             found = table[table["split"] == split]
             missing = ENOUGH_DOCUMENTS - found["units"].sum()
             if missing > 0:
-                limited = "" if max_sequences is None else f"more sequences than {max_sequences} of each domain, or "
+                more = f"more sequences than {max_sequences} of each domain, or "
+                limited = more if (found["sequences"] == max_sequences).any() else ""
                 warnings.warn(
                     f"the {found['sequences'].sum()} sequences of {self.name} in its {split} split are of "
                     f"{found['units'].sum()} documents, {missing} fewer than intervals over documents should have: "
