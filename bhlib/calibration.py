@@ -178,31 +178,20 @@ def collect_router_logits(
     attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     batch_size: int = 8,
     progress: bool = True,
-    every: int = 1,
 ) -> Tensor:
-    """The router logits of an unpatched model on a text.
-
-    Parameters
-    ----------
-    model, token_ids, attention_mask, batch_size, progress
-        As for `calibrate`, and so are the errors.
-    every : int
-        Keep those of one in this many tokens of a forward pass. Without padding, and if it divides the length of the
-        sequences, these are the same tokens of each sequence.
+    """Every router logit of an unpatched model on a text. Parameters and errors as for `calibrate`.
 
     Returns
     -------
     Tensor [layers, tokens, experts], float32, on the CPU
-        Sequence by sequence, padding left out. In memory 4 bytes per logit, which is 2 kB per token for the demo's 8
-        layers of 64 experts: `every` bounds it.
+        Sequence by sequence, padding left out. Not bounded in memory: 4 bytes per logit, which is 2 kB per token for
+        the demo's 8 layers of 64 experts.
     """
-    if every < 1:
-        raise ValueError(f"every is {every}, but must be 1 or more; 1 keeps all tokens")
     layers = find_moe_layers(model)
     parts: list[list[Tensor]] = [[] for _ in layers]
 
     def take(layer: int, logits: Tensor) -> None:
-        parts[layer].append(logits[::every].float().cpu().clone())
+        parts[layer].append(logits.float().cpu())
 
     _run(model, layers, token_ids, attention_mask, batch_size, progress, take)
     return torch.stack([torch.cat(part) for part in parts])

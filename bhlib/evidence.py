@@ -277,6 +277,7 @@ def compare_at_equal_cost(
     *,
     mean_experts: tuple[float, ...] = (4.0, 5.0, 6.0),
     static_k: tuple[int, ...] = (3, 4, 5, 6, 7, 8),
+    max_k: int = 8,
     documents: Mapping[str, np.ndarray] | None = None,
     **sweep_options,
 ) -> pd.DataFrame:
@@ -293,8 +294,9 @@ def compare_at_equal_cost(
         Token ids by domain, not the text that `calibration_logits` come from.
     mean_experts : tuple of float
     static_k : tuple of int
-        Static rules, consecutive; their loss is interpolated linearly between these, NaN outside of them. BH gives no
-        token more experts than the largest of them.
+        Static rules, consecutive; their loss is interpolated linearly between these, NaN outside of them.
+    max_k : int
+        Most experts that BH gives to a token.
     documents : mapping of str to ndarray [sequences], optional
         The document of each sequence of `data` (`bhlib.comparisons.with_documents`), to be what intervals are over.
     **sweep_options
@@ -308,7 +310,7 @@ def compare_at_equal_cost(
         95 % bootstrap intervals ``low``, ``high`` and ``joint_low``, ``joint_high``
         (`bhlib.comparisons.matched_compute`); ``sequences``, ``units``, ``tokens``.
     """
-    max_k, settings = max(static_k), {}
+    settings = {}
     for name, maker in makers.items():
         for k in mean_experts:
             try:

@@ -17,7 +17,6 @@ from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, Qwen3Mo
 
 from bhlib import load_demo, load_olmoe
 from bhlib.__main__ import main
-from bhlib.calibration import collect_router_logits
 from bhlib.cells import model_key
 from bhlib.figures import FIGURES, Study, predecessor
 from bhlib.figures.about import DEMO, about_of
@@ -244,7 +243,7 @@ def test_killed_and_resumed_by_two_processes(folder, mixtral, tmp_path):
 def test_the_embedded_models_sizes_are_as_pictures_say():
     study = Study()
     assert (study.num_layers, study.num_experts, study.top_k) == (DEMO.layers, DEMO.experts, DEMO.top_k)
-    assert study.mean_ks == (3, 4, 5, 6, 7) and study.half == 4 and study.every_token == 1
+    assert study.mean_ks == (3, 4, 5, 6, 7) and study.half == 4
 
 
 @pytest.mark.parametrize(
@@ -264,14 +263,12 @@ def test_a_model_with_one_expert_per_token_has_nothing_to_save():
         Study(model=tiny_olmoe(num_experts_per_tok=1), length=32)
 
 
-def test_some_tokens_of_each_sequence_stand_for_all():
-    model = tiny_olmoe()
-    ids = torch.randint(1, 256, (3, 8), generator=torch.Generator().manual_seed(0))
-    every = collect_router_logits(model, ids, progress=False, batch_size=2)
-    some = collect_router_logits(model, ids, progress=False, batch_size=2, every=4)
-    assert torch.equal(some, every.view(3, 3, 8, 64)[:, :, ::4].flatten(1, 2))
-    with pytest.raises(ValueError, match="every is 0, but must be 1 or more"):
-        collect_router_logits(model, ids, every=0)
+def test_logits_are_bounded_in_memory():
+    study = Study(model=tiny_olmoe(num_hidden_layers=2), length=32)
+    text = {"a": torch.zeros(6, 5000, dtype=torch.int64), "b": torch.ones(3, 5000, dtype=torch.int64)}
+    assert {domain: len(ids) for domain, ids in study.bounded(text).items()} == {"a": 6, "b": 3}
+    longer = {domain: ids.repeat(1, 100) for domain, ids in text.items()}  # 2.15 GiB of logits
+    assert {domain: len(ids) for domain, ids in study.bounded(longer).items()} == {"a": 2, "b": 1}
 
 
 def test_a_quantized_weight_is_told_by_what_it_has_inside():

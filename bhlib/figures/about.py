@@ -40,7 +40,7 @@ class About:
         return f"top-{self.top_k}"
 
     def line(self) -> str:
-        """All of it, for the foot of a picture."""
+        """All of it, for the head of a picture."""
         return (
             f"{self.name} ({self.family}): {self.layers} MoE layers of {self.experts} experts, {self.own}; {self.text}"
         )

@@ -43,7 +43,8 @@ def compute_statistic_matters(study: Study) -> pd.DataFrame:
     return compare_at_equal_cost(
         study.model, makers, study.calibration_logits, study.validation,
         mean_experts=study.mean_ks[1:-1], static_k=tuple(range(int(study.mean_ks[0]), study.top_k + 1)),
-        documents=study.validation_documents, cache=study.cache, batch_size=study.batch_size(study.window),
+        max_k=study.top_k, documents=study.validation_documents,
+        cache=study.cache, batch_size=study.batch_size(study.window),
     )  # fmt: skip
 
 

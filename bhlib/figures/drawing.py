@@ -83,10 +83,17 @@ def interval_caption(table: pd.DataFrame, scope: str) -> str:
     return f"bars: 95 % bootstrap over {units}, for {scope}"
 
 
+def put_above(fig: Figure, text: str) -> None:
+    """A line above everything that is drawn so far. (Below it would meet the legends, which savefig moves down.)"""
+    fig.draw_without_rendering()  # puts everything into its place
+    top = (fig.get_tightbbox().y1 + 0.05) / fig.get_figheight()
+    fig.text(0.5, top, text, ha="center", va="bottom", fontsize=8, fontweight="bold")
+
+
 def layer_ticks(layers: Iterable[int]) -> list[int]:
     """Ticks of an axis of layers: all of them, or every second, third, ... where they would touch each other."""
     layers = sorted(set(layers))
-    return layers[:: 1 + (len(layers) - 1) // 16]
+    return layers[:: 1 + (len(layers) - 1) // 12]
 
 
 def ink_on(colors: np.ndarray) -> np.ndarray:

@@ -82,10 +82,10 @@ class StudyFolder:
         )
 
     def is_finished(self, name: str) -> bool:
-        """Whether a figure is there, its table as this code has written it."""
+        """Whether this code has left a figure out for good, or drawn it, its table being as it was written."""
         entry, path = self.facts.get("figures", {}).get(name, {}), self.path / f"{name}.csv"
-        there = path.exists() and path.with_suffix(".png").exists()
-        return there and entry.get("code") == _CODE and entry.get("table") == _hash(path)
+        there = path.exists() and path.with_suffix(".png").exists() and entry.get("table") == _hash(path)
+        return entry.get("code") == _CODE and (there or "refused" in entry)
 
     def finish(self, name: str, cost: dict[str, float]) -> None:
         """Say that the table of a figure is there, and what it took."""
@@ -93,7 +93,7 @@ class StudyFolder:
 
     def leave_out(self, name: str, why: str, reason: str) -> None:
         """Say that there is no table of a figure, ``"refused"`` or ``"failed"``, and the reason."""
-        self._enter(name, {why: reason})
+        self._enter(name, {"code": _CODE, why: reason})
 
     def tell(self, key: str, value: object) -> None:
         """Enter another fact."""

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bhlib import evidence
+from bhlib.discovery import find_moe_layers
 from bhlib.figures.about import about_of
 from bhlib.figures.drawing import Picture, heat_map
 from bhlib.figures.registry import figure
@@ -68,10 +69,10 @@ def draw_softmax_theorem(table: pd.DataFrame) -> Figure:
 
 def compute_null_calibration(study: Study) -> pd.DataFrame:
     """Held-out p-values of null experts, for every null: a row per layer (``ks``) and per level (``curve``)."""
-    logits = study.calibration_logits
+    logits, top_k = study.calibration_logits, find_moe_layers(study.model)[0].top_k
     parts = []
-    for name, maker in evidence.candidate_nulls(logits, study.name, study.top_k).items():
-        settings = {"sequence_length": study.tokens_per_window, "exclude_top": study.top_k}
+    for name, maker in evidence.candidate_nulls(logits, study.name, top_k).items():
+        settings = {"sequence_length": study.window, "exclude_top": top_k}
         layers = evidence.uniformity(maker, study.validation_logits, **settings)
         parts.append(layers.assign(kind="ks", null=name, calibration_tokens=logits.shape[1]))
         if name in null_looks():

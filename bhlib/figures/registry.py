@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from bhlib.figures.drawing import STYLE
+from bhlib.figures.drawing import STYLE, put_above
 from bhlib.figures.folder import StudyFolder
 from bhlib.figures.study import Study
 from bhlib.figures.tables import compare_tables, read_table, to_csv, write_whole
@@ -174,7 +174,8 @@ def redraw(folder: Path, spec: FigureSpec) -> None:
     table, study = read_table(path), StudyFolder(folder)
     if study.is_there:
         fig = spec.draw(study.about.put_on(table))
-        fig.text(0.5, -0.01, study.about.line(), ha="center", va="top", fontsize=7)
+        with matplotlib.rc_context(STYLE):
+            put_above(fig, study.about.line())
     else:
         fig = spec.draw(table)
     save(fig, path)

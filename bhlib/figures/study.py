@@ -1,6 +1,7 @@
 """What figures are computed on: a model, its text, the settings of rules for it, and what many figures share."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -36,7 +37,7 @@ SEQUENCES_PER_PASS = 8
 THIN = 8
 
 #: Router logits of a split take no more than this many bytes, in memory and in a study's folder.
-LOGITS_BYTES = 2**28
+LOGITS_BYTES = 2**30
 
 
 class Study:
@@ -292,12 +293,12 @@ class Study:
 
     @cached_property
     def calibration_logits(self) -> Tensor:
-        """Router logits [layers, tokens, experts] on `calibration`: what nulls are fitted on."""
+        """Router logits [layers, tokens, experts] on `calibration` (`bounded`): what nulls are fitted on."""
         return self._logits("calibration", self.calibration)
 
     @cached_property
     def validation_logits(self) -> Tensor:
-        """Router logits [layers, tokens, experts] on `validation`: what nulls are tested on."""
+        """Router logits [layers, tokens, experts] on `validation` (`bounded`): what nulls are tested on."""
         return self._logits("validation", self.validation)
 
     @property
@@ -305,39 +306,26 @@ class Study:
         """Some of `calibration_logits`: enough to find levels on, which looks at them many times."""
         return self.calibration_logits[:, ::THIN]
 
-    @property
-    def every_token(self) -> int:
-        """One in this many tokens of `validation` and `calibration` has its logits kept: all, unless they are many.
-
-        A power of two, so that it divides the usual `window`.
-        """
-        tokens = max(sum(ids.numel() for ids in text.values()) for text in (self.calibration, self.validation))
-        step = 1
-        while 4 * self.num_layers * self.num_experts * tokens // step > LOGITS_BYTES and self.window % (2 * step) == 0:
-            step *= 2
-        return step
-
-    @property
-    def tokens_per_window(self) -> int:
-        """Tokens of a sequence of `validation` and `calibration` whose logits are kept."""
-        return self.window // self.every_token
-
     def _logits(self, split: str, text: Mapping[str, Tensor]) -> Tensor:
-        """Router logits on a text, collected once for all processes if there is a `cache`."""
-        every = self.every_token
+        """Router logits on a text (`bounded`), collected once for all processes if there is a `cache`."""
+        text = self.bounded(text)
+        batch_size = self.batch_size(self.window)
         if self.cache is None:
-            return collect_router_logits(self.model, text, every=every)
-        key = sweep_key(self.model, text, {"logits of every": every})
-        path = Path(self.cache) / f"logits-{split}-{key[:16]}.safetensors"
+            return collect_router_logits(self.model, text, batch_size=batch_size)
+        path = Path(self.cache) / f"logits-{split}-{sweep_key(self.model, text, {})[:16]}.safetensors"
         with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-                batch_size = self.batch_size(self.window)
-                logits = collect_router_logits(self.model, text, every=every, batch_size=batch_size)
-                save_file({"logits": logits}, unfinished)
+                save_file({"logits": collect_router_logits(self.model, text, batch_size=batch_size)}, unfinished)
                 unfinished.replace(path)
         return load_file(path)["logits"]
+
+    def bounded(self, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A text, or every second, third, ... sequence of each of its domains if all logits exceed `LOGITS_BYTES`."""
+        tokens = sum(sequences.numel() for sequences in text.values())
+        step = max(1, math.ceil(4 * self.num_layers * self.num_experts * tokens / LOGITS_BYTES))
+        return {domain: sequences[::step] for domain, sequences in text.items()}
 
     def fit_null(self, **options) -> FittedNull:
         """A null fitted on `calibration_logits`, as many values of a layer as tokens at most; options of `fit_null`."""
