@@ -96,7 +96,13 @@ class Text:
                 rows.append((split, domain, *counts))
         return pd.DataFrame(rows, columns=["split", "domain", "documents", "tokens", "sequences", "units"])
 
-    def check(self, length: int = 512, max_sequences: int | None = None, splits: Iterable[str] = SPLITS) -> None:
+    def check(
+        self,
+        length: int = 512,
+        max_sequences: int | None = None,
+        splits: Iterable[str] = SPLITS,
+        documents: int = ENOUGH_DOCUMENTS,
+    ) -> None:
         """Refuse a text of which a split has no sequence, and warn if one has few documents for intervals.
 
         Parameters
@@ -105,6 +111,8 @@ class Text:
             As for `sequences`.
         splits : iterable of str
             Those that will be used.
+        documents : int
+            How many a split should have sequences of, in all its domains together.
 
         Raises
         ------
@@ -114,14 +122,13 @@ class Text:
         Warns
         -----
         UserWarning
-            For each split that has sequences of fewer documents than `ENOUGH_DOCUMENTS`, in all its domains together:
-            how many are missing, and how much longer intervals are.
+            For each split with fewer documents, with how many are missing, and how much longer intervals are.
         """
         table = self.table(length, max_sequences)
         for split in splits:
             self.sequences(split, length, max_sequences)
             found = table[table["split"] == split]
-            missing = ENOUGH_DOCUMENTS - found["units"].sum()
+            missing = documents - found["units"].sum()
             if missing > 0:
                 more = f"more sequences than {max_sequences} of each domain, or "
                 limited = more if (found["sequences"] == max_sequences).any() else ""
