@@ -29,7 +29,6 @@ from bhlib.levels import undecided_pvalues
 from bhlib.pvalues import (
     FittedNull,
     PValueMaker,
-    check_log_norms,
     check_logits,
     check_norms_fit,
     fitted_nulls,
@@ -75,12 +74,12 @@ def calibrate(
     per_expert : bool
         Whether each expert gets a null of its own.
     norms : bool
-        Whether the statistic, then ``"log_prob"``, counts how large the output of each expert is: its mean norm where
-        it is selected, relative to its layer's mean (`FittedNull.log_norms`), measured in the same pass. The experts
-        are then computed twice. A rule with such a null ranks experts by weight times norm, and no kernel routes it.
+        Whether the p-values count how large the output of each expert is: its mean norm where it is selected, relative
+        to its layer's mean, measured in the same pass (`FittedNull.with_norms`). The experts are then computed twice.
+        A rule with such a null ranks experts by weight times norm, and no kernel routes it.
     max_values : int, optional
         Size of the sample, by default 50,000 values per layer; with `per_expert`, 4,000 per layer and expert. While
-        the model runs a value takes 16 bytes.
+        the model runs a value takes 12 bytes.
     attention_mask : as `token_ids`, optional
         0 for padding, which is not counted.
     batch_size : int
@@ -102,7 +101,7 @@ def calibrate(
     ------
     ValueError
         For an unknown null or statistic, ids or a mask of the wrong shape, a model in training mode, logits that are
-        not finite, `norms` with another statistic than ``"log_prob"`` or with `per_expert`.
+        not finite, `norms` with another statistic than ``"log_prob"``.
     RuntimeError
         If the model is patched.
 
@@ -122,14 +121,11 @@ def calibrate(
     make = _null_class(null)
     measured = None
     if norms:
-        check_norms_fit(statistic, per_expert)
+        check_norms_fit(statistic)
         measured = SelectedNorms(len(layers), num_experts)
     _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add, measured)
-    log_norms = None if measured is None else measured.log_relative()
-    fitted = make.fit(
-        sampler.samples(log_norms), model_name=name_of(model), log_norms=log_norms, **sampler.settings, **options
-    )
-    return _with_levels(fitted, sampler.logits())
+    fitted = make.fit(sampler.samples(), model_name=name_of(model), **sampler.settings, **options)
+    return _with_levels(fitted if measured is None else fitted.with_norms(measured.log_relative()), sampler.logits())
 
 
 def fit_null(
@@ -140,7 +136,6 @@ def fit_null(
     statistic: str = "log_prob",
     exclude_top: int = 8,
     per_expert: bool = False,
-    log_norms: Tensor | None = None,
     max_values: int | None = None,
     seed: int = 0,
     **options,
@@ -153,21 +148,14 @@ def fit_null(
         As `collect_router_logits` returns them.
     model_name : str
         Whose logits these are, for instance ``name_of(model)``.
-    log_norms : Tensor [layers, experts], optional
-        Where ``calibrate(norms=True)`` measures them: ``null.log_norms`` of one that it fitted.
     null, statistic, exclude_top, per_expert, max_values, seed, **options
         As for `calibrate`, which returns the same null for the same tokens.
     """
     num_layers, _, num_experts = router_logits.shape
-    if log_norms is not None:
-        check_norms_fit(statistic, per_expert)
-        check_log_norms(log_norms, num_layers, num_experts)
     sampler = LogitSampler(num_layers, num_experts, statistic, exclude_top, per_expert, max_values, seed)
     for layer, logits in enumerate(router_logits):
         sampler.add(layer, logits)
-    fitted = _null_class(null).fit(
-        sampler.samples(log_norms), model_name=model_name, log_norms=log_norms, **sampler.settings, **options
-    )
+    fitted = _null_class(null).fit(sampler.samples(), model_name=model_name, **sampler.settings, **options)
     return _with_levels(fitted, sampler.logits())
 
 

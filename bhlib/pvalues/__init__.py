@@ -25,7 +25,7 @@ is therefore a dial with a meaning under the null that each class states, not a 
 """
 
 from bhlib.pvalues.conformal import ConformalNull
-from bhlib.pvalues.fitted import FittedNull, ResolutionWarning, check_log_norms, check_norms_fit
+from bhlib.pvalues.fitted import FittedNull, ResolutionWarning, check_norms_fit
 from bhlib.pvalues.kde import KDENull
 from bhlib.pvalues.maker import KernelForm, PValueMaker
 from bhlib.pvalues.names import NULLS, NullEntry, each_statistic, fitted_nulls, make_pvalues, null_looks
@@ -49,7 +49,6 @@ __all__ = [
     "SoftmaxPseudoWarning",
     "TableNull",
     "TokenGaussian",
-    "check_log_norms",
     "check_logits",
     "check_norms_fit",
     "check_temperature",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -51,9 +52,7 @@ class FittedNull(PValueMaker):
     tensors : dict of Tensor
         What the file holds, on the CPU, named ``"what.layer"``; and ``"log_norms"``, if there are any.
     log_norms : Tensor [layers, experts], float32, or None
-        Added to each expert's statistic, the log-probability: the logarithm of the mean norm of its output, relative to
-        its layer's mean. The statistic is then, up to a constant of the layer, the log of what the expert adds to the
-        layer's output on average, weight times norm.
+        Added to each expert's statistic before it is looked up (`with_norms`).
     """
 
     #: Names of the tensors of a layer, which ``tensors`` holds as ``"part.layer"``.
@@ -89,7 +88,6 @@ class FittedNull(PValueMaker):
         exclude_top: int = 8,
         per_expert: bool = False,
         seed: int | None = None,
-        log_norms: Tensor | None = None,
         **options,
     ) -> "FittedNull":
         """Fit one null per layer, or per layer and expert.
@@ -108,25 +106,18 @@ class FittedNull(PValueMaker):
             Whether each expert has a null of its own.
         seed : int, optional
             Of the sampling, kept for the record.
-        log_norms : Tensor [layers, experts], optional
-            As in the attributes; the samples are of the statistic with these added.
         **options
             Of the subclass: ``KDENull`` takes ``bw_method`` and ``weights``.
 
         Raises
         ------
         ValueError
-            If a sample is empty, not 1-D, not finite, or not there for every expert; the message says which. If there
-            are `log_norms` that have no meaning for the statistic or for a null per expert, or of another shape.
+            If a sample is empty, not 1-D, not finite, or not there for every expert; the message says which.
         """
         columns = _columns(samples, num_experts, per_expert)
         sizes = [[len(values) for values in layer] for layer in columns]
         header = cls.make_header(sizes, model_name, num_experts, statistic, exclude_top, per_expert, seed)
         tensors, extra = cls.fit_layers(columns, **options)
-        if log_norms is not None:
-            check_norms_fit(statistic, per_expert)
-            check_log_norms(log_norms, len(sizes), num_experts)
-            tensors[LOG_NORMS] = log_norms.float().cpu().clone()
         return cls(tensors, header | extra)
 
     @classmethod
@@ -178,6 +169,38 @@ class FittedNull(PValueMaker):
             What the header says besides, as JSON; its keys are those of ``header_types``.
         """
         raise NotImplementedError
+
+    def with_norms(self, log_norms: Tensor) -> Self:
+        """The same null, asked about weight times norm: experts whose outputs are large get smaller p-values.
+
+        Parameters
+        ----------
+        log_norms : Tensor [layers, experts]
+            Logarithm of the mean norm of each expert's output where it is selected, relative to its layer's mean, as
+            ``bhlib.calibrate(..., norms=True)`` measures it. It is added to the log-probability: the sum is, up to a
+            constant of the layer, the log of what the expert adds to the layer's output on average.
+
+        Returns
+        -------
+        FittedNull
+            Without levels for ``alpha_for``, which were those of other p-values.
+
+        Raises
+        ------
+        ValueError
+            If the statistic is not ``"log_prob"``, or there is no finite number for each layer and expert.
+
+        Notes
+        -----
+        The null stays that of the log-probability. It is made of experts that were *not* selected, of whose outputs
+        means over tokens that select them say nothing. So p-values compare with an unselected expert of average size:
+        uniform for each expert under no hypothesis, a score on the scale of one. A null fitted to the sum was tried: on
+        the demo it lost more than this one without norms, since its tail, which decides, is that of the few experts
+        with the largest norms.
+        """
+        check_log_norms(log_norms, self.statistic, self.num_layers, self.num_experts)
+        header = {key: value for key, value in self.header.items() if key != "levels"}
+        return type(self)(self.tensors | {LOG_NORMS: log_norms.float().cpu().clone()}, header)
 
     def alpha_for(self, mean_experts: float) -> float:
         """The level at which BH with these p-values gives tokens this many experts on average, from 1 to 8 each.
@@ -341,21 +364,17 @@ class FittedNull(PValueMaker):
         )
 
 
-def check_norms_fit(statistic: str, per_expert: bool) -> None:
-    """Raise unless norms of outputs can be added to a statistic, and make a difference."""
+def check_norms_fit(statistic: str) -> None:
+    """Raise unless norms of outputs can be added to a statistic."""
     if statistic != "log_prob":
         raise ValueError(
             f"norms of outputs go with the statistic 'log_prob', to which their logarithm adds up, got {statistic!r}"
         )
-    if per_expert:
-        raise ValueError(
-            "norms of outputs make no difference with per_expert=True: a null of its own compares each expert with "
-            "itself; leave one of the two out"
-        )
 
 
-def check_log_norms(log_norms: Tensor, num_layers: int, num_experts: int) -> None:
-    """Raise unless a tensor can be `FittedNull.log_norms` of so many layers and experts."""
+def check_log_norms(log_norms: Tensor, statistic: str, num_layers: int, num_experts: int) -> None:
+    """Raise unless a tensor can be `FittedNull.log_norms` of a null of so many layers and experts."""
+    check_norms_fit(statistic)
     if not log_norms.is_floating_point() or log_norms.shape != (num_layers, num_experts):
         raise ValueError(
             f"log_norms is {kind_of(log_norms)}, not torch.float32 [{num_layers}, {num_experts}], a number for each "

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bhlib.procedures import is_whole
-from bhlib.pvalues.fitted import FORMAT, LOG_NORMS, FittedNull, check_log_norms, check_norms_fit, kind_of
+from bhlib.pvalues.fitted import FORMAT, LOG_NORMS, FittedNull, check_log_norms, kind_of
 from bhlib.pvalues.names import fitted_nulls
 from bhlib.pvalues.statistics import STATISTICS
 from bhlib.pvalues.table import TableNull
@@ -145,8 +145,7 @@ def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: di
         raise _damaged(path, f"the header and the tables disagree on {odd}")
     if LOG_NORMS in tensors:
         try:
-            check_norms_fit(header["statistic"], header["per_expert"])
-            check_log_norms(tensors[LOG_NORMS], num_layers, header["num_experts"])
+            check_log_norms(tensors[LOG_NORMS], header["statistic"], num_layers, header["num_experts"])
         except ValueError as error:
             raise _damaged(path, str(error)) from None
     for name, tensor in layered.items():
