@@ -41,7 +41,7 @@ class LogitSampler:
         # One stream of random numbers per layer: the draw does not depend on the order in which layers run.
         self._rngs = [np.random.default_rng([seed, layer]) for layer in range(num_layers)]
         columns = num_experts if per_expert else 1
-        self._reservoirs = [[Reservoir(max_values) for _ in range(columns)] for _ in range(num_layers)]
+        self._reservoirs = [[Reservoir(max_values, (2,)) for _ in range(columns)] for _ in range(num_layers)]
         self._token_rngs = [np.random.default_rng([seed, layer, 1]) for layer in range(num_layers)]
         self._tokens = [Reservoir(TOKENS_FOR_LEVELS, (num_experts,)) for _ in range(num_layers)]
 
@@ -49,23 +49,32 @@ class LogitSampler:
         """Take in logits [tokens, experts] of a layer."""
         self._tokens[layer].add(router_logits.float().cpu().numpy(), self._token_rngs[layer].random(len(router_logits)))
         statistics, experts = null_values(router_logits, self.settings["statistic"], self.settings["exclude_top"])
-        values = statistics.flatten().cpu().numpy()
+        numbers = experts.flatten().cpu().numpy()
+        values = np.stack([statistics.flatten().cpu().numpy(), numbers.astype(np.float32)], axis=-1)
         keys = self._rngs[layer].random(len(values))
         reservoirs = self._reservoirs[layer]
         if len(reservoirs) == 1:
             reservoirs[0].add(values, keys)
             return
-        numbers = experts.flatten().cpu().numpy()
         order = np.argsort(numbers, kind="stable")
         ends = np.bincount(numbers, minlength=len(reservoirs)).cumsum()[:-1]
         parts = np.split(values[order], ends), np.split(keys[order], ends)
         for reservoir, part, part_keys in zip(reservoirs, *parts, strict=True):
             reservoir.add(part, part_keys)
 
-    def samples(self) -> list:
-        """What ``FittedNull.fit`` takes: [layers] or [layers][experts] arrays."""
-        samples = [[reservoir.sample() for reservoir in layer] for layer in self._reservoirs]
-        return samples if self.settings["per_expert"] else [columns[0] for columns in samples]
+    def samples(self, log_norms: Tensor | None = None) -> list:
+        """What ``FittedNull.fit`` takes: [layers] or [layers][experts] arrays.
+
+        `log_norms` [layers, experts] are added to the values, to each that of its expert.
+        """
+        columns = [[reservoir.sample() for reservoir in layer] for layer in self._reservoirs]
+        if self.settings["per_expert"]:
+            return [[values for values, _ in map(np.transpose, layer)] for layer in columns]
+        values, numbers = zip(*(layer[0].T for layer in columns), strict=True)
+        if log_norms is None:
+            return list(values)
+        added = log_norms.float().cpu().numpy()
+        return [v + row[n.astype(int)] for v, n, row in zip(values, numbers, added, strict=True)]
 
     def logits(self) -> list[Tensor]:
         """Logits [tokens, experts] of a sample of the tokens, for each layer."""

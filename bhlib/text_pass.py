@@ -51,7 +51,7 @@ def check_texts(
                 "they must agree"
             )
     if not sum(ids.numel() for ids in texts.values()):
-        raise ValueError("token_ids holds no token; pass a text to calibrate on")
+        raise ValueError("token_ids holds no token; pass a text with tokens")
     return [Text(name, ids, masks[name]) for name, ids in texts.items()]
 
 
@@ -75,7 +75,7 @@ def check_plain(model: nn.Module, layers: Sequence[MoELayer]) -> None:
     if any(is_twin(implementation_of(layer.experts)) for layer in layers):
         raise RuntimeError(
             f"{type(model).__name__} is patched, so its layers do not see what the model's own routing makes of the "
-            "text: calibrate outside the `with` block, or call unpatch_model() first"
+            "text: leave the `with` block first, or call unpatch_model() first"
         )
 
 

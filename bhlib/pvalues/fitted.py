@@ -15,6 +15,7 @@ from bhlib.pvalues.maker import KernelForm, PValueMaker
 from bhlib.pvalues.statistics import STATISTICS, check_exclude_top, check_statistic
 
 FORMAT = 1  # version of the calibration file
+LOG_NORMS = "log_norms"  # the one tensor that is no part of a layer's null
 
 
 class ResolutionWarning(UserWarning):
@@ -48,7 +49,11 @@ class FittedNull(PValueMaker):
         What the file's header holds: null, statistic, exclude_top, model_name, num_layers, num_experts, per_expert,
         sample_sizes ([layers] or [layers][experts]), seed, what the subclass adds, and the levels of ``alpha_for``.
     tensors : dict of Tensor
-        What the file holds, on the CPU, named ``"what.layer"``.
+        What the file holds, on the CPU, named ``"what.layer"``; and ``"log_norms"``, if there are any.
+    log_norms : Tensor [layers, experts], float32, or None
+        Added to each expert's statistic, the log-probability: the logarithm of the mean norm of its output, relative to
+        its layer's mean. The statistic is then, up to a constant of the layer, the log of what the expert adds to the
+        layer's output on average, weight times norm.
     """
 
     #: Names of the tensors of a layer, which ``tensors`` holds as ``"part.layer"``.
@@ -66,6 +71,7 @@ class FittedNull(PValueMaker):
         self.num_layers: int = header["num_layers"]
         self.num_experts: int = header["num_experts"]
         self.shared = not header["per_expert"]
+        self.log_norms = self.tensors.get(LOG_NORMS)
         self._on_device: dict = {}
 
     def __getstate__(self) -> dict:
@@ -83,6 +89,7 @@ class FittedNull(PValueMaker):
         exclude_top: int = 8,
         per_expert: bool = False,
         seed: int | None = None,
+        log_norms: Tensor | None = None,
         **options,
     ) -> "FittedNull":
         """Fit one null per layer, or per layer and expert.
@@ -101,18 +108,27 @@ class FittedNull(PValueMaker):
             Whether each expert has a null of its own.
         seed : int, optional
             Of the sampling, kept for the record.
+        log_norms : Tensor [layers, experts], optional
+            As in the attributes; the samples are of the statistic with these added.
         **options
             Of the subclass: ``KDENull`` takes ``bw_method`` and ``weights``.
 
         Raises
         ------
         ValueError
-            If a sample is empty, not 1-D, not finite, or not there for every expert; the message says which.
+            If a sample is empty, not 1-D, not finite, or not there for every expert; the message says which. If there
+            are `log_norms` that have no meaning for the statistic or for a null per expert, or of another shape.
         """
         columns = _columns(samples, num_experts, per_expert)
         sizes = [[len(values) for values in layer] for layer in columns]
         header = cls.make_header(sizes, model_name, num_experts, statistic, exclude_top, per_expert, seed)
         tensors, extra = cls.fit_layers(columns, **options)
+        if log_norms is not None:
+            check_norms_fit(statistic, per_expert)
+            damaged = log_norms_damage(log_norms, len(sizes), num_experts)
+            if damaged is not None:
+                raise ValueError(f"{damaged}; give a number for each of {len(sizes)} layers and {num_experts} experts")
+            tensors[LOG_NORMS] = log_norms.float().cpu().clone()
         return cls(tensors, header | extra)
 
     @classmethod
@@ -222,6 +238,24 @@ class FittedNull(PValueMaker):
             )
         return STATISTICS[self.statistic](router_logits, self.exclude_top, top)
 
+    @property
+    def ranks_by_logit(self) -> bool:
+        return self.shared and self.log_norms is None
+
+    def tested(self, router_logits: Tensor, layer: int | None = None) -> Tensor:
+        statistics = self.statistic_of(router_logits)
+        if self.log_norms is None:
+            return statistics
+        return statistics.add_(self._log_norms_on(statistics.device)[self._check_layer(layer)])
+
+    def _log_norms_on(self, device: torch.device) -> Tensor:
+        """`log_norms`, moved to the device once."""
+        assert self.log_norms is not None
+        if (LOG_NORMS, device) not in self._on_device:
+            with torch.inference_mode(False):  # as for the tables below
+                self._on_device[LOG_NORMS, device] = self.log_norms.to(device)
+        return self._on_device[LOG_NORMS, device]
+
     def kernel_form(self, num_experts: int, thresholds: Tensor) -> KernelForm:
         return KernelForm(self.statistic, self.exclude_top, thresholds)
 
@@ -303,8 +337,22 @@ class FittedNull(PValueMaker):
         sizes = self.smallest_sample
         return (
             f"{type(self).__name__}({self.statistic} without top {self.exclude_top}, {self.num_layers} layers, "
-            f"{'shared by' if self.shared else 'one for each of'} {self.num_experts} experts, "
+            f"{'shared by' if self.shared else 'one for each of'} {self.num_experts} experts"
+            f"{'' if self.log_norms is None else ' with the norms of their outputs'}, "
             f"{sizes:,} values or more each, fitted on {self.model_name!r}, seed {self.header['seed']})"
+        )
+
+
+def check_norms_fit(statistic: str, per_expert: bool) -> None:
+    """Raise unless norms of outputs can be added to a statistic, and make a difference."""
+    if statistic != "log_prob":
+        raise ValueError(
+            f"norms of outputs go with the statistic 'log_prob', to which their logarithm adds up, got {statistic!r}"
+        )
+    if per_expert:
+        raise ValueError(
+            "norms of outputs make no difference with per_expert=True: a null of its own compares each expert with "
+            "itself; leave one of the two out"
         )
 
 
@@ -323,6 +371,13 @@ def _columns(samples, num_experts: int, per_expert: bool) -> list[list[np.ndarra
         places = [f"samples[{index}]" + (f"[{expert}]" if per_expert else "") for expert in range(len(layer))]
         columns.append([_check_sample(values, place) for values, place in zip(layer, places, strict=True)])
     return columns
+
+
+def log_norms_damage(log_norms: Tensor, num_layers: int, num_experts: int) -> str | None:
+    """What keeps a tensor from being `FittedNull.log_norms`, None if nothing does."""
+    if not log_norms.is_floating_point() or log_norms.shape != (num_layers, num_experts):
+        return f"log_norms is {kind_of(log_norms)}, not torch.float32 [{num_layers}, {num_experts}]"
+    return None if log_norms.isfinite().all() else "log_norms has values that are NaN or infinite"
 
 
 def _check_sample(values, place: str) -> np.ndarray:

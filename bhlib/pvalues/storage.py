@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bhlib.procedures import is_whole
 from bhlib.pvalues.contribution import ContributionNull
-from bhlib.pvalues.fitted import FORMAT, FittedNull, kind_of
+from bhlib.pvalues.fitted import FORMAT, LOG_NORMS, FittedNull, check_norms_fit, kind_of, log_norms_damage
 from bhlib.pvalues.names import fitted_nulls
 from bhlib.pvalues.statistics import STATISTICS
 from bhlib.pvalues.table import TableNull
@@ -140,10 +140,13 @@ def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: di
     if num_layers > len(tensors):  # before anything of the announced size is made
         raise _damaged(path, f"its header announces {num_layers:,} layers, but it holds {len(tensors)} tables")
     wanted = {f"{part}.{layer}" for layer in range(num_layers) for part in null.parts}
-    if wanted != tensors.keys():
-        odd = ", ".join(sorted(wanted ^ tensors.keys()))
+    layered = {name: tensor for name, tensor in tensors.items() if name != LOG_NORMS}
+    if wanted != layered.keys():
+        odd = ", ".join(sorted(wanted ^ layered.keys()))
         raise _damaged(path, f"the header and the tables disagree on {odd}")
-    for name, tensor in tensors.items():
+    if LOG_NORMS in tensors:
+        _check_log_norms(tensors[LOG_NORMS], header, path)
+    for name, tensor in layered.items():
         if tensor.ndim == 0 or len(tensor) != columns:
             raise _damaged(path, f"{name} is {kind_of(tensor)}, but {columns} rows are announced")
     if len(header["sample_sizes"]) != num_layers:
@@ -155,3 +158,15 @@ def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: di
         what = null.damage(sizes, **{part: tensors[f"{part}.{layer}"] for part in null.parts})
         if what is not None:
             raise _damaged(path, f"in layer {layer} {what}")
+
+
+def _check_log_norms(log_norms: Tensor, header: dict, path: str | Path) -> None:
+    """Norms are there for every layer and expert of the header, and go with its statistic."""
+    what = log_norms_damage(log_norms, header["num_layers"], header["num_experts"])
+    if what is None:
+        try:
+            check_norms_fit(header["statistic"], header["per_expert"])
+        except ValueError as error:
+            what = str(error)
+    if what is not None:
+        raise _damaged(path, what)
