@@ -27,15 +27,15 @@ LEVELS = (0.05, 0.1, 0.15, 0.2, 0.3)
 #: Up to which contribution an expert counts as useless: a tenth of the norm of the layer's output.
 LARGEST = 0.1
 
-#: Tokens per sequence, and sequences of a document, for calibration and for the test: documents are what counts.
-LENGTH, CALIBRATION, TEST = 128, 2, 1
+#: Sequences of a document that are measured, of half a `Study.window` each: documents are what counts.
+PER_DOCUMENT = {"calibration": 2, "test": 1}
 
-#: Pairs of a token and a layer of which every expert is left out alone, and the divergence that makes one useful, nats.
-CHANGED, SMALLEST = 160, 1e-3
+#: The divergence that an expert makes if it is left out alone, from which on it is useful: nats.
+SMALLEST = 1e-3
 BY_EFFECT = "all, by effect"
 
 #: What is tried for `promise_discoveries`: log-odds evenly spaced.
-TRIED = tuple(float(level) for level in 1 / (1 + np.exp(-np.linspace(-7, 5, 33))))
+TRIED = tuple(float(level) for level in 1 / (1 + np.exp(-np.linspace(-9, 5, 36))))
 
 #: For eight ranks: 1 + 1/2 + ... + 1/8, by which `ContributionNull` proves too little.
 FACTOR = float((1 / np.arange(1, 9)).sum())
@@ -51,35 +51,36 @@ LOOKS = {
 }
 
 
-def some_of_each_document(split: str, length: int, most: int) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    """Up to `most` sequences of each document of a split, spread evenly over it; and the document of each."""
+def some_of_each_document(study: Study, split: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Some sequences of each document of a split, spread evenly over it; and the document of each."""
+    length, most = study.window // 2, PER_DOCUMENT[split]
     text, documents = load_heldout(split, length), heldout_sequence_documents(split, length)
     for domain, numbers in documents.items():
         rows = [np.flatnonzero(numbers == document) for document in np.unique(numbers)]
         chosen = [
             of_one[np.linspace(0, len(of_one) - 1, min(most, len(of_one))).round().astype(int)] for of_one in rows
         ]
-        picked = np.concatenate(chosen)
+        picked = np.concatenate(chosen)[: 8 * study.sequences_per_domain]
         text[domain], documents[domain] = text[domain][picked], numbers[picked]
     return text, documents
 
 
-def measured(study: Study, split: str, most: int) -> Contributions:
-    """Contributions of all experts for some tokens of each document."""
-    text, documents = some_of_each_document(split, LENGTH, most)
+def measured(study: Study, split: str) -> Contributions:
+    """Contributions of all experts for the tokens of these."""
+    text, documents = some_of_each_document(study, split)
     return measure_contributions(study.model, text, documents=documents)
 
 
-def effects(study: Study, split: str, most: int) -> pd.DataFrame:
-    """What some of these tokens' experts do to the prediction, each left out alone."""
-    text, documents = some_of_each_document(split, LENGTH, most)
-    return one_changed(study.model, text, num_tokens=CHANGED, documents=documents)
+def effects(study: Study, split: str) -> pd.DataFrame:
+    """What experts do to the prediction, each left out alone, at some places of these."""
+    text, documents = some_of_each_document(study, split)
+    return one_changed(study.model, text, num_tokens=5 * study.sequences_per_domain, documents=documents)
 
 
 @lru_cache(maxsize=1)
 def contribution_null(study: Study) -> tuple[ContributionNull, Contributions]:
     """A null fitted on contributions of the calibration split, and these."""
-    seen = measured(study, "calibration", CALIBRATION)
+    seen = measured(study, "calibration")
     options = {"model_name": study.name, "largest": LARGEST, "max_k": study.top_k}
     return ContributionNull.from_contributions(seen.r, seen.logits, seen.units, **options), seen
 
@@ -107,8 +108,8 @@ def compute_realised_alpha(study: Study) -> pd.DataFrame:
     rules = _rules(study)
     names = {f"{method}, {alpha:g}": (method, alpha) for method, alpha in rules}
     named = {name: rules[key] for name, key in names.items()}
-    seen = measured(study, "test", TEST)
-    by_effect = realised_by_effect(effects(study, "test", TEST), seen, named, SMALLEST)
+    seen = measured(study, "test")
+    by_effect = realised_by_effect(effects(study, "test"), seen, named, SMALLEST)
     table = pd.concat([realised(seen, named, LARGEST), by_effect.assign(part=BY_EFFECT)], ignore_index=True)
     table.insert(0, "method", [names[name][0] for name in table["rule"]])
     table.insert(1, "alpha", [names[name][1] for name in table["rule"]])

@@ -73,7 +73,7 @@ class ContributionNull(FittedNull):
     parts = ("sf",)
     header_types = {
         "largest": lambda value: isinstance(value, float) and 0 < value < math.inf,
-        "max_k": lambda value: is_whole(value) and value >= 1,
+        "max_k": lambda value: is_whole(value) and isinstance(value, int) and value >= 1,
     }
 
     @classmethod
