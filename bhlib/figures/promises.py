@@ -135,7 +135,7 @@ def draw_realised_alpha(table: pd.DataFrame) -> Figure:
         power.plot(part["mean_k"], part["power"], color=look.color, marker=look.marker, linestyle=look.linestyle)
     first, few = whole.iloc[0], by_effect.iloc[0]
     overall.set_title(
-        f"useless: contributes at most {LARGEST:g} of the layer's output\n"
+        f"useless: contributes at most {LARGEST:g} of the layer's output (norms)\n"
         f"{first['documents']} documents, {first['tokens']:,} tokens", fontsize=8,
     )  # fmt: skip
     worst.set_title(f"the same, worst of {domains['part'].nunique()} domains at each level", fontsize=8)
@@ -147,7 +147,7 @@ def draw_realised_alpha(table: pd.DataFrame) -> Figure:
     power.set(xlabel="experts per token and layer (mean)", ylabel="useful experts kept, of all useful ones")
     fig.suptitle(
         "demo model, test split; all nulls and levels from the calibration split; alpha is kept on or below the line\n"
-        "bars: 95 % bootstrap over documents, for each point by itself",
+        "bars: 95 % bootstrap over documents, for each point by itself; proven: on average over documents, upper left",
         fontsize=8,
     )
     fig.legend(*overall.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
