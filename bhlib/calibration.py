@@ -22,10 +22,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.contributions import LayerPass, SelectedNorms, watch_layers
+from bhlib.contributions import SelectedNorms
 from bhlib.discovery import MoELayer, find_moe_layers, watch
+from bhlib.layer_passes import LayerPass, watch_layers
 from bhlib.levels import undecided_pvalues
-from bhlib.pvalues import FittedNull, PValueMaker, check_logits, check_norms_fit, fitted_nulls, load_null, null_values
+from bhlib.pvalues import (
+    FittedNull,
+    PValueMaker,
+    check_log_norms,
+    check_logits,
+    check_norms_fit,
+    fitted_nulls,
+    load_null,
+    null_values,
+)
 from bhlib.sampling import LogitSampler
 from bhlib.text_pass import batches, check_plain, check_texts, run_batch
 
@@ -149,6 +159,9 @@ def fit_null(
         As for `calibrate`, which returns the same null for the same tokens.
     """
     num_layers, _, num_experts = router_logits.shape
+    if log_norms is not None:
+        check_norms_fit(statistic, per_expert)
+        check_log_norms(log_norms, num_layers, num_experts)
     sampler = LogitSampler(num_layers, num_experts, statistic, exclude_top, per_expert, max_values, seed)
     for layer, logits in enumerate(router_logits):
         sampler.add(layer, logits)

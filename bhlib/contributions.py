@@ -12,10 +12,8 @@ output with the output of the layer; `one_changed` leaves one expert out, or add
 network.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.discovery import MoELayer, as_scored, find_moe_layers, watch
+from bhlib.discovery import MoELayer, find_moe_layers
+from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, weights_of_all
 from bhlib.pvalues import check_logits
 from bhlib.text_pass import Text, batches, check_plain, check_texts, run_batch
 from bhlib.weighting import find_weighting
@@ -75,70 +74,6 @@ class Contributions:
         """Number of each token's document among those of all texts, int64 [tokens]: the unit of an interval."""
         pairs = pd.MultiIndex.from_arrays([self.domains, self.documents])
         return pairs.factorize()[0]
-
-
-class LayerPass(NamedTuple):
-    """What one layer made of rows of tokens.
-
-    Attributes
-    ----------
-    hidden : Tensor [rows, hidden]
-        What the experts were given.
-    logits : Tensor [rows, experts]
-    experts, weights : Tensor [rows, top_k]
-        Those selected, and their weights.
-    output : Tensor [rows, hidden]
-        The weighted sum of these.
-    """
-
-    hidden: Tensor
-    logits: Tensor
-    experts: Tensor
-    weights: Tensor
-    output: Tensor
-
-    def at(self, rows: Tensor) -> "LayerPass":
-        """Some of the rows."""
-        return LayerPass(*(part[rows.to(part.device)] for part in self))
-
-
-@contextmanager
-def watch_layers(layers: Sequence[MoELayer], take: Callable[[MoELayer, LayerPass], Tensor | None]) -> Iterator[None]:
-    """Within the block, ``take(layer, seen)`` is called whenever the experts of a layer have run.
-
-    If it returns a tensor, [rows, hidden] like ``seen.output``, the layer goes on with that.
-    """
-    logits: dict[int, Tensor] = {}
-
-    def keep(layer: MoELayer, output: tuple) -> None:
-        logits[layer.index] = output[0]
-
-    def leave(layer: MoELayer, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        flat = [part.reshape(-1, part.shape[-1]) for part in (args[0], logits.pop(layer.index), *args[1:3], output)]
-        changed = take(layer, LayerPass(*flat))
-        return None if changed is None else changed.view_as(output)
-
-    with watch(layers, keep), ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(layer.experts.register_forward_hook(partial(leave, layer)).remove)
-        yield
-
-
-def expert_output(layer: MoELayer, hidden: Tensor, expert: int) -> Tensor:
-    """What one expert makes of hidden states [rows, hidden]: float32 [rows, hidden], not weighted."""
-    index = torch.full((len(hidden), 1), expert, device=hidden.device)
-    # The module's own forward: hooks on it, ours among them, see nothing of this.
-    return layer.experts.forward(hidden, index, torch.ones_like(index, dtype=hidden.dtype)).float()
-
-
-def weights_of_all(layer: MoELayer, seen: LayerPass) -> Tensor:
-    """The weight of each expert, float32 [rows, experts]: as `Contributions.r` reads them."""
-    convention = find_weighting(layer.weighting)
-    scores = convention.scores(as_scored(seen.logits, layer.narrows))
-    own = scores.gather(-1, seen.experts)[:, None].expand(-1, layer.num_experts, -1)
-    beside = torch.cat([own, scores[..., None]], dim=-1).flatten(0, 1)  # an expert as one more of those selected
-    weights = convention.weights(beside, torch.ones_like(beside, dtype=torch.bool))[:, -1]
-    return weights.view_as(scores).float().scatter(-1, seen.experts, seen.weights.float())
 
 
 def _measured(layer: MoELayer, seen: LayerPass) -> dict[str, Tensor]:
@@ -372,11 +307,11 @@ def one_changed(
         raise ValueError(f"ranks is {ranks}, but must lie in 1..{layers[0].num_experts}, the number of experts")
     if batch_size < 2:
         raise ValueError(f"batch_size is {batch_size}, but must be 2 or more: one copy stays unchanged")
-    tables = []
+    tables, by_name = [], {text.name: text.ids for text in texts}
     drawn = _sample_places(texts, len(layers), num_tokens, seed)
     with tqdm(total=num_tokens * ranks, unit="change", desc="one changed", disable=not progress) as bar:
         for (name, sequence), places in drawn:
-            ids = next(text.ids for text in texts if text.name == name)[sequence]
+            ids = by_name[name][sequence]
             changes = _changes(model, layers, ids, places, ranks)
             table = pd.DataFrame([change._asdict() for change in changes]).drop(columns="row")
             table = table.assign(domain=name, sequence=sequence, document=documents[name][sequence])
@@ -420,9 +355,8 @@ def _changes(
     def take(layer: MoELayer, seen: LayerPass) -> None:
         for position in [position for position, number in places if number == layer.index]:
             here = seen.at(torch.tensor([position], device="cpu"))
-            scores = find_weighting(layer.weighting).scores(as_scored(here.logits, layer.narrows))
-            own = here.experts[0].tolist()
-            best = [*own, *(e for e in scores[0].argsort(descending=True).tolist() if e not in own)]
+            own, ranking = here.experts[0].tolist(), scores_of(layer, here)[0].argsort(descending=True).tolist()
+            best = [*own, *(expert for expert in ranking if expert not in own)]
             for rank, expert in enumerate(best[:ranks], start=1):
                 kept = [e for e in own if e != expert] if expert in own else [*own, expert]
                 row = _layer_output(layer, here, kept)
@@ -437,10 +371,9 @@ def _layer_output(layer: MoELayer, seen: LayerPass, experts: list[int]) -> Tenso
     """What a layer gives for one token [hidden] that selects these experts."""
     if not experts:
         return torch.zeros_like(seen.output[0])
-    convention = find_weighting(layer.weighting)
     index = torch.tensor([experts], device=seen.experts.device)
-    scores = convention.scores(as_scored(seen.logits, layer.narrows)).gather(-1, index)
-    weights = convention.weights(scores, torch.ones_like(scores, dtype=torch.bool))
+    scores = scores_of(layer, seen).gather(-1, index)
+    weights = find_weighting(layer.weighting).weights(scores, torch.ones_like(scores, dtype=torch.bool))
     return layer.experts.forward(seen.hidden, index, weights.to(seen.weights.dtype))[0]
 
 

@@ -1,21 +1,27 @@
 """What each layer gets, chosen on calibration text: whole numbers of experts, or weights for `BH`.
 
-    weights = choose_layer_weights(model, load_heldout("calibration"), BH(0.01))
-    BH(0.01, layer_weights=weights)
+    tuned = tune_layer_weights(model, load_heldout("calibration"), BH(), mean_k=4)
+    tuned.rule          # at the level that gives four experts, with a weight per layer if that was seen to help
 
 Nothing here looks at the test split.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bhlib.calibration import collect_router_logits
+from bhlib.comparisons import matched_difference, with_documents
 from bhlib.discovery import find_moe_layers
-from bhlib.evaluation import evaluate
+from bhlib.evaluation import evaluate, sweep
+from bhlib.levels import level_for_mean_experts
 from bhlib.rules import BH, StaticPerLayer
+
+#: Tokens of a text, at most, on whose logits a level is found.
+TOKENS_FOR_LEVELS = 4_000
 
 
 def choose_static_per_layer(
@@ -120,7 +126,8 @@ def choose_layer_weights(
     discovery rate over the layers is controlled by them.
 
     At the best division of a budget, its marginal value is the same everywhere: this is gradient descent toward that,
-    by finite differences. A division can be too fine for the text that it was chosen on, so check it on other text.
+    by finite differences. A division can be too fine for the text that it was chosen on, so check it on other text:
+    `tune_layer_weights` does.
     """
     if factor <= 1:
         raise ValueError(f"factor must be above 1, got {factor}; 7.0 suits the default p-values.")
@@ -143,3 +150,119 @@ def choose_layer_weights(
             log_weights += 2 * np.log(factor) * surplus.clip(-1, 1)
             log_weights -= log_weights.mean()
     return tuple(float(weight) for weight in np.exp(log_weights))
+
+
+@dataclass(frozen=True)
+class TunedWeights:
+    """What `tune_layer_weights` found.
+
+    Attributes
+    ----------
+    rule : BH
+        At the level that gives the wanted number of experts on the whole text: with the weights if they helped, else
+        without.
+    layer_weights : tuple of float
+        The weights that were judged.
+    difference, low, high : float
+        Loss with these weights minus loss without, at the same mean number of experts, on the documents that were held
+        out: nats per token, with a 95 % interval over documents. The weights helped if `high` is below 0.
+    """
+
+    rule: BH
+    layer_weights: tuple[float, ...]
+    difference: float
+    low: float
+    high: float
+
+
+def tune_layer_weights(
+    model: nn.Module,
+    data: Mapping[str, Tensor],
+    rule: BH,
+    mean_k: float,
+    *,
+    documents: Mapping[str, Sequence | np.ndarray] | None = None,
+    factor: float = 7.0,
+    rounds: int = 4,
+    batch_size: int = 8,
+) -> TunedWeights:
+    """Weights of the layers where they are wanted, and only if they help on text that they were not chosen on.
+
+    `choose_layer_weights` on every second document of each domain, at the level that gives `mean_k` experts; then the
+    weights are compared with none on the other documents, at the same number of experts.
+
+    Parameters
+    ----------
+    model, factor, rounds, batch_size
+        As for `choose_layer_weights`.
+    data : mapping of str to Tensor [sequences, length]
+        Calibration text by domain.
+    rule : BH
+        P-values, procedure and bounds; its level and its weights do not matter.
+    mean_k : float
+        Wanted mean number of experts over tokens and layers.
+    documents : mapping of str to array_like [sequences], optional
+        The document of each sequence (`bhlib.loading.heldout_sequence_documents`). By default each sequence is one.
+
+    Raises
+    ------
+    ValueError
+        If no domain has two documents; no level gives `mean_k`; `factor` is not above 1.
+
+    Notes
+    -----
+    None is the answer unless the interval excludes it: where they do nothing, weights are taken once in 40 times. That
+    is said of the text that was held out; on text of another kind the weights may still do harm.
+    """
+    if documents is None:
+        documents = {name: np.arange(len(sequences)) for name, sequences in data.items()}
+    chosen_on, judged_on = _halves(data, documents)
+    logits = _some_logits(model, data, batch_size)
+    plain = replace(rule, layer_weights=None)
+    at_level = plain.at(level_for_mean_experts(plain.at, logits, mean_k))
+    text = {name: data[name][rows] for name, rows in chosen_on.items()}
+    weights = choose_layer_weights(model, text, at_level, factor=factor, rounds=rounds, batch_size=batch_size)
+    weighted = replace(plain, layer_weights=weights)
+    weighted = weighted.at(level_for_mean_experts(weighted.at, logits, mean_k))
+    # The text gives each rule its own mean: without weights three levels make a curve to read the loss from.
+    near = [plain.at(level_for_mean_experts(plain.at, logits, k)) for k in _around(mean_k, rule)]
+    rules = {"weighted": weighted} | {f"plain {number}": one for number, one in enumerate(near)}
+    frame = sweep(model, rules, {name: data[name][rows] for name, rows in judged_on.items()}, batch_size=batch_size)
+    frame = with_documents(frame, {name: np.asarray(documents[name])[rows] for name, rows in judged_on.items()})
+    row = matched_difference(frame, ["weighted"], [name for name in rules if name != "weighted"]).iloc[0]
+    helped = row["high"] < 0
+    return TunedWeights(
+        weighted if helped else at_level, weights, *(float(row[c]) for c in ("difference", "low", "high"))
+    )
+
+
+def _around(mean_k: float, rule: BH) -> tuple[float, float, float]:
+    """Three numbers of experts about the wanted one, between the bounds of the rule."""
+    reach = min(0.3, (mean_k - rule.min_k) / 2, (rule.max_k - mean_k) / 2)
+    return mean_k - reach, mean_k, mean_k + reach
+
+
+def _halves(
+    data: Mapping[str, Tensor], documents: Mapping[str, Sequence | np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The sequences of the 1st, 3rd, ... document of each domain, and of the 2nd, 4th, ...; no empty domains."""
+    halves: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+    for name in data:
+        order = np.unique(np.asarray(documents[name]), return_inverse=True)[1]
+        for number, half in enumerate(halves):
+            rows = np.flatnonzero(order % 2 == number)
+            if len(rows):
+                half[name] = rows
+    if not halves[1]:
+        raise ValueError(
+            "no domain has two documents, so none can be held out to judge layer weights on: give more text"
+        )
+    return halves
+
+
+def _some_logits(model: nn.Module, data: Mapping[str, Tensor], batch_size: int) -> Tensor:
+    """Router logits [layers, tokens, experts] of sequences that are spread over a text."""
+    total = sum(sequences.numel() for sequences in data.values())
+    step = max(1, round(total / TOKENS_FOR_LEVELS))
+    text = {name: sequences[::step] for name, sequences in data.items()}
+    return collect_router_logits(model, text, batch_size=batch_size, progress=False)

@@ -34,6 +34,7 @@ FLOORS = [
     "explain",  # a rule and a token's logits -> why these experts
     "patching",  # patch, analyze, restore
     "text_pass",  # a text in batches, for a model that is not patched
+    "layer_passes",  # what one layer makes of tokens, and each of its experts alone
     "contributions",  # what each expert adds, measured
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null

@@ -120,7 +120,7 @@ def test_norms_that_mean_nothing_are_refused(options, message):
 @pytest.mark.parametrize(
     ("log_norms", "message"),
     [
-        (torch.zeros(1, 64), r"log_norms is torch.float32 \[1, 64\], not torch.float32 \[2, 64\]; give a number for"),
+        (torch.zeros(1, 64), r"log_norms is torch.float32 \[1, 64\], not torch.float32 \[2, 64\], a number for each"),
         (torch.zeros(2, 64).long(), r"log_norms is torch.int64 \[2, 64\], not"),
         (torch.full((2, 64), torch.inf), "log_norms has values that are NaN or infinite"),
     ],
@@ -129,6 +129,8 @@ def test_norms_of_another_model_are_refused(log_norms, message):
     samples = [torch.randn(40), torch.randn(40)]
     with pytest.raises(ValueError, match=message):
         ConformalNull.fit(samples, model_name="tiny", num_experts=64, log_norms=log_norms)
+    with pytest.raises(ValueError, match=message):
+        fit_null(random_logits(2, 40, EXPERTS), model_name="tiny", log_norms=log_norms)
 
 
 # -- p-values and files ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from bhlib.rules import BH, StaticPerLayer
 from bhlib.tuning import (
     choose_layer_weights,
     choose_static_per_layer,
+    tune_layer_weights,
 )
 
 DATA = {"a": tokens(3, 20, seed=1), "b": tokens(5, 20, seed=2)}
@@ -45,6 +46,10 @@ def test_layer_weights_are_a_step_up_per_layer_and_not_one_over_all():
     pooled = benjamini_hochberg((pvals / weights[:, None]).clamp(max=1).flatten(1), 0.05).view(pvals.shape)
     counts = torch.stack([rule(tested, layer).counts for layer, tested in enumerate(logits)], dim=1)
     assert not torch.equal(pooled.sum(-1), counts)
+
+
+def test_levels_of_large_weights_stay_below_1():
+    assert 0.999 < BH(1 - 1e-13, layer_weights=[1e9]).layer_levels(0)[0] < 1
 
 
 @pytest.mark.parametrize("method", ["bh", "fixed"])
@@ -88,6 +93,40 @@ def test_a_layer_whose_experts_do_nothing_gets_the_smallest_weight():
     assert np.argmin(weights) == 3
     with pytest.raises(ValueError, match="factor must be above 1, got 1"):
         choose_layer_weights(model, text, BH(0.01), factor=1)
+
+
+def test_layer_weights_that_help_are_taken_at_the_wanted_number():
+    """Experts of layers that do nothing are better spent elsewhere, on documents that were held out too."""
+    model, text = load_demo()[0], load_heldout("calibration", 64, 2)
+    with torch.no_grad():
+        for layer in model.model.layers[1:5]:
+            layer.mlp.experts.down_proj.zero_()
+    tuned = tune_layer_weights(model, text, BH(layer_weights=[9] * 8), 2.5, rounds=1)
+    assert tuned.low < tuned.difference < tuned.high < 0
+    assert tuned.rule.layer_weights == tuned.layer_weights
+    assert max(tuned.layer_weights[1:5]) < 1 < min(tuned.layer_weights[0], *tuned.layer_weights[5:])
+    # Measured anew on the half that was held out: less loss, for fewer experts than one level for all layers takes.
+    half = {name: sequences[1::2] for name, sequences in text.items()}
+    weighted, plain = evaluate(model, half, tuned.rule), evaluate(model, half, BH(0.0001))
+    assert weighted["mean_k"].mean() == pytest.approx(2.5, abs=0.2)
+    assert weighted["mean_k"].mean() < plain["mean_k"].mean() and weighted["loss"].mean() < plain["loss"].mean()
+
+
+def test_layer_weights_that_hurt_are_left_out():
+    model, text = load_demo()[0], load_heldout("calibration", 64, 2)
+    tuned = tune_layer_weights(model, text, BH(), 4, factor=1e6, rounds=1)  # steps that are far too large
+    assert tuned.rule.layer_weights is None and tuned.high > 0 and max(tuned.layer_weights) > 100
+    assert evaluate(model, text, tuned.rule)["mean_k"].mean() == pytest.approx(4, abs=0.2)
+
+
+def test_layer_weights_are_judged_on_other_documents():
+    from bhlib.tuning import _halves
+
+    chosen, judged = _halves({"a": tokens(5, 4), "b": tokens(2, 4)}, {"a": [3, 3, 4, 7, 7], "b": [0, 0]})
+    assert {name: rows.tolist() for name, rows in chosen.items()} == {"a": [0, 1, 3, 4], "b": [0, 1]}
+    assert {name: rows.tolist() for name, rows in judged.items()} == {"a": [2]}
+    with pytest.raises(ValueError, match="no domain has two documents, so none can be held out"):
+        tune_layer_weights(tiny_olmoe(), {"a": tokens(2, 4)}, BH(), 4, documents={"a": [1, 1]})
 
 
 @pytest.mark.parametrize("mean_k", [1, 5 / 3, 2.4, 3])

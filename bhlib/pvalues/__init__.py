@@ -27,7 +27,7 @@ null that is about something measured, what an expert contributes, is `Contribut
 
 from bhlib.pvalues.conformal import ConformalNull
 from bhlib.pvalues.contribution import ContributionNull
-from bhlib.pvalues.fitted import FittedNull, ResolutionWarning, check_norms_fit
+from bhlib.pvalues.fitted import FittedNull, ResolutionWarning, check_log_norms, check_norms_fit
 from bhlib.pvalues.kde import KDENull
 from bhlib.pvalues.maker import KernelForm, PValueMaker
 from bhlib.pvalues.names import NULLS, NullEntry, each_statistic, fitted_nulls, make_pvalues, null_looks
@@ -52,6 +52,7 @@ __all__ = [
     "SoftmaxPseudoWarning",
     "TableNull",
     "TokenGaussian",
+    "check_log_norms",
     "check_logits",
     "check_norms_fit",
     "check_temperature",

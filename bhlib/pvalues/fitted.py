@@ -125,9 +125,7 @@ class FittedNull(PValueMaker):
         tensors, extra = cls.fit_layers(columns, **options)
         if log_norms is not None:
             check_norms_fit(statistic, per_expert)
-            damaged = log_norms_damage(log_norms, len(sizes), num_experts)
-            if damaged is not None:
-                raise ValueError(f"{damaged}; give a number for each of {len(sizes)} layers and {num_experts} experts")
+            check_log_norms(log_norms, len(sizes), num_experts)
             tensors[LOG_NORMS] = log_norms.float().cpu().clone()
         return cls(tensors, header | extra)
 
@@ -356,6 +354,17 @@ def check_norms_fit(statistic: str, per_expert: bool) -> None:
         )
 
 
+def check_log_norms(log_norms: Tensor, num_layers: int, num_experts: int) -> None:
+    """Raise unless a tensor can be `FittedNull.log_norms` of so many layers and experts."""
+    if not log_norms.is_floating_point() or log_norms.shape != (num_layers, num_experts):
+        raise ValueError(
+            f"log_norms is {kind_of(log_norms)}, not torch.float32 [{num_layers}, {num_experts}], a number for each "
+            f"layer and expert"
+        )
+    if not log_norms.isfinite().all():
+        raise ValueError("log_norms has values that are NaN or infinite; 0 is the mean of a layer")
+
+
 def _columns(samples, num_experts: int, per_expert: bool) -> list[list[np.ndarray]]:
     """[layers][1 or experts] float64 arrays, checked."""
     layers = [list(layer) if per_expert else [layer] for layer in samples]
@@ -371,13 +380,6 @@ def _columns(samples, num_experts: int, per_expert: bool) -> list[list[np.ndarra
         places = [f"samples[{index}]" + (f"[{expert}]" if per_expert else "") for expert in range(len(layer))]
         columns.append([_check_sample(values, place) for values, place in zip(layer, places, strict=True)])
     return columns
-
-
-def log_norms_damage(log_norms: Tensor, num_layers: int, num_experts: int) -> str | None:
-    """What keeps a tensor from being `FittedNull.log_norms`, None if nothing does."""
-    if not log_norms.is_floating_point() or log_norms.shape != (num_layers, num_experts):
-        return f"log_norms is {kind_of(log_norms)}, not torch.float32 [{num_layers}, {num_experts}]"
-    return None if log_norms.isfinite().all() else "log_norms has values that are NaN or infinite"
 
 
 def _check_sample(values, place: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bhlib.procedures import is_whole
 from bhlib.pvalues.contribution import ContributionNull
-from bhlib.pvalues.fitted import FORMAT, LOG_NORMS, FittedNull, check_norms_fit, kind_of, log_norms_damage
+from bhlib.pvalues.fitted import FORMAT, LOG_NORMS, FittedNull, check_log_norms, check_norms_fit, kind_of
 from bhlib.pvalues.names import fitted_nulls
 from bhlib.pvalues.statistics import STATISTICS
 from bhlib.pvalues.table import TableNull
@@ -145,7 +145,11 @@ def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: di
         odd = ", ".join(sorted(wanted ^ layered.keys()))
         raise _damaged(path, f"the header and the tables disagree on {odd}")
     if LOG_NORMS in tensors:
-        _check_log_norms(tensors[LOG_NORMS], header, path)
+        try:
+            check_norms_fit(header["statistic"], header["per_expert"])
+            check_log_norms(tensors[LOG_NORMS], num_layers, header["num_experts"])
+        except ValueError as error:
+            raise _damaged(path, str(error)) from None
     for name, tensor in layered.items():
         if tensor.ndim == 0 or len(tensor) != columns:
             raise _damaged(path, f"{name} is {kind_of(tensor)}, but {columns} rows are announced")
@@ -158,15 +162,3 @@ def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: di
         what = null.damage(sizes, **{part: tensors[f"{part}.{layer}"] for part in null.parts})
         if what is not None:
             raise _damaged(path, f"in layer {layer} {what}")
-
-
-def _check_log_norms(log_norms: Tensor, header: dict, path: str | Path) -> None:
-    """Norms are there for every layer and expert of the header, and go with its statistic."""
-    what = log_norms_damage(log_norms, header["num_layers"], header["num_experts"])
-    if what is None:
-        try:
-            check_norms_fit(header["statistic"], header["per_expert"])
-        except ValueError as error:
-            what = str(error)
-    if what is not None:
-        raise _damaged(path, what)

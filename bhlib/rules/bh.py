@@ -93,7 +93,8 @@ class BH(Rule):
         if layer is None or not 0 <= layer < len(self.layer_weights):
             raise ValueError(f"layer must lie in 0..{len(self.layer_weights) - 1} for layer_weights, got {layer}.")
         weight = self.layer_weights[layer]
-        return tuple(weight * alpha / (1 - alpha + weight * alpha) for alpha in alphas)
+        # Where rounding carries it to 1, a large weight on a high level, it is the largest number below.
+        return tuple(min(weight * alpha / (1 - alpha + weight * alpha), 1 - 2**-53) for alpha in alphas)
 
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
         if self.pvalues.ranks_by_logit:

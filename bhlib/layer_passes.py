@@ -1,0 +1,87 @@
+"""What one MoE layer makes of the tokens of a pass, and what each of its experts makes of them alone.
+
+with watch_layers(layers, lambda layer, seen: print(layer.name, seen.output.norm(dim=-1))):
+    model(**inputs)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bhlib.discovery import MoELayer, as_scored, watch
+from bhlib.weighting import find_weighting
+
+
+class LayerPass(NamedTuple):
+    """What one layer made of rows of tokens.
+
+    Attributes
+    ----------
+    hidden : Tensor [rows, hidden]
+        What the experts were given.
+    logits : Tensor [rows, experts]
+    experts, weights : Tensor [rows, top_k]
+        Those selected, and their weights.
+    output : Tensor [rows, hidden]
+        The weighted sum of these.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    experts: Tensor
+    weights: Tensor
+    output: Tensor
+
+    def at(self, rows: Tensor) -> "LayerPass":
+        """Some of the rows."""
+        return LayerPass(*(part[rows.to(part.device)] for part in self))
+
+
+@contextmanager
+def watch_layers(layers: Sequence[MoELayer], take: Callable[[MoELayer, LayerPass], Tensor | None]) -> Iterator[None]:
+    """Within the block, ``take(layer, seen)`` is called whenever the experts of a layer have run.
+
+    If it returns a tensor, [rows, hidden] like ``seen.output``, the layer goes on with that.
+    """
+    logits: dict[int, Tensor] = {}
+
+    def keep(layer: MoELayer, output: tuple) -> None:
+        logits[layer.index] = output[0]
+
+    def leave(layer: MoELayer, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        flat = [part.reshape(-1, part.shape[-1]) for part in (args[0], logits.pop(layer.index), *args[1:3], output)]
+        changed = take(layer, LayerPass(*flat))
+        return None if changed is None else changed.view_as(output)
+
+    with watch(layers, keep), ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.experts.register_forward_hook(partial(leave, layer)).remove)
+        yield
+
+
+def expert_output(layer: MoELayer, hidden: Tensor, expert: int) -> Tensor:
+    """What one expert makes of hidden states [rows, hidden]: float32 [rows, hidden], not weighted."""
+    index = torch.full((len(hidden), 1), expert, device=hidden.device)
+    # The module's own forward: hooks on it, ours among them, see nothing of this.
+    return layer.experts.forward(hidden, index, torch.ones_like(index, dtype=hidden.dtype)).float()
+
+
+def scores_of(layer: MoELayer, seen: LayerPass) -> Tensor:
+    """What the model ranks its experts by, float32 or wider [rows, experts]."""
+    return find_weighting(layer.weighting).scores(as_scored(seen.logits, layer.narrows))
+
+
+def weights_of_all(layer: MoELayer, seen: LayerPass) -> Tensor:
+    """The weight of each expert, float32 [rows, experts].
+
+    Those selected have their own; any other one has the weight that it would get if it were added to them.
+    """
+    scores = scores_of(layer, seen)
+    own = scores.gather(-1, seen.experts)[:, None].expand(-1, layer.num_experts, -1)
+    beside = torch.cat([own, scores[..., None]], dim=-1).flatten(0, 1)  # an expert as one more of those selected
+    weights = find_weighting(layer.weighting).weights(beside, torch.ones_like(beside, dtype=torch.bool))[:, -1]
+    return weights.view_as(scores).float().scatter(-1, seen.experts, seen.weights.float())
