@@ -20,7 +20,7 @@ from bhlib.calibration import fit_null
 from bhlib.comparisons import matched_compute, resample, with_documents
 from bhlib.contributions import Contributions
 from bhlib.evaluation import sweep
-from bhlib.guarantees import discoveries
+from bhlib.guarantees import discoveries, discoveries_by_effect
 from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
@@ -320,14 +320,9 @@ def realised_by_effect(
 
     Parameters
     ----------
-    effects : pandas.DataFrame
-        Of some pairs of a token and a layer, as `bhlib.contributions.one_changed` returns it.
-    contributions : Contributions
-        Of all tokens of the same text.
+    effects, contributions, smallest
+        As for `bhlib.guarantees.discoveries_by_effect`.
     rules : mapping of str to Rule
-        Which keep none beyond the ranks that `effects` has, the model's own top-k by default.
-    smallest : float
-        Divergence of the next token's distribution, in nats, below which an expert counts as useless.
 
     Returns
     -------
@@ -336,23 +331,14 @@ def realised_by_effect(
         experts whose effect is known), ``mean_k``, ``documents`` and ``tokens`` (pairs of a token and a layer). The
         pairs count alike.
     """
-    token = pd.MultiIndex.from_arrays([contributions.domains, contributions.sequences, contributions.positions])
-    place = ["domain", "sequence", "position", "layer"]
     rows = []
     for name, rule in rules.items():
-        found = []
-        for (domain, sequence, position, layer), experts in effects.groupby(place, sort=False):
-            logits = contributions.logits[layer, token.get_loc((domain, sequence, position))]
-            kept = experts["expert"].isin(rule(logits[None], layer).experts[0].tolist())
-            useful = experts["kl"] >= smallest
-            wrong = (kept & ~useful).sum() / max(kept.sum(), 1)
-            found.append((domain, experts["document"].iloc[0], wrong, (kept & useful).sum(), useful.sum(), kept.sum()))
-        table = pd.DataFrame(found, columns=["domain", "document", "wrong", "hits", "useful", "kept"])
-        drawn = resample(table["domain"], table["document"])
-        fdp, hits, useful, mean_k = drawn.means(table[["wrong", "hits", "useful", "kept"]]).T
+        found = discoveries_by_effect(rule, effects, contributions, smallest)
+        drawn = resample(found["domain"], found["document"])
+        fdp, hits, useful, mean_k = drawn.means(found[["proportion", "hits", "useful", "kept"]]).T
         low, high = drawn.interval(fdp)
         numbers = {"fdp": fdp[0], "low": low, "high": high, "power": hits[0] / useful[0], "mean_k": mean_k[0]}
-        rows.append({"rule": name} | numbers | {"documents": drawn.units, "tokens": len(table)})
+        rows.append({"rule": name} | numbers | {"documents": drawn.units, "tokens": len(found)})
     return pd.DataFrame(rows)
 
 

@@ -3,20 +3,22 @@
     measured = measure_contributions(model, text, documents=documents)
     promise = promise_discoveries(measured, alpha=0.1)        # of the experts kept, at most a tenth contribute nothing
 
+    promise = promise_effects(effects, measured, alpha=0.2)   # of the experts kept, a fifth could go unnoticed
+
     promise = promise_loss(model, text, documents=documents)  # at most 0.5 % worse than the model's own top-k
     with RoutingPatch(model, promise.rule): ...
 
-Both choose the level of a rule, whatever rule, on calibration text, and both promise something about the rule as it is
+All choose the level of a rule, whatever rule, on calibration text, and all promise something about the rule as it is
 used, with its ``min_k`` and ``max_k``. They promise it of *documents* that are exchangeable with those of the
 calibration text: of the same kinds, in the same proportions. A document is a unit, and counts as one however long it
 is; its tokens depend on each other, and no number of them stands in for another document.
 
-What each promises, and under which assumptions, is in its docstring: `promise_discoveries` is about an expectation,
-`promise_loss` about a probability.
+What each promises, and under which assumptions, is in its docstring: the first two are about an expectation, the last
+about a probability.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +35,8 @@ from bhlib.rules import BH, Rule
 
 #: Levels that are tried, the strictest first: their log-odds are evenly spaced.
 LEVELS = tuple(float(level) for level in 1 / (1 + np.exp(-np.linspace(-12, 5, 69))))
+
+_PLACE = ["domain", "sequence", "position"]  # which token, in a table of effects
 
 #: Orders of the documents over which the test of a loss is averaged.
 ORDERS = 200
@@ -103,6 +107,61 @@ def discoveries(rule: Rule, router_logits: Tensor, useless: Tensor) -> Discoveri
     return Discoveries(*(torch.stack(part) for part in zip(*layers, strict=True)))
 
 
+def discoveries_by_effect(
+    rule: Rule, effects: pd.DataFrame, contributions: Contributions, smallest: float = 1e-3
+) -> pd.DataFrame:
+    """What a rule keeps, where an expert is useless if the prediction hardly changes when it alone is left out.
+
+    Parameters
+    ----------
+    rule : Rule
+        Which keeps none but experts whose effect is known.
+    effects : pandas.DataFrame
+        Of some pairs of a token and a layer, as `bhlib.contributions.one_changed` returns it.
+    contributions : Contributions
+        Of all tokens of the same text, whose logits the rule sees.
+    smallest : float
+        Divergence of the next token's distribution, in nats, from which on an expert is useful.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per pair: ``domain``, ``document``, ``kept`` (experts), ``hits`` (useful ones of them), ``useful`` (kept
+        or not), ``proportion`` (useless over kept).
+
+    Raises
+    ------
+    ValueError
+        If the rule keeps an expert whose effect is not known.
+    """
+    tokens = pd.MultiIndex.from_arrays([contributions.domains, contributions.sequences, contributions.positions])
+    parts = []
+    for layer, part in effects.groupby("layer"):
+        place = part.groupby(_PLACE, sort=False).ngroup().to_numpy(copy=True)
+        first = part.iloc[np.unique(place, return_index=True)[1]]
+        logits = contributions.logits[layer, tokens.get_indexer(pd.MultiIndex.from_frame(first[_PLACE]))]
+        effect = torch.full_like(logits, torch.nan, dtype=torch.float64)
+        expert, kl = (torch.tensor(part[name].to_numpy(), device="cpu") for name in ("expert", "kl"))
+        effect[torch.from_numpy(place), expert] = kl.double()
+        routing = rule(logits, int(layer))
+        ends = torch.cat([effect, torch.full_like(effect[:, :1], torch.inf)], dim=1)  # an empty slot, index -1
+        of_kept = ends.gather(-1, routing.experts % ends.shape[1])
+        if of_kept.isnan().any():
+            raise ValueError(
+                f"{rule!r} keeps an expert whose effect is not known: measure more ranks, one_changed(..., ranks=...)"
+            )
+        hits = ((of_kept >= smallest) & (routing.experts >= 0)).sum(-1)
+        useful, kept = (effect >= smallest).sum(-1), routing.counts
+        numbers = {
+            "kept": kept,
+            "hits": hits,
+            "useful": useful,
+            "proportion": (kept - hits).double() / kept.clamp(min=1),
+        }
+        parts.append(first[["domain", "document"]].assign(**{name: value.numpy() for name, value in numbers.items()}))
+    return pd.concat(parts, ignore_index=True)
+
+
 def promise_discoveries(
     contributions: Contributions,
     alpha: float = 0.1,
@@ -152,22 +211,70 @@ def promise_discoveries(
     With the risk ``R`` over n documents the corrected one is ``(n R + 1) / (n + 1)``: the document to come may be all
     wrong (Angelopoulos, Bates, Fisch, Lei, Schuster 2024, Conformal risk control, ICLR).
     """
+    _, unit = np.unique(contributions.units, return_inverse=True)
+    useless = contributions.r <= largest
+
+    def measure(tried: Rule) -> tuple[np.ndarray, float]:
+        found = discoveries(tried, contributions.logits, useless)
+        return _unit_means(found.proportion.mean(dim=0).numpy(), unit), found.kept.double().mean().item()
+
+    text = f"of the experts kept, at most {alpha:.3g} in expectation contribute {largest:g} of the output or less"
+    return _control(measure, int(unit.max()) + 1, alpha, BH() if rule is None else rule, levels, text)
+
+
+def promise_effects(
+    effects: pd.DataFrame,
+    contributions: Contributions,
+    alpha: float = 0.1,
+    *,
+    rule: Rule | None = None,
+    levels: Sequence[float] = LEVELS,
+    smallest: float = 1e-3,
+) -> Promise:
+    """As `promise_discoveries`, where an expert is useless if the prediction hardly changes when it alone is left out.
+
+    The promise is about a place, a pair of a token and a layer, drawn from one more document. Documents of which
+    `effects` has no place do not count.
+
+    Parameters
+    ----------
+    effects, contributions, smallest
+        As for `discoveries_by_effect`: of calibration text.
+    alpha, rule, levels
+        As for `promise_discoveries`, which says what is returned and raised, too.
+    """
+    number = effects.groupby(["domain", "document"]).ngroups
+
+    def measure(tried: Rule) -> tuple[np.ndarray, float]:
+        found = discoveries_by_effect(tried, effects, contributions, smallest)
+        of_document = found["proportion"].groupby([found["domain"], found["document"]]).mean()
+        return of_document.to_numpy(), float(found["kept"].mean())
+
+    text = f"of the experts kept, at most {alpha:.3g} in expectation change a prediction by less than {smallest:g} nats"
+    return _control(measure, number, alpha, BH() if rule is None else rule, levels, text)
+
+
+def _control(
+    measure: Callable[[Rule], tuple[np.ndarray, float]],
+    number: int,
+    alpha: float,
+    rule: Rule,
+    levels: Sequence[float],
+    text: str,
+) -> Promise:
+    """Conformal risk control: `measure` gives the risks [documents] of a rule, and its mean number of experts."""
     if not 0 < alpha < 1:
         raise ValueError(f"alpha is {alpha}, but must lie strictly between 0 and 1")
-    rule = BH() if rule is None else rule
-    _, unit = np.unique(contributions.units, return_inverse=True)
-    number = int(unit.max()) + 1
     if alpha * (number + 1) < 1:
         raise ValueError(
             f"{number:,} documents can promise no alpha below 1/{number + 1:,} = {1 / (number + 1):.3g}, but alpha is "
             f"{alpha:g}: measure contributions on {math.ceil(1 / alpha - 1e-9) - 1:,} documents or more"
         )
-    useless, rows = contributions.r <= largest, []
-    envelope = np.zeros(number)
+    rows, envelope = [], np.zeros(number)
     for level in levels:
-        found = discoveries(rule.at(level), contributions.logits, useless)
-        envelope = np.maximum(envelope, _unit_means(found.proportion.mean(dim=0).numpy(), unit))
-        row = {"level": level, "mean_k": found.kept.double().mean().item(), "risk": envelope.mean()}
+        risks, mean_k = measure(rule.at(level))
+        envelope = np.maximum(envelope, risks)
+        row = {"level": level, "mean_k": mean_k, "risk": envelope.mean()}
         rows.append(row | {"corrected": corrected_risk(envelope)})
         if rows[-1]["corrected"] > alpha:  # so it is at all levels beyond
             break
@@ -178,7 +285,6 @@ def promise_discoveries(
             f"the level {levels[0]:g} alone has a corrected risk of {rows[0]['corrected']:.3g}, but alpha is "
             f"{alpha:g}: try stricter levels first, another rule, or a larger alpha"
         )
-    text = f"of the experts kept, at most {alpha:.3g} in expectation contribute {largest:g} of the output or less"
     return Promise(rule.at(float(kept["level"].iloc[-1])), text, number, table)
 
 

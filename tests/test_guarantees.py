@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from bhlib import load_demo, load_heldout
-from bhlib.contributions import Contributions, measure_contributions
-from bhlib.guarantees import betting_pvalue, corrected_risk, discoveries, promise_discoveries, promise_loss
+from bhlib.contributions import Contributions, measure_contributions, one_changed
+from bhlib.guarantees import (
+    betting_pvalue,
+    corrected_risk,
+    discoveries,
+    discoveries_by_effect,
+    promise_discoveries,
+    promise_effects,
+    promise_loss,
+)
 from bhlib.loading import heldout_sequence_documents
 from bhlib.rules import BH, Threshold, TopK
 
@@ -177,3 +185,44 @@ def test_a_promise_about_the_demo_can_be_made(demo):
     assert realised(promise.rule, measured) <= 0.2
     with pytest.raises(TypeError, match="has no level to move"):
         promise_discoveries(measured, 0.2, rule=TopK(4))
+
+
+@pytest.fixture(scope="module")
+def changed(demo):
+    """Effects at 30 places of some sequences of the demo, each a document; contributions of all their tokens."""
+    model, text = demo
+    text = {"drama": text["drama"], "python": text["python"]}
+    effects = one_changed(model, text, num_tokens=30, progress=False)
+    return effects, measure_contributions(model, text, progress=False)
+
+
+def test_discoveries_by_effect_are_those_of_a_loop(changed):
+    effects, contributions = changed
+    rule, found = Threshold(0.08), []
+    for place, experts in effects.groupby(["layer", "domain", "sequence", "position"]):
+        layer, domain, sequence, position = place
+        of_token = (contributions.domains, contributions.sequences, contributions.positions)
+        token = np.logical_and.reduce([a == b for a, b in zip(of_token, (domain, sequence, position), strict=True)])
+        kept = rule(contributions.logits[layer, torch.from_numpy(token)], layer).experts[0].tolist()
+        useful = dict(zip(experts["expert"], experts["kl"] >= 1e-3, strict=True))
+        hits = sum(useful[expert] for expert in kept if expert >= 0)
+        number = sum(expert >= 0 for expert in kept)
+        found.append((domain, sequence, number, hits, sum(useful.values()), (number - hits) / number))
+    table = discoveries_by_effect(rule, effects, contributions)
+    assert sorted(map(tuple, table.to_numpy())) == [pytest.approx(row) for row in sorted(found)]
+
+
+def test_a_promise_about_effects(changed):
+    effects, contributions = changed
+    promise = promise_effects(effects, contributions, 0.6, levels=(0.001, 0.01, 0.1))
+    table = discoveries_by_effect(promise.rule, effects, contributions)
+    risks = table.groupby(["domain", "document"])["proportion"].mean()
+    assert promise.documents == len(risks)
+    assert promise.tried["corrected"].iloc[0] == pytest.approx(
+        (discoveries_by_effect(promise.rule.at(0.001), effects, contributions)
+         .groupby(["domain", "document"])["proportion"].mean().sum() + 1) / (len(risks) + 1)
+    )  # fmt: skip
+    assert (risks.sum() + 1) / (len(risks) + 1) <= 0.6
+    assert promise.text.endswith("at most 0.6 in expectation change a prediction by less than 0.001 nats")
+    with pytest.raises(ValueError, match="keeps an expert whose effect is not known: measure more ranks"):
+        discoveries_by_effect(TopK(9, max_k=9), effects, contributions)

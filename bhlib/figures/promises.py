@@ -13,9 +13,9 @@ from bhlib.evidence import realised, realised_by_effect
 from bhlib.figures.drawing import Picture, error_bars
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
-from bhlib.guarantees import promise_discoveries
+from bhlib.guarantees import promise_discoveries, promise_effects
 from bhlib.loading import heldout_sequence_documents, load_heldout
-from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Look
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Look
 from bhlib.pvalues import ContributionNull
 from bhlib.rules import BH, Rule
 
@@ -47,7 +47,8 @@ LOOKS = {
     "BH, contribution null": Look(GREEN, "s"),
     "fixed cut, contribution null": Look(ORANGE, "^", "--"),
     "BH, contribution null, at α / 2.72": Look(BLACK, "P", ":"),
-    "risk control, default p-values (proven)": Look(RED, "X", ":"),
+    "risk control by contribution (proven)": Look(RED, "X", ":"),
+    "risk control by effect (proven)": Look(YELLOW, "*", ":"),
 }
 
 
@@ -88,6 +89,7 @@ def contribution_null(study: Study) -> tuple[ContributionNull, Contributions]:
 def _rules(study: Study) -> dict[tuple[str, float], Rule]:
     """By method and alpha; all of them fitted and found on the calibration split."""
     null, seen = contribution_null(study)
+    changed = effects(study, "calibration")
     fitted, rules = study.fit_null(statistic="log_prob"), {}
     for alpha in LEVELS:
         made = (
@@ -99,7 +101,12 @@ def _rules(study: Study) -> dict[tuple[str, float], Rule]:
             BH(alpha / FACTOR, null),
             promise_discoveries(seen, alpha, levels=TRIED, largest=LARGEST).rule,
         )
-        rules |= {(method, alpha): rule for method, rule in zip(LOOKS, made, strict=True)}
+        rules |= {(method, alpha): rule for method, rule in zip(LOOKS, made, strict=False)}
+        try:
+            promise = promise_effects(changed, seen, alpha, levels=TRIED, smallest=SMALLEST)
+        except ValueError:
+            continue  # even one expert for each token is too many
+        rules[[*LOOKS][-1], alpha] = promise.rule
     return rules
 
 
@@ -147,7 +154,7 @@ def draw_realised_alpha(table: pd.DataFrame) -> Figure:
     power.set(xlabel="experts per token and layer (mean)", ylabel="useful experts kept, of all useful ones")
     fig.suptitle(
         "demo model, test split; all nulls and levels from the calibration split; alpha is kept on or below the line\n"
-        "bars: 95 % bootstrap over documents, for each point by itself; proven: on average over documents, upper left",
+        "bars: 95 % bootstrap over documents, for each point by itself; proven: on average over documents (left)",
         fontsize=8,
     )
     fig.legend(*overall.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
