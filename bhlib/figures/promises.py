@@ -15,7 +15,7 @@ from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
 from bhlib.guarantees import promise_discoveries, promise_effects
 from bhlib.loading import heldout_sequence_documents, load_heldout
-from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Look
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Look
 from bhlib.pvalues import ContributionNull
 from bhlib.rules import BH, Rule
 
@@ -48,7 +48,7 @@ LOOKS = {
     "fixed cut, contribution null": Look(ORANGE, "^", "--"),
     "BH, contribution null, at α / 2.72": Look(BLACK, "P", ":"),
     "risk control by contribution (proven)": Look(RED, "X", ":"),
-    "risk control by effect (proven)": Look(YELLOW, "*", ":"),
+    "risk control by effect (proven)": Look(RED, "*", "-"),
 }
 
 
@@ -105,7 +105,7 @@ def _rules(study: Study) -> dict[tuple[str, float], Rule]:
         try:
             promise = promise_effects(changed, seen, alpha, levels=TRIED, smallest=SMALLEST)
         except ValueError:
-            continue  # even one expert for each token is too many
+            continue  # among a token's best experts there are too many without effect
         rules[[*LOOKS][-1], alpha] = promise.rule
     return rules
 
