@@ -2,7 +2,8 @@
 
 `uniformity` and `level_curve` ask the first question of a null on text that it was not fitted on,
 `normal_scores_correlation` says how dependent the experts of a token are, and `compare_at_equal_cost` asks the second:
-what a rule's loss is, against that of static top-k with the same number of experts.
+what a rule's loss is, against that of static top-k with the same number of experts. `realised` compares
+a level with what the experts kept were measured to contribute.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bhlib.calibration import fit_null
-from bhlib.comparisons import matched_compute, with_documents
+from bhlib.comparisons import matched_compute, resample, with_documents
+from bhlib.contributions import Contributions
 from bhlib.evaluation import sweep
+from bhlib.guarantees import discoveries, discoveries_by_effect
 from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH, Rule, TopK
@@ -264,6 +267,80 @@ def strongest_dependence(router_logits: Tensor, statistic: str, exclude_top: int
     matrices = [normal_scores_correlation(STATISTICS[statistic](logits, exclude_top)) for logits in router_logits]
     layer = int(np.argmax([np.square(matrix).mean() for matrix in matrices]))
     return layer, matrices[layer]
+
+
+# -- how many of the experts that a rule keeps are useless? ----------------------------------------------------
+
+
+def realised(contributions: Contributions, rules: Mapping[str, Rule], largest: float = 0.1) -> pd.DataFrame:
+    """What rules keep, against what experts contribute: the share of useless ones, and how many useful ones they miss.
+
+    Parameters
+    ----------
+    contributions : Contributions
+        Of text that nothing was fitted or chosen on (`bhlib.contributions.measure_contributions`).
+    rules : mapping of str to Rule
+        By the name that they get in the table. They see the logits of the unpatched model.
+    largest : float
+        Up to which contribution an expert is useless.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per rule and part: ``rule``, ``part`` (``"all"``, ``"layer 0"``, ..., and the domains), ``fdp`` (useless
+        experts over experts kept, taken for each token and layer) with a 95 % interval ``low``, ``high``
+        (`bhlib.comparisons.resample`), ``power`` (useful experts kept over useful experts, those summed), ``mean_k``,
+        ``documents`` and ``tokens``. Documents are the units, and count alike however many of their tokens were
+        measured.
+    """
+    units, first, unit = np.unique(contributions.units, return_index=True, return_inverse=True)
+    domains = contributions.domains[first]
+    useless, rows = contributions.r <= largest, []
+    for name, rule in rules.items():
+        found = discoveries(rule, contributions.logits, useless)
+        counts = torch.stack([found.proportion, found.kept - found.useless, found.useful, found.kept])
+        means = np.stack([counts[:, :, unit == number].mean(dim=2).numpy() for number in units])
+        parts: dict[str, tuple[Any, Any]] = {"all": (slice(None), slice(None))}  # which documents, which layers
+        parts |= {f"layer {layer}": (slice(None), [layer]) for layer in range(means.shape[2])}
+        parts |= {str(domain): (domains == domain, slice(None)) for domain in np.unique(domains)}
+        for part, (documents, layers) in parts.items():
+            of_part = means[documents][:, :, layers].mean(axis=2)
+            drawn = resample(domains[documents], units[documents])
+            fdp, kept, useful, mean_k = drawn.means(of_part).T
+            low, high = drawn.interval(fdp)
+            numbers = {"fdp": fdp[0], "low": low, "high": high, "power": kept[0] / useful[0], "mean_k": mean_k[0]}
+            tokens = int(np.isin(unit, units[documents]).sum())
+            rows.append({"rule": name, "part": part} | numbers | {"documents": len(of_part), "tokens": tokens})
+    return pd.DataFrame(rows)
+
+
+def realised_by_effect(
+    effects: pd.DataFrame, contributions: Contributions, rules: Mapping[str, Rule], smallest: float = 1e-3
+) -> pd.DataFrame:
+    """As `realised`, where an expert is useless if the prediction hardly changes when it alone is left out.
+
+    Parameters
+    ----------
+    effects, contributions, smallest
+        As for `bhlib.guarantees.discoveries_by_effect`.
+    rules : mapping of str to Rule
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per rule: ``rule``, ``fdp`` with a 95 % interval ``low``, ``high`` over documents, ``power`` (of the
+        experts whose effect is known), ``mean_k``, ``documents`` and ``tokens`` (pairs of a token and a layer). The
+        pairs count alike.
+    """
+    rows = []
+    for name, rule in rules.items():
+        found = discoveries_by_effect(rule, effects, contributions, smallest)
+        drawn = resample(found["domain"], found["document"])
+        fdp, hits, useful, mean_k = drawn.means(found[["proportion", "hits", "useful", "kept"]]).T
+        low, high = drawn.interval(fdp)
+        numbers = {"fdp": fdp[0], "low": low, "high": high, "power": hits[0] / useful[0], "mean_k": mean_k[0]}
+        rows.append({"rule": name} | numbers | {"documents": drawn.units, "tokens": len(found)})
+    return pd.DataFrame(rows)
 
 
 # -- does it matter? -----------------------------------------------------------------------------------------

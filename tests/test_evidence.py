@@ -7,6 +7,7 @@ from models import tiny_olmoe, tokens
 from scipy import stats
 
 from bhlib.calibration import collect_router_logits, fit_null
+from bhlib.contributions import measure_contributions, one_changed
 from bhlib.evaluation import evaluate
 from bhlib.evidence import (
     candidate_nulls,
@@ -15,6 +16,8 @@ from bhlib.evidence import (
     level_curve,
     lower_order_cdf,
     normal_scores_correlation,
+    realised,
+    realised_by_effect,
     strongest_dependence,
     true_null_reference,
     uniformity,
@@ -183,6 +186,52 @@ def test_equal_cost_comparison_by_hand():
     assert row["low"] <= row["difference"] <= row["high"] and (row["sequences"], row["tokens"]) == (7, 7 * 23)
     outside = compare_at_equal_cost(model, {"g": maker}, logits, data, mean_experts=(3.5,), static_k=(5, 6)).iloc[0]
     assert np.isnan(outside["static_loss"]) and np.isnan(outside["difference"])
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Contributions of a tiny model on two texts, whose sequences are of three documents and of two."""
+    model = tiny_olmoe()
+    text = {"a": tokens(4, 9, seed=1), "b": tokens(3, 9, seed=2)}
+    documents = {"a": np.array([0, 0, 1, 2]), "b": np.array([0, 1, 1])}
+    return model, text, documents, measure_contributions(model, text, documents=documents, progress=False)
+
+
+def test_realised_counts_documents_alike(measured):
+    *_, found = measured
+    rule, largest = Threshold(0.1, max_k=4), float(found.r[found.selected].median())
+    table = realised(found, {"threshold": rule}, largest).set_index("part")
+    assert [*table.index] == ["all", *(f"layer {layer}" for layer in range(len(found.r))), "a", "b"]
+    by_document: dict = {}
+    for index in range(found.r.shape[1]):
+        for layer, logits in enumerate(found.logits[:, index]):
+            kept = [e for e in rule(logits[None], layer).experts[0].tolist() if e >= 0]
+            useful = found.r[layer, index] > largest
+            hits = sum(bool(useful[e]) for e in kept)
+            row = (1 - hits / len(kept), hits, int(useful.sum()), len(kept))
+            by_document.setdefault((found.domains[index], found.documents[index]), []).append(row)
+    means = {name: np.mean(rows, axis=0) for name, rows in by_document.items()}
+    for part in ("all", "a", "b"):
+        inside = [row for (domain, _), row in means.items() if part in ("all", domain)]
+        fdp, hits, useful, mean_k = np.mean(inside, axis=0)
+        row = table.loc[part]
+        assert row[["fdp", "power", "mean_k"]].tolist() == pytest.approx([fdp, hits / useful, mean_k]), part
+        assert row["low"] < row["fdp"] < row["high"]
+        assert (row["documents"], row["tokens"]) == (len(inside), 9 * {"all": 7, "a": 4, "b": 3}[part])
+
+
+def test_realised_by_effect_asks_what_the_model_says_without_an_expert(measured):
+    model, text, documents, found = measured
+    effects = one_changed(model, text, num_tokens=12, documents=documents, progress=False)
+    smallest, rules = effects["kl"].median(), {f"top-{k}": TopK(k) for k in (1, 2)}
+    table = realised_by_effect(effects, found, rules, smallest).set_index("rule")
+    for k in (1, 2):
+        kept = effects[effects["rank"] <= k]
+        useful = kept["kl"] >= smallest
+        row = table.loc[f"top-{k}"]
+        assert row["fdp"] == pytest.approx(1 - useful.mean())
+        assert row["power"] == pytest.approx(useful.sum() / (effects["kl"] >= smallest).sum())
+        assert (row["mean_k"], row["tokens"]) == (k, 12)
 
 
 def test_kept_mass_by_hand():

@@ -48,6 +48,7 @@ FLOORS = [
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
     "tuning",  # what each layer gets, from calibration text
+    "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
     "widgets",  # the same drawings behind sliders

@@ -21,10 +21,12 @@ What is guaranteed, and what is not. A p-value of a fitted null is valid for a v
 calibration sample; the conformal one exactly and at any sample size, the kernel one as far as the density estimate is
 right. A router's logits are neither independent between the experts of a token nor identically distributed between
 tokens, and "an expert that the model would not select" is defined by the same logits that are tested. The level alpha
-is therefore a dial with a meaning under the null that each class states, not a proven false discovery rate.
+is therefore a dial with a meaning under the null that each class states, not a proven false discovery rate. The one
+null that is about something measured, what an expert contributes, is `ContributionNull`; it states what is proven.
 """
 
 from bhlib.pvalues.conformal import ConformalNull
+from bhlib.pvalues.contribution import ContributionNull
 from bhlib.pvalues.fitted import FittedNull, ResolutionWarning, check_norms_fit
 from bhlib.pvalues.kde import KDENull
 from bhlib.pvalues.maker import KernelForm, PValueMaker
@@ -38,6 +40,7 @@ __all__ = [
     "NULLS",
     "STATISTICS",
     "ConformalNull",
+    "ContributionNull",
     "DirichletNull",
     "FittedNull",
     "KDENull",

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bhlib.procedures import is_whole
+from bhlib.pvalues.contribution import ContributionNull
 from bhlib.pvalues.fitted import FORMAT, LOG_NORMS, FittedNull, check_log_norms, kind_of
 from bhlib.pvalues.names import fitted_nulls
 from bhlib.pvalues.statistics import STATISTICS
@@ -58,8 +59,8 @@ def load_null(
 
 
 def _saved_nulls() -> dict[str, type[FittedNull]]:
-    """The nulls that files hold: those that are fitted, and tables, which have no entry among the nulls by name."""
-    return fitted_nulls() | {TableNull.name: TableNull}
+    """The nulls that files hold: those that are fitted to logits, and two that are not and have no entry by name."""
+    return fitted_nulls() | {null.name: null for null in (TableNull, ContributionNull)}
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
