@@ -5,6 +5,8 @@ of a fixed number. See the notebooks for the theory, and `BHRoutingIntegration` 
 """
 
 from bhlib.calibration import calibrate, load_calibration
+from bhlib.compensating import fit_compensation
+from bhlib.compensation import load_compensation
 from bhlib.discovery import find_moe_layers
 from bhlib.loading import load_demo, load_heldout, load_olmoe
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
@@ -19,7 +21,9 @@ __all__ = [
     "benjamini_hochberg_routing",
     "calibrate",
     "find_moe_layers",
+    "fit_compensation",
     "load_calibration",
+    "load_compensation",
     "load_demo",
     "load_heldout",
     "load_olmoe",

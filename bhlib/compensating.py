@@ -20,7 +20,7 @@ from bhlib.experts import pairwise_forward
 from bhlib.layer_passes import LayerPass, watch_layers
 from bhlib.levels import level_for_mean_experts
 from bhlib.rules import Rule, Threshold
-from bhlib.text_pass import Text, batches, check_plain, check_texts, run_batch
+from bhlib.text_pass import Piece, batches, check_plain, check_texts, run_batch
 
 #: Strengths of the ridge that are tried, as multiples of the mean square of a feature: the largest leave nothing.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
@@ -139,7 +139,7 @@ def fit_compensation(
     return Compensation(fits, name_of(model))
 
 
-def _keep_half(model: nn.Module, texts: Sequence[Text], top_k: int, batch_size: int) -> Rule:
+def _keep_half(model: nn.Module, texts: Sequence[Piece], top_k: int, batch_size: int) -> Rule:
     """A threshold that keeps half of what lies between one expert and the model's own top-k."""
     part = {name: ids[:: max(1, len(ids) // SEQUENCES_FOR_LEVEL)] for name, ids, _ in texts}
     masks = {name: mask[:: max(1, len(mask) // SEQUENCES_FOR_LEVEL)] for name, _, mask in texts if mask is not None}

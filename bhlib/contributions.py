@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from bhlib.discovery import MoELayer, find_moe_layers
 from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, weights_of_all
 from bhlib.pvalues import check_logits
-from bhlib.text_pass import Text, batches, check_plain, check_texts, run_batch
+from bhlib.text_pass import Piece, batches, check_plain, check_texts, run_batch
 from bhlib.weighting import find_weighting
 
 #: Instead of the norm of a layer's output that is zero.
@@ -187,7 +187,7 @@ def _whole_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def _check_documents(
-    documents: Mapping[str, Sequence | np.ndarray] | None, texts: Sequence[Text]
+    documents: Mapping[str, Sequence | np.ndarray] | None, texts: Sequence[Piece]
 ) -> dict[str, np.ndarray]:
     """The document of each sequence, int64 [sequences] by text; by default its own."""
     found = {}
@@ -202,7 +202,7 @@ def _check_documents(
     return found
 
 
-def _sample_tokens(texts: Sequence[Text], max_tokens: int | None, seed: int) -> dict[str, Tensor]:
+def _sample_tokens(texts: Sequence[Piece], max_tokens: int | None, seed: int) -> dict[str, Tensor]:
     """Which tokens to measure, bool [sequences, length] by text: all that are no padding, or a sample of them."""
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, but must be 1 or more; None measures all tokens")
@@ -326,7 +326,7 @@ def one_changed(
 
 
 def _sample_places(
-    texts: Sequence[Text], num_layers: int, num_tokens: int, seed: int
+    texts: Sequence[Piece], num_layers: int, num_tokens: int, seed: int
 ) -> list[tuple[tuple[str, int], list[tuple[int, int]]]]:
     """By (text, sequence): the (position, layer) to change."""
     short = [text.name for text in texts if text.ids.shape[1] < 2]
@@ -363,7 +363,7 @@ def _changes(
                 changes.append(_Change(layer.index, position, expert, rank, expert in own, row))
 
     with watch_layers(layers, take):
-        run_batch(model, next(batches([Text("", ids[None], None)], 1)))
+        run_batch(model, next(batches([Piece("", ids[None], None)], 1)))
     return changes
 
 

@@ -9,7 +9,7 @@ from bhlib.discovery import MoELayer, implementation_of, input_device
 from bhlib.experts import is_twin
 
 
-class Text(NamedTuple):
+class Piece(NamedTuple):
     """Token ids [sequences, length] of a name, and their mask: 0 for padding; None if there is none."""
 
     name: str
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 def check_texts(
     token_ids: Tensor | Mapping[str, Tensor], attention_mask: Tensor | Mapping[str, Tensor] | None
-) -> list[Text]:
+) -> list[Piece]:
     """The texts, each with its mask, checked. A tensor without a name is called ``"token_ids"``."""
     texts = token_ids if isinstance(token_ids, Mapping) else {"token_ids": token_ids}
     masks: Mapping[str, Tensor | None]
@@ -52,10 +52,10 @@ def check_texts(
             )
     if not sum(ids.numel() for ids in texts.values()):
         raise ValueError("token_ids holds no token; pass a text with tokens")
-    return [Text(name, ids, masks[name]) for name, ids in texts.items()]
+    return [Piece(name, ids, masks[name]) for name, ids in texts.items()]
 
 
-def batches(texts: Sequence[Text], batch_size: int) -> Iterator[Batch]:
+def batches(texts: Sequence[Piece], batch_size: int) -> Iterator[Batch]:
     """The texts, in order, up to `batch_size` sequences at a time."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be 1 or more")
