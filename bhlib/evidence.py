@@ -308,10 +308,21 @@ def realised(contributions: Contributions, rules: Mapping[str, Rule], largest: f
             drawn = resample(domains[documents], units[documents])
             fdp, kept, useful, mean_k = drawn.means(of_part).T
             low, high = drawn.interval(fdp)
-            numbers = {"fdp": fdp[0], "low": low, "high": high, "power": kept[0] / useful[0], "mean_k": mean_k[0]}
+            numbers = {
+                "fdp": fdp[0],
+                "low": low,
+                "high": high,
+                "power": _share(kept[0], useful[0]),
+                "mean_k": mean_k[0],
+            }
             tokens = int(np.isin(unit, units[documents]).sum())
             rows.append({"rule": name, "part": part} | numbers | {"documents": len(of_part), "tokens": tokens})
     return pd.DataFrame(rows)
+
+
+def _share(part: float, whole: float) -> float:
+    """NaN of nothing."""
+    return part / whole if whole else np.nan
 
 
 def realised_by_effect(
@@ -338,7 +349,7 @@ def realised_by_effect(
         drawn = resample(found["domain"], found["document"])
         fdp, hits, useful, mean_k = drawn.means(found[["proportion", "hits", "useful", "kept"]]).T
         low, high = drawn.interval(fdp)
-        numbers = {"fdp": fdp[0], "low": low, "high": high, "power": hits[0] / useful[0], "mean_k": mean_k[0]}
+        numbers = {"fdp": fdp[0], "low": low, "high": high, "power": _share(hits[0], useful[0]), "mean_k": mean_k[0]}
         rows.append({"rule": name} | numbers | {"documents": drawn.units, "tokens": len(found)})
     return pd.DataFrame(rows)
 

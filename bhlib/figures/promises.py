@@ -1,6 +1,7 @@
 """The figure of what alpha promises: useless experts among those that a rule keeps, against the level it was given."""
 
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,6 @@ from bhlib.figures.drawing import Picture, error_bars
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
 from bhlib.guarantees import promise_discoveries, promise_effects
-from bhlib.loading import heldout_sequence_documents, load_heldout
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, Look
 from bhlib.pvalues import ContributionNull
 from bhlib.rules import BH, Rule
@@ -37,8 +37,6 @@ BY_EFFECT = "all, by effect"
 #: What is tried for `promise_discoveries`: log-odds evenly spaced.
 TRIED = tuple(float(level) for level in 1 / (1 + np.exp(-np.linspace(-9, 5, 36))))
 
-#: For eight ranks: 1 + 1/2 + ... + 1/8, by which `ContributionNull` proves too little.
-FACTOR = float((1 / np.arange(1, 9)).sum())
 
 LOOKS = {
     "BH, default": Look(BLUE, "o"),
@@ -46,7 +44,7 @@ LOOKS = {
     "fixed cut, fitted null": Look(PINK, "v", "--"),
     "BH, contribution null": Look(GREEN, "s"),
     "fixed cut, contribution null": Look(ORANGE, "^", "--"),
-    "BH, contribution null, at α / 2.72": Look(BLACK, "P", ":"),
+    "BH, contribution null, at α / H": Look(BLACK, "P", ":"),
     "risk control by contribution (proven)": Look(RED, "X", ":"),
     "risk control by effect (proven)": Look(RED, "*", "-"),
 }
@@ -55,7 +53,7 @@ LOOKS = {
 def some_of_each_document(study: Study, split: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Some sequences of each document of a split, spread evenly over it; and the document of each."""
     length, most = study.window // 2, PER_DOCUMENT[split]
-    text, documents = load_heldout(split, length), heldout_sequence_documents(split, length)
+    text, documents = study.text.sequences(split, length), study.text.documents(split, length)
     for domain, numbers in documents.items():
         rows = [np.flatnonzero(numbers == document) for document in np.unique(numbers)]
         chosen = [
@@ -90,23 +88,26 @@ def _rules(study: Study) -> dict[tuple[str, float], Rule]:
     """By method and alpha; all of them fitted and found on the calibration split."""
     null, seen = contribution_null(study)
     changed = effects(study, "calibration")
-    fitted, rules = study.fit_null(statistic="log_prob"), {}
+    fitted, rules, most = study.fit_null(statistic="log_prob"), {}, study.top_k
+    default = BH(max_k=most)
+    harmonic = float((1 / np.arange(1, most + 1)).sum())  # by which `ContributionNull` proves too little
     for alpha in LEVELS:
         made = (
-            BH(alpha),
-            BH(alpha, fitted),
-            BH(alpha, fitted, "fixed"),
-            BH(alpha, null),
-            BH(alpha, null, "fixed"),
-            BH(alpha / FACTOR, null),
-            promise_discoveries(seen, alpha, levels=TRIED, largest=LARGEST).rule,
+            default.at(alpha),
+            BH(alpha, fitted, max_k=most),
+            BH(alpha, fitted, "fixed", max_k=most),
+            BH(alpha, null, max_k=most),
+            BH(alpha, null, "fixed", max_k=most),
+            BH(alpha / harmonic, null, max_k=most),
         )
         rules |= {(method, alpha): rule for method, rule in zip(LOOKS, made, strict=False)}
-        try:
-            promise = promise_effects(changed, seen, alpha, levels=TRIED, smallest=SMALLEST)
-        except ValueError:
-            continue  # among a token's best experts there are too many without effect
-        rules[[*LOOKS][-1], alpha] = promise.rule
+        promises = (
+            partial(promise_discoveries, seen, largest=LARGEST),
+            partial(promise_effects, changed, seen, smallest=SMALLEST),
+        )
+        for method, promise in zip([*LOOKS][len(made) :], promises, strict=True):
+            with suppress(ValueError):  # none can be made: too few documents, or too many of the best without effect
+                rules[method, alpha] = promise(alpha=alpha, rule=default, levels=TRIED).rule
     return rules
 
 
@@ -153,8 +154,9 @@ def draw_realised_alpha(table: pd.DataFrame) -> Figure:
     power.set_title("experts that contribute more than that: how many are kept", fontsize=8)
     power.set(xlabel="experts per token and layer (mean)", ylabel="useful experts kept, of all useful ones")
     fig.suptitle(
-        "demo model, test split; all nulls and levels from the calibration split; alpha is kept on or below the line\n"
-        "bars: 95 % bootstrap over documents, for each point by itself; proven: on average over documents (left)",
+        "test split; nulls and levels from the calibration split; alpha is kept on or below the line; H: 1 + 1/2 + ... up "
+        "to the model's own top-k\nbars: 95 % bootstrap over documents, each by itself; proven: on average over documents "
+        "(left)",
         fontsize=8,
     )
     fig.legend(*overall.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
