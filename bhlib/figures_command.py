@@ -59,10 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     from bhlib.figures.folder import StudyFolder
 
     folder = StudyFolder(arguments.folder)
-    given = {name: getattr(arguments, name) for name, usual in DEFAULTS.items()}
-    given = {name: value for name, value in given.items() if value is not None and value != DEFAULTS[name]}
-    if arguments.model:
-        given["model"] = arguments.model
+    given = {name: value for name in DEFAULTS if (value := getattr(arguments, name)) is not None}
+    if given["text_field"] == DEFAULTS["text_field"]:  # as argparse leaves it
+        del given["text_field"]
     if arguments.redraw:
         _print_paths(registry.redraw_figures(arguments.folder, arguments.only))
     elif given or folder.is_there:

@@ -187,7 +187,7 @@ def test_settings_are_read_again_if_they_are_of_this_study(folder, mixtral, tmp_
     ("options", "message"),
     [
         (["--model", "olmoe"], "another model: it holds mixtral .* top-2; .* this one would be olmoe .* Name another"),
-        (["--length", "16"], "another length: it holds .* sequences of 32 .* 4 sequences of 16 tokens per domain"),
+        (["--length", "64"], "another length: it holds .* sequences of 32 .* 4 sequences of 64 tokens per domain"),
     ],
 )
 def test_two_studies_do_not_share_a_folder(folder, mixtral, options, message):
@@ -202,6 +202,8 @@ def test_the_embedded_models_figures_are_not_overwritten(folder, tmp_path):
     main(["figures", "--folder", str(tmp_path), *only("stepup_1995")])
     with pytest.raises(SystemExit, match=r"holds tables that no study has made \(stepup_1995.csv\).*another folder"):
         main(command(folder, "mixtral", tmp_path))
+    with pytest.raises(SystemExit, match="stepup_1995: of no model"):
+        main(command(folder, "mixtral", tmp_path / "out", *only("stepup_1995")))
     with pytest.raises(SystemExit, match="--length: name the model as well, --model demo for the embedded one"):
         main(["figures", "--folder", str(tmp_path), "--length", "64"])
 
