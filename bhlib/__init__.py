@@ -9,6 +9,7 @@ from bhlib.discovery import find_moe_layers
 from bhlib.loading import load_demo, load_heldout, load_olmoe
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import benjamini_hochberg_routing, topk_routing
+from bhlib.texts import read_text
 
 __version__ = "0.2.0.dev0"
 
@@ -22,5 +23,6 @@ __all__ = [
     "load_demo",
     "load_heldout",
     "load_olmoe",
+    "read_text",
     "topk_routing",
 ]

@@ -218,7 +218,8 @@ def matched_compute(
     Raises
     ------
     ValueError
-        If there are fewer than two baselines, one is missing in between, or rules differ in their sequences.
+        If there are fewer than two baselines, one is missing in between, there is no other rule, or rules differ in
+        their sequences.
     """
     values, experts, drawn = _measure(frame, column, resamples=resamples, seed=seed)
     static = sorted(int(name[len(baseline) :]) for name in values if re.fullmatch(re.escape(baseline) + r"\d+", name))
@@ -229,6 +230,8 @@ def matched_compute(
         )
     names = [f"{baseline}{k}" for k in static]
     rules = values.columns.drop(names)
+    if rules.empty:
+        raise ValueError(f"there is no rule to compare with {', '.join(names)}: add one to the sweep, such as BH.")
     mean_k, quality = experts[rules].to_numpy(), values[rules].to_numpy()
     matched = _interpolate(values[names].to_numpy(), mean_k - static[0])
     outside = (mean_k[0].round(6) < static[0]) | (mean_k[0].round(6) > static[-1])

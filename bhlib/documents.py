@@ -9,6 +9,7 @@ too short.
 import json
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,15 @@ def _compiled(separator: str | None) -> re.Pattern | None:
         raise ValueError(f"the separator {separator!r} is not a regular expression: {error}.") from error
     if pattern and pattern.pattern == "":
         raise ValueError(r"the separator is empty: write for example '\n\s*\n' for an empty line, or give none.")
+    if pattern and pattern.groups:  # which would be pieces of the text
+        raise ValueError(f"the separator {separator!r} has a group that it keeps: write (?:…) instead of (…).")
     return pattern
 
 
 def _pieces(texts: Iterator[str], split_at: re.Pattern | None) -> Iterator[str]:
     """Texts, split if there is something to split at; without those that are empty."""
     for text in texts:
-        yield from (piece for piece in (split_at.split(text) if split_at else [text]) if piece and piece.strip())
+        yield from (piece for piece in (split_at.split(text) if split_at else [text]) if piece.strip())
 
 
 # -- files -----------------------------------------------------------------------------------------------------
@@ -154,14 +157,14 @@ def _rows_of_hub(source: str) -> tuple[str, Iterator[dict]]:
     """The name and the rows of a data set: ``NAME``, ``NAME:CONFIG`` or ``NAME:CONFIG:SPLIT``. Nothing is stored."""
     name, config, split = (*source.split(":"), "", "")[:3]
     try:
-        from datasets import load_dataset
+        datasets = import_module("datasets")  # no requirement of the package: only who names a data set needs it
     except ImportError as error:
         raise ImportError(
             f"there is no file or folder {source!r} here, and to read a data set of that name from the Hugging Face "
             f"hub, the library datasets is needed: pip install datasets."
         ) from error
     try:
-        parts = load_dataset(name, config or None, streaming=True)
+        parts = datasets.load_dataset(name, config or None, streaming=True)
     except Exception as error:  # of many kinds, some of which only datasets knows
         raise OSError(
             f"{name!r} could not be opened as a data set of the Hugging Face hub: {error}. Check the name "

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from bhlib.loading import load_demo, load_olmoe
 from bhlib.sweep_command import at_least
-from bhlib.texts import add_text_arguments, text_of
+from bhlib.texts import add_text_arguments, check_source, text_of
 
 #: What a study is made with, where neither the command nor its folder says otherwise.
 DEFAULTS: dict[str, Any] = {
@@ -83,8 +83,10 @@ def _run_study(arguments: argparse.Namespace, folder, source: dict[str, Any]) ->
     from bhlib.figures.study import Study
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    options = argparse.Namespace(**source)
+    check_source(options)
     model, tokenizer = _load(source, state)
-    text = text_of(argparse.Namespace(**source), tokenizer)
+    text = text_of(options, tokenizer)
     sizes = {name: source[name] for name in ("sequences", "length", "tokens_per_pass")}
     try:
         study = Study(

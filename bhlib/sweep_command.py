@@ -1,6 +1,7 @@
-"""The command ``python -m bhlib sweep``: loss and cost of rules on held-out text, in one process or in several.
+"""The command ``python -m bhlib sweep``: loss and cost of rules on text, in one process or in several.
 
 python -m bhlib sweep --rules "top-k:1-8 bh:0.01,0.05 top-p:0.4" --out sweep.csv
+python -m bhlib sweep --model allenai/OLMoE-1B-7B-0924 --text my_texts --out sweep.csv
 accelerate launch -m bhlib sweep --cache cells --out sweep.csv                  # all GPUs, the same table
 torchrun --nproc-per-node 2 -m bhlib sweep --cache cells --out sweep.csv        # two processes on CPUs
 """
@@ -21,7 +22,7 @@ from bhlib.comparisons import matched_compute, summarize, with_documents
 from bhlib.evaluation import sweep
 from bhlib.loading import SPLITS, load_demo, load_olmoe
 from bhlib.rules import FAMILIES, Rule, RuleFamily
-from bhlib.texts import add_text_arguments, text_of
+from bhlib.texts import add_text_arguments, check_source, text_of
 
 
 def rule_families() -> dict[str, RuleFamily]:
@@ -128,6 +129,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences", type=at_least(1), default=16, metavar="N", help="per domain (default: 16)")
     parser.add_argument("--length", type=at_least(2), default=512, metavar="N", help="tokens of each (default: 512)")
     parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        default=8,
+        metavar="N",
+        help="sequences in a pass; fewer take less memory (default: 8)",
+    )
+    parser.add_argument(
         "--rules", type=parse_rules, default="own top-k:1-8 bh:0.01,0.05,0.1,0.3", metavar="SPEC",
         help=f'"NAME:NUMBERS ...", NAME one of {", ".join(rule_families())} (default: "%(default)s")',
     )  # fmt: skip
@@ -151,6 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.is_main_process and arguments.out:
         _check_writable(Path(arguments.out))
+    check_source(arguments)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if arguments.model == "demo":
         model, tokenizer = load_demo(dtype or torch.float32)
@@ -171,27 +180,29 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(str(error)) from error
     model.to(state.device)  # each process has a GPU to itself
     try:
-        frame = sweep(model, arguments.rules | arguments.alphas, data, cache=arguments.cache)
+        rules = arguments.rules | arguments.alphas
+        frame = sweep(model, rules, data, cache=arguments.cache, batch_size=arguments.batch_size)
     except OSError as error:
         raise SystemExit(str(error)) from error
     if state.is_main_process:
-        _report(frame, text.documents(arguments.split, *size), arguments.out)
+        if arguments.out:
+            Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
+            frame.to_csv(arguments.out, index=False, lineterminator="\n")
+        _print(frame, text.documents(arguments.split, *size))
     state.destroy_process_group()
     failed = frame[frame["error"] != ""]
     if len(failed) and state.is_main_process:
         raise SystemExit("\n".join(f"{row.rule} failed: {row.error}" for row in failed.itertuples()))
 
 
-def _report(frame: pd.DataFrame, documents: dict[str, np.ndarray], out: str | None) -> None:
-    """Write the table; print the means, and the comparison with static top-k by the documents of the sequences."""
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(out, index=False, lineterminator="\n")
+def _print(frame: pd.DataFrame, documents: dict[str, np.ndarray]) -> None:
+    """The means, and the comparison with static top-k, with intervals over the documents of the sequences."""
     if (frame["error"] != "").all():
         return
+    frame = with_documents(frame, documents)
     print(summarize(frame).to_string(index=False, float_format="{:.4g}".format))
     try:
-        matched = matched_compute(with_documents(frame, documents))
+        matched = matched_compute(frame)
     except ValueError as reason:
         print(f"Not compared at equal cost: {reason}", file=sys.stderr)
     else:

@@ -3,7 +3,8 @@
 import argparse
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cached_property
@@ -95,14 +96,8 @@ class Text:
                 rows.append((split, domain, *counts))
         return pd.DataFrame(rows, columns=["split", "domain", "documents", "tokens", "sequences", "units"])
 
-    def check(
-        self,
-        length: int = 512,
-        max_sequences: int | None = None,
-        splits: Iterable[str] = SPLITS,
-        documents: int = ENOUGH_DOCUMENTS,
-    ) -> None:
-        """Refuse a text of which a split has no sequence, and warn if there are few documents for intervals.
+    def check(self, length: int = 512, max_sequences: int | None = None, splits: Iterable[str] = SPLITS) -> None:
+        """Refuse a text of which a split has no sequence, and warn if one has few documents for intervals.
 
         Parameters
         ----------
@@ -110,8 +105,6 @@ class Text:
             As for `sequences`.
         splits : iterable of str
             Those that will be used.
-        documents : int
-            How many a split should have sequences of, in all its domains together.
 
         Raises
         ------
@@ -121,18 +114,21 @@ class Text:
         Warns
         -----
         UserWarning
-            For each split with fewer documents, with how many are missing, and how much longer intervals are.
+            For each split that has sequences of fewer documents than `ENOUGH_DOCUMENTS`, in all its domains together:
+            how many are missing, and how much longer intervals are.
         """
         table = self.table(length, max_sequences)
         for split in splits:
             self.sequences(split, length, max_sequences)
             found = table[table["split"] == split]
-            if found["units"].sum() < documents:
-                limited = "" if max_sequences is None else f"more sequences than {max_sequences} of each domain, or "
+            missing = ENOUGH_DOCUMENTS - found["units"].sum()
+            if missing > 0:
+                more = f"more sequences than {max_sequences} of each domain, or "
+                limited = more if (found["sequences"] == max_sequences).any() else ""
                 warnings.warn(
                     f"the {found['sequences'].sum()} sequences of {self.name} in its {split} split are of "
-                    f"{found['units'].sum()} documents, {documents - found['units'].sum()} fewer than intervals over "
-                    f"documents should have: {_cost_of_few(found['units'])}. Take {limited}more documents.",
+                    f"{found['units'].sum()} documents, {missing} fewer than intervals over documents should have: "
+                    f"{_cost_of_few(found['units'])}. Take {limited}more documents.",
                     stacklevel=2,
                 )
 
@@ -178,7 +174,8 @@ def read_text(
     seed : int
         Another one splits otherwise.
     max_tokens : int
-        Reading a domain ends here, with a warning, so that any source fits into memory: 32 MB by default.
+        Reading a domain ends here, with a warning, so that any source fits into memory: 32 MB by default. The last
+        document then breaks off.
 
     Raises
     ------
@@ -193,6 +190,8 @@ def read_text(
             "the tokenizer has no end-of-text token, which is put behind each document: set tokenizer.eos_token."
         )
     if source is None:
+        if separator is not None:
+            raise ValueError("the repository's held-out text has its documents already: a separator is for another.")
         return _heldout(tokenizer)
     name, domains = open_documents(source, field, separator)
     seen: set[bytes] = set()
@@ -235,7 +234,8 @@ def _cost_of_few(units: pd.Series) -> str:
 
 def _heldout(tokenizer: PreTrainedTokenizerBase) -> Text:
     own = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
-    other = None if tokenizer.get_vocab() == own.get_vocab() else tokenizer
+    same = tokenizer.get_vocab() == own.get_vocab() and tokenizer.added_tokens_decoder == own.added_tokens_decoder
+    other = None if same else tokenizer
     return Text("the repository's held-out text", {split: heldout_tokens(split, other) for split in SPLITS})
 
 
@@ -248,19 +248,16 @@ def _without_copies(texts: Iterable[str], seen: set[bytes]) -> Iterable[str]:
 
 
 def _encode_up_to(most: int, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, domain: str) -> list[Tensor]:
-    """Documents as tokens, no more of them than fit into `most`."""
+    """Documents as tokens, `most` of them in all; the last one breaks off there."""
     documents: list[Tensor] = []
-    tokens = 0
+    room = most
     for text in texts:
         document = encode(text, tokenizer)
-        tokens += len(document)
-        if tokens > most:
-            warnings.warn(
-                f"of {domain!r} the first {len(documents)} documents are read, as many as max_tokens={most} allows.",
-                stacklevel=3,
-            )
+        documents.append(document[:room])
+        room -= len(document)
+        if room <= 0:
+            warnings.warn(f"reading {domain!r} has ended at max_tokens={most}: what follows is left out.", stacklevel=3)
             break
-        documents.append(document)
     return documents
 
 
@@ -284,6 +281,19 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def check_source(arguments: argparse.Namespace) -> None:
+    """Say at once, before a model is loaded, that what `--text` names is not there or is no text.
+
+    Raises
+    ------
+    SystemExit
+        With the reason.
+    """
+    if arguments.text is not None:
+        with _as_exit():
+            open_documents(arguments.text, arguments.text_field, arguments.text_separator)
+
+
 def text_of(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The text that the options of `add_text_arguments` name.
 
@@ -292,7 +302,13 @@ def text_of(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     SystemExit
         With the reason, if it cannot be read.
     """
-    try:
+    with _as_exit():
         return read_text(arguments.text, tokenizer, field=arguments.text_field, separator=arguments.text_separator)
+
+
+@contextmanager
+def _as_exit() -> Iterator[None]:
+    try:
+        yield
     except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"--text {arguments.text}: {error}") from error
+        raise SystemExit(str(error)) from error

@@ -185,6 +185,9 @@ def test_matching_needs_a_curve_and_the_same_sequences():
         matched_compute(frame, baseline="static ")
     with pytest.raises(ValueError, match="'r' has no loss for 1 of the 40 sequences"):
         matched_compute(frame.iloc[:-1])
+    static = frame[frame["rule"].isin(["top-3", "top-4"])]
+    with pytest.raises(ValueError, match="there is no rule to compare with top-3, top-4: add one to the sweep, such"):
+        matched_compute(static)
 
 
 def test_matching_a_real_sweep():
