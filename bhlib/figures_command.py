@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from bhlib.loading import load_demo, load_olmoe
 from bhlib.sweep_command import at_least
-from bhlib.texts import add_text_arguments, text_of
+from bhlib.texts import add_text_arguments, check_source, text_of
 
 #: What a study is made with, where neither the command nor its folder says otherwise.
 DEFAULTS: dict[str, Any] = {
@@ -59,10 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     from bhlib.figures.folder import StudyFolder
 
     folder = StudyFolder(arguments.folder)
-    given = {name: getattr(arguments, name) for name, usual in DEFAULTS.items()}
-    given = {name: value for name, value in given.items() if value is not None and value != DEFAULTS[name]}
-    if arguments.model:
-        given["model"] = arguments.model
+    given = {name: value for name in DEFAULTS if (value := getattr(arguments, name)) is not None}
+    if given["text_field"] == DEFAULTS["text_field"]:  # as argparse leaves it
+        del given["text_field"]
     if arguments.redraw:
         _print_paths(registry.redraw_figures(arguments.folder, arguments.only))
     elif given or folder.is_there:
@@ -84,8 +83,10 @@ def _run_study(arguments: argparse.Namespace, folder, source: dict[str, Any]) ->
     from bhlib.figures.study import Study
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    options = argparse.Namespace(**source)
+    check_source(options)
     model, tokenizer = _load(source, state)
-    text = text_of(argparse.Namespace(**source), tokenizer)
+    text = text_of(options, tokenizer)
     sizes = {name: source[name] for name in ("sequences", "length", "tokens_per_pass")}
     try:
         study = Study(

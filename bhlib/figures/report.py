@@ -53,9 +53,11 @@ def make_study(
     Raises
     ------
     ValueError
-        If a name is not registered, or the folder is another study's.
+        If a name is not registered or that of a figure of no model, or the folder is another study's.
     """
     specs, named = chosen(only), only is not None
+    if named and (others := [spec.name for spec in specs if not spec.of_model]):
+        raise ValueError(f"{', '.join(others)}: of no model; `python -m bhlib figures` draws them without --model.")
     state = PartialState(cpu=not torch.cuda.is_available())
     place = StudyFolder(folder)
     if state.is_main_process:
