@@ -5,7 +5,7 @@
 #
 # To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
 #
-# Previous: [Quality against compute](06_quality_vs_compute.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/06_quality_vs_compute.ipynb))
+# Previous: [Quality against compute](06_quality_vs_compute.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/06_quality_vs_compute.ipynb)) · Next: [What alpha promises](08_what_alpha_promises.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/08_what_alpha_promises.ipynb))
 
 # %%
 import os
@@ -302,4 +302,4 @@ table.loc[table["median_us"].isna(), ["stage", "mode", "tokens", "name", "error"
 # `BHRoutingIntegration(model)` takes them by itself.
 
 # %% [markdown]
-# Previous: [Quality against compute](06_quality_vs_compute.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/06_quality_vs_compute.ipynb))
+# Previous: [Quality against compute](06_quality_vs_compute.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/06_quality_vs_compute.ipynb)) · Next: [What alpha promises](08_what_alpha_promises.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/08_what_alpha_promises.ipynb))

@@ -154,8 +154,8 @@ def draw_realised_alpha(table: pd.DataFrame) -> Figure:
     power.set_title("experts that contribute more than that: how many are kept", fontsize=8)
     power.set(xlabel="experts per token and layer (mean)", ylabel="useful experts kept, of all useful ones")
     fig.suptitle(
-        "test split; nulls and levels from the calibration split; alpha is kept on or below the line; H: 1 + 1/2 + ... + "
-        "1/top-k\nbars: 95 % bootstrap over documents, each by itself; proven: on average over documents (left)",
+        "test split; nulls and levels from the calibration split; alpha is kept on or below the line; H: 1 + 1/2 + ... "
+        "+ 1/top-k\nbars: 95 % bootstrap over documents, each by itself; proven: on average over documents (left)",
         fontsize=8,
     )
     fig.legend(*overall.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
