@@ -104,7 +104,7 @@ def evaluate(
     progress : tqdm, optional
         Bar to advance by the number of sequences done.
     **patch_options
-        For `RoutingPatch`: temperature, weights, kernels.
+        For `RoutingPatch`: temperature, weights, kernels, compensation.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def evaluate(
     Raises
     ------
     TypeError
-        If an option is none of these three.
+        If an option is none of these four.
 
     Notes
     -----

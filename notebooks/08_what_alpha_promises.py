@@ -158,8 +158,11 @@ promise.tried.round(3)
 # The default rule has to be run at another level than 0.1 to keep to 0.1. With too few documents nothing is promised, and the
 # message says how many it takes:
 
-# %% tags=["raises-exception"]
-promise_discoveries(seen, alpha=0.01)
+# %%
+try:
+    promise_discoveries(seen, alpha=0.01)
+except ValueError as error:
+    print(error)
 
 # %% [markdown]
 # ## A promise about the loss
@@ -173,7 +176,7 @@ loss = promise_loss(
     study.model, text, documents=documents, rule=Threshold(), levels=(0.002, 0.01, 0.02, 0.04, 0.08), percent=1.0
 )
 print(loss.text, f"({loss.documents} documents)")
-loss.tried.round(4)
+loss.tried.round(3)
 
 # %% [markdown]
 # The last row is the first level that failed; the one before it is promised. `percent` is what documents lost on average: to
