@@ -72,25 +72,16 @@ def fit_compensation(
 
     Parameters
     ----------
-    model : nn.Module
-        A transformers MoE model (`find_moe_layers`), not patched, in evaluation mode, on any device. Its hooks and
-        outputs are afterwards what they were before, even after an error.
-    token_ids : Tensor [sequences, length], int64, or a mapping of names to such tensors
-        For instance ``load_heldout("calibration")``. Not the text that results are reported on.
+    model, token_ids, attention_mask, batch_size, progress
+        As for `bhlib.calibrate`.
     rank : int
-        Of the linear map; 0 for means alone. A rank of r costs ``2 r hidden`` products per token, for the demo's
-        rank of 16 a sixth of an expert.
+        Of the linear map; 0 for means alone. It takes ``2 * rank * hidden`` products per token: on the demo, those of a
+        rank of 16 are a sixth of an expert's.
     keep : Rule, optional
         Which experts count as kept: the others of the model's own top-k are the dropped ones that are explained. By
         default those above a threshold on the probability that keeps half of what there is to keep, found on a part of
         the text. On the demo, fits at thresholds that keep 2.5 to 5.5 of 8 differ little, and are better than one
         at static top-4, whatever then drops the experts.
-    attention_mask : as `token_ids`, optional
-        0 for padding, which is not counted.
-    batch_size : int
-        Sequences per forward pass.
-    progress : bool
-        Whether to show a bar.
 
     Returns
     -------
@@ -102,7 +93,7 @@ def fit_compensation(
     ------
     ValueError
         For a rank that is negative or above the hidden size, ids or a mask of the wrong shape, a model in training
-        mode, or a text of a single batch, of which none can be held out.
+        mode, or a text of fewer than five batches, of which none can be held out.
     RuntimeError
         If the model is patched.
     """

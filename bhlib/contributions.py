@@ -110,24 +110,16 @@ def measure_contributions(
 
     Parameters
     ----------
-    model : nn.Module
-        A transformers MoE model (`find_moe_layers`), not patched, in evaluation mode, on any device. Its hooks and
-        outputs are afterwards what they were before, even after an error.
-    token_ids : Tensor [sequences, length], int64, or a mapping of names to such tensors
+    model, token_ids, attention_mask, batch_size, progress
+        As for `bhlib.calibrate`.
     documents : mapping of str to array_like [sequences], optional
         The document of each sequence of each text (`bhlib.loading.heldout_sequence_documents`). By default each
         sequence is a document. A tensor without a name is called ``"token_ids"``.
     max_tokens : int, optional
         How many tokens to measure, drawn uniformly and without replacement. By default all. The result takes 17 bytes
         per token, layer and expert: 9 kB per token for the demo.
-    attention_mask : as `token_ids`, optional
-        0 for padding, which is not measured.
-    batch_size : int
-        Sequences per forward pass.
     seed : int
         Of the sample.
-    progress : bool
-        Whether to show a bar.
 
     Raises
     ------

@@ -267,6 +267,11 @@ class RoutingPatch:
 
     def _check_compensation(self, compensation: Compensation) -> None:
         """Raise if a compensation cannot stand in for experts of the model."""
+        if not isinstance(compensation, Compensation):
+            raise TypeError(
+                f"compensation must be what bhlib.fit_compensation or bhlib.load_compensation gives, got "
+                f"{compensation!r} of type {type(compensation).__name__}."
+            )
         first = self.layers[0]
         if first.experts.num_experts != first.num_experts:
             raise ValueError(

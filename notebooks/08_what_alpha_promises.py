@@ -112,7 +112,7 @@ print(null)
 #
 # Nothing was assumed about the tokens of a document, nor about the experts of a token. For BH over a token's eight best it
 # follows, as in Benjamini and Yekutieli's proof for dependent p-values, that the expected share of useless experts among
-# those kept is at most $\alpha (1 + 1/2 + \dots + 1/8) = 2.72\,\alpha$. So BH at $\alpha/2.72$ is *proven* to keep to $\alpha$. BH at
+# those kept is at most $\alpha (1 + 1/2 + \dots + 1/8) = 2.72\,\alpha$. So BH at $\alpha/2.72$ ($\alpha/H$ in the figure) is *proven* to keep to $\alpha$. BH at
 # $\alpha$ itself is not, and the next figure says what it does.
 #
 # ## Realised against nominal

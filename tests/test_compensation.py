@@ -337,6 +337,13 @@ def test_another_models_compensation_is_refused(fitted):
         RoutingPatch(other, TopK(4), compensation=compensation)
 
 
+def test_a_path_is_no_compensation(fitted):
+    with pytest.raises(
+        TypeError, match="fit_compensation or bhlib.load_compensation gives, got 'c.safetensors' of type"
+    ):
+        RoutingPatch(fitted[0], TopK(4), compensation="c.safetensors")
+
+
 def test_damaged_files_are_refused(fitted, tmp_path):
     model, compensation = fitted
     path = tmp_path / "c.safetensors"

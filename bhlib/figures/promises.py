@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bhlib.contributions import Contributions, measure_contributions, one_changed
 from bhlib.evidence import realised, realised_by_effect
+from bhlib.figures.about import about_of
 from bhlib.figures.drawing import Picture, error_bars
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
@@ -154,8 +155,9 @@ def draw_realised_alpha(table: pd.DataFrame) -> Figure:
     power.set_title("experts that contribute more than that: how many are kept", fontsize=8)
     power.set(xlabel="experts per token and layer (mean)", ylabel="useful experts kept, of all useful ones")
     fig.suptitle(
-        "test split; nulls and levels from the calibration split; alpha is kept on or below the line; H: 1 + 1/2 + ... "
-        "+ 1/top-k\nbars: 95 % bootstrap over documents, each by itself; proven: on average over documents (left)",
+        f"{about_of(table).name}, test split; nulls and levels from the calibration split; alpha is kept on or below "
+        "the line; H: 1 + 1/2 + ... + 1/top-k\n"
+        "bars: 95 % bootstrap over documents, each by itself; proven: on average over documents (left)",
         fontsize=8,
     )
     fig.legend(*overall.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
