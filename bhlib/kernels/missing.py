@@ -1,8 +1,8 @@
 """A token's experts added up, with what stands in for those that were dropped.
 
-What stands in is two small products: the weights of the dropped experts with the table of means, and the hidden state,
-through a few dimensions, with the map. `to_few` brings the hidden states to these; `add_up` does the rest where the
-experts' outputs are added up anyway, so that no pass over the tokens is made for it.
+The map leads through a few dimensions: `to_few` brings the hidden states to these. `add_up` does the rest where the
+outputs of the experts are added up anyway, so that no pass over the tokens is made for it: a slot is a row in any case,
+of the products or of the table of means, which the cache holds.
 """
 
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from bhlib.kernels.launch import quick
 from bhlib.kernels.pairs import Tiles
-
-#: Experts whose means are multiplied in one step.
-EXPERTS_PER_STEP = 64
 
 
 def to_few(hidden_states: Tensor, down: Tensor) -> Tensor:
@@ -30,7 +27,8 @@ def to_few(hidden_states: Tensor, down: Tensor) -> Tensor:
     if rank:
         _to_few[(triton.cdiv(num_tokens, 16),)](
             hidden_states, down, few, num_tokens,
-            HIDDEN=hidden, RANK=rank, WIDTH=_width(rank), BLOCK=min(256, triton.next_power_of_2(hidden)), num_warps=4,
+            HIDDEN=hidden, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)),
+            BLOCK=min(512, triton.next_power_of_2(hidden)), num_warps=4,
         )  # fmt: skip
     return few
 
@@ -59,20 +57,15 @@ def add_up(
     """
     (num_tokens, slots), hidden, rank = index.shape, outputs.shape[1], few.shape[1]
     total = outputs.new_empty(num_tokens, hidden)
-    rows = 16 if num_tokens <= 1024 else 32
-    block = min(128, triton.next_power_of_2(hidden))
-    _add_up[(triton.cdiv(num_tokens, rows), triton.cdiv(hidden, block))](
+    # A program keeps its columns of the map for several tokens, if there are enough to spread.
+    tokens = min(8, max(1, num_tokens // 512))
+    block = min(512 if rank else 2048, triton.next_power_of_2(hidden))
+    _add_up[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, block))](
         outputs, tiles.places, index, weights, few, means, up, total, num_tokens, hidden,
-        SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank, WIDTH=_width(rank),
-        EXPERTS=min(EXPERTS_PER_STEP, max(16, triton.next_power_of_2(len(means) - 1))),
-        ROWS=rows, BLOCK=block, num_warps=4,
+        SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank, WIDTH=triton.next_power_of_2(max(rank, 1)),
+        TOKENS=tokens, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return total
-
-
-def _width(rank: int) -> int:
-    """The rank, as wide as a product has to be."""
-    return max(16, triton.next_power_of_2(rank))
 
 
 @quick
@@ -99,39 +92,35 @@ def _to_few(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _add_up(
     rows_ptr, places_ptr, index_ptr, weights_ptr, few_ptr, means_ptr, up_ptr, out_ptr, num_tokens, hidden,
-    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, within = token < num_tokens, columns < hidden
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    for slot in tl.static_range(SLOTS):
-        pair = token * SLOTS + slot
-        expert = tl.load(index_ptr + pair, mask=inside, other=NUM_EXPERTS)
-        filled = (expert >= 0) & (expert < NUM_EXPERTS)
-        place = tl.load(places_ptr + pair, mask=filled, other=0).to(tl.int64)
-        row_ptrs = rows_ptr + place[:, None] * hidden + columns[None, :]
-        total += tl.load(row_ptrs, mask=filled[:, None] & within[None, :], other=0.0).to(tl.float32)
-        mass += tl.load(weights_ptr + pair, mask=expert > NUM_EXPERTS, other=0.0).to(tl.float32)
-    for first in tl.static_range(0, NUM_EXPERTS, EXPERTS):
-        number = first + tl.arange(0, EXPERTS)
-        weights = tl.zeros([ROWS, EXPERTS], tl.float32)
-        for slot in tl.static_range(SLOTS):
-            pair = token * SLOTS + slot
-            expert = tl.load(index_ptr + pair, mask=inside, other=NUM_EXPERTS) - NUM_EXPERTS - 1
-            weight = tl.load(weights_ptr + pair, mask=expert >= 0, other=0.0).to(tl.float32)
-            weights += tl.where(expert[:, None] == number[None, :], weight[:, None], 0.0)
-        mean_ptrs = means_ptr + (1 + number)[:, None].to(tl.int64) * hidden + columns[None, :]
-        means = tl.load(mean_ptrs, mask=(number < NUM_EXPERTS)[:, None] & within[None, :], other=0.0)
-        total = tl.dot(weights.to(means.dtype), means, total)
+    within = columns < hidden
     if RANK:
         inner = tl.arange(0, WIDTH)
-        few_ptrs = few_ptr + token[:, None] * RANK + inner[None, :]
-        few = tl.load(few_ptrs, mask=inside[:, None] & (inner < RANK)[None, :], other=0.0) * mass[:, None]
         up_ptrs = up_ptr + columns[:, None].to(tl.int64) * RANK + inner[None, :]
-        up = tl.load(up_ptrs, mask=within[:, None] & (inner < RANK)[None, :], other=0.0)
-        total = tl.dot(few.to(up.dtype), up.T, total)
-    place = token[:, None] * hidden + columns[None, :]
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & within[None, :])
+        up = tl.load(up_ptrs, mask=within[:, None] & (inner < RANK)[None, :], other=0.0).to(tl.float32)
+    first = tl.program_id(0).to(tl.int64) * TOKENS
+    for step in range(0, TOKENS):
+        token = first + step
+        inside = token < num_tokens
+        total = tl.zeros([BLOCK], tl.float32)
+        missing = tl.zeros([BLOCK], tl.float32)
+        mass = 0.0
+        for slot in tl.static_range(SLOTS):
+            pair = token * SLOTS + slot
+            expert = tl.load(index_ptr + pair, mask=inside, other=NUM_EXPERTS).to(tl.int64)
+            is_kept = (expert >= 0) & (expert < NUM_EXPERTS)
+            is_dropped = expert > NUM_EXPERTS
+            place = tl.load(places_ptr + pair, mask=is_kept, other=0).to(tl.int64)
+            total += tl.load(rows_ptr + place * hidden + columns, mask=is_kept & within, other=0.0).to(tl.float32)
+            weight = tl.load(weights_ptr + pair, mask=is_dropped, other=0.0).to(tl.float32)
+            mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * hidden + columns
+            missing += weight * tl.load(mean_ptrs, mask=is_dropped & within, other=0.0).to(tl.float32)
+            mass += weight
+        if RANK:
+            few = tl.load(few_ptr + token * RANK + inner, mask=inside & (inner < RANK), other=0.0) * mass
+            missing += tl.sum(up * few[None, :], axis=1)
+        out = (total + missing).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + token * hidden + columns, out, mask=inside & within)

@@ -166,17 +166,26 @@ def _down_vector(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, INNER], tl.float32)
     missing = tl.zeros([ROWS], tl.float32)
-    mass = 0.0
+    if RANK >= 0:  # first, so that what it reads comes while the products are made
+        mass = 0.0
+        for slot in tl.static_range(SLOTS):
+            expert = tl.load(index_ptr + token * SLOTS + slot).to(tl.int64)
+            dropped = expert > NUM_EXPERTS
+            weight = tl.load(weights_ptr + token * SLOTS + slot, mask=dropped, other=0.0).to(tl.float32)
+            mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * HIDDEN + row
+            missing += weight * tl.load(mean_ptrs, mask=dropped & (row < HIDDEN), other=0.0).to(tl.float32)
+            mass += weight
+        if RANK > 0:
+            inner = tl.arange(0, WIDTH)
+            few = tl.load(few_ptr + token * RANK + inner, mask=inner < RANK, other=0.0) * mass
+            ptrs = from_few_ptr + row[:, None] * RANK + inner[None, :]
+            rows = tl.load(ptrs, mask=(row < HIDDEN)[:, None] & (inner < RANK)[None, :], other=0.0).to(tl.float32)
+            missing += tl.sum(rows * few[None, :], axis=1)
     for slot in tl.static_range(SLOTS):
         pair = token * SLOTS + slot
         expert = tl.load(index_ptr + pair).to(tl.int64)
         filled = (expert >= 0) & (expert < NUM_EXPERTS)
         weight = tl.load(weights_ptr + pair).to(tl.float32)
-        if RANK >= 0:
-            dropped = expert > NUM_EXPERTS
-            mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * HIDDEN + row
-            missing += weight * tl.load(mean_ptrs, mask=dropped & (row < HIDDEN), other=0.0).to(tl.float32)
-            mass += tl.where(dropped, weight, 0.0)
         for start in tl.static_range(0, INTERMEDIATE, INNER):
             inner = start + tl.arange(0, INNER)
             within = filled & (inner < INTERMEDIATE)
@@ -185,10 +194,4 @@ def _down_vector(
             matrix = tl.load(matrix_ptrs, mask=within[None, :] & (row < HIDDEN)[:, None], other=0.0)
             total += x[None, :] * matrix.to(tl.float32)
     out = tl.sum(total, axis=1) + missing
-    if RANK > 0:
-        inner = tl.arange(0, WIDTH)
-        few = tl.load(few_ptr + token * RANK + inner, mask=inner < RANK, other=0.0)
-        ptrs = from_few_ptr + row[:, None] * RANK + inner[None, :]
-        rows = tl.load(ptrs, mask=(row < HIDDEN)[:, None] & (inner < RANK)[None, :], other=0.0).to(tl.float32)
-        out += mass * tl.sum(rows * few[None, :], axis=1)
     tl.store(out_ptr + token * HIDDEN + row, out.to(out_ptr.dtype.element_ty), mask=row < HIDDEN)
