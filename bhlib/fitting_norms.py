@@ -46,7 +46,8 @@ class Regressions:
         self.cross[expert] += features.T @ norms[real].to(self.gram.dtype).log()
 
     def __add__(self, other: "Regressions") -> "Regressions":
-        total = Regressions(*self.cross.shape, self.gram.device)
+        num_experts, features = self.cross.shape
+        total = Regressions(num_experts, features, self.gram.device)
         for name in ("gram", "cross", "total", "selected"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total

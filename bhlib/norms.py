@@ -106,6 +106,13 @@ class OutputNorms:
         flat = router_logits.reshape(-1, self.num_experts)
         return self._layer_on(layer, flat.device).predicted(flat, self.near).view(router_logits.shape)
 
+    def shown(self, router_logits: Tensor) -> Tensor:
+        """What rules look at: logits of all layers [layers, tokens, experts] with their log norms added.
+
+        Levels for a rule that is shown norms are found on these (`bhlib.levels`).
+        """
+        return torch.stack([logits + self(logits, layer) for layer, logits in enumerate(router_logits)])
+
     def prepare(self, layer: int, device: torch.device) -> None:
         """Move ahead what a call looks up, so that no compiler has to see it moved."""
         self._layer_on(layer, device)
