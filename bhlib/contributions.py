@@ -196,31 +196,6 @@ def _sample_tokens(texts: Sequence[Piece], max_tokens: int | None, seed: int) ->
     return {text.name: part.view(text.ids.shape) for text, part in zip(texts, chosen, strict=True)}
 
 
-class SelectedNorms:
-    """Mean norm of each expert's output over the tokens that select it, gathered pass by pass."""
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._sums = torch.zeros(num_layers, num_experts, dtype=torch.float64, device="cpu")
-        self._counts = torch.zeros_like(self._sums)
-
-    def add(self, layer: MoELayer, seen: LayerPass) -> None:
-        """Take in the tokens that a layer saw."""
-        for expert in seen.experts.unique().tolist():
-            rows = (seen.experts == expert).any(dim=-1).nonzero().flatten()
-            norms = expert_output(layer, seen.hidden[rows], expert).norm(dim=-1)
-            self._sums[layer.index, expert] += norms.double().sum().cpu()
-            self._counts[layer.index, expert] += len(rows)
-
-    def log_relative(self) -> Tensor:
-        """Logarithm of each mean over that of its layer's selected experts, float32 [layers, experts].
-
-        0 for an expert that no token selected, or whose output is zero.
-        """
-        means = self._sums / self._counts.clamp(min=1)
-        of_layer = self._sums.sum(dim=-1, keepdim=True) / self._counts.sum(dim=-1, keepdim=True).clamp(min=1)
-        return torch.where(means > 0, means / of_layer, 1.0).log().float()
-
-
 # -- one expert more, or one fewer ---------------------------------------------------------------------------------
 
 
