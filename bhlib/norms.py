@@ -103,7 +103,7 @@ class OutputNorms:
 
     def __call__(self, router_logits: Tensor, layer: int) -> Tensor:
         """Router logits of a layer [..., experts] in any float dtype -> log norms of the same shape, float32."""
-        flat = router_logits.reshape(-1, self.num_experts)
+        flat = router_logits.detach().reshape(-1, self.num_experts)  # what is selected has no gradient
         return self._layer_on(layer, flat.device).predicted(flat, self.near).view(router_logits.shape)
 
     def shown(self, router_logits: Tensor) -> Tensor:

@@ -311,8 +311,8 @@ def test_what_is_dropped_is_marked_among_the_models_own():
     rule, logits = Threshold(0.05), random_numbers(50, EXPERTS, scale=2)
     log_norms = random_numbers(50, EXPERTS, seed=1)
     forms = rule.forms(logits, 0, dtype=torch.float32, own_k=8, log_norms=log_norms, exact=True)
-    weights, experts, _ = rule._route(logits, 0, "softmax", 1.0, EXPERTS, log_norms)
-    expected = mark_dropped(weights, experts, logits, 8, weighting="softmax", temperature=1.0, is_prefix=False)
+    _, experts, _ = rule._route(logits, 0, "softmax", 1.0, EXPERTS, log_norms)
+    expected = mark_dropped(experts, logits, 8, weighting="softmax", temperature=1.0, is_prefix=False)
     assert all(torch.equal(a, b) for a, b in zip((forms.weights, forms.experts, forms.exact), expected, strict=True))
     assert torch.equal(forms.experts[:, :8] % (EXPERTS + 1), logits.topk(8).indices)
     assert (forms.experts[:, 8:] < EXPERTS).any()  # selected from outside the model's own
@@ -332,6 +332,23 @@ def test_a_patched_layer_selects_by_it(family, kernels):
         expected = rule(logits, layer.index, weighting=layer.weighting, log_norms=norms(logits, layer.index))
         assert torch.equal(routing.experts.long(), expected.experts)
         torch.testing.assert_close(routing.weights.float(), expected.weights.float(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["softmax", "normalized", "softmax_selected", "sigmoid_normalized"])
+def test_weights_beside_the_models_own_are_on_its_scale(weighting):
+    logits, experts = random_numbers(4, EXPERTS, scale=2), torch.tensor([[3, 60, 64], [5, 7, 11]]).repeat(2, 1)
+    options = {"weighting": weighting, "temperature": 1.0, "is_prefix": False}
+    weights, index, exact = mark_dropped(experts, logits, 8, **options)
+    for token in range(4):
+        scores = logits[token].sigmoid() if weighting.startswith("sigmoid") else logits[token].softmax(-1)
+        own = logits[token].topk(8).indices
+        scale = 1.0 if weighting == "softmax" else scores[own].sum()
+        for slot, (weight, number) in enumerate(zip(weights[token], index[token].tolist(), strict=True)):
+            if number == EXPERTS:
+                assert slot >= 8 and weight == 0
+                continue
+            torch.testing.assert_close(weight, scores[number % (EXPERTS + 1)] / scale)
+            assert exact[token, slot] == (0 if number > EXPERTS else weight)
 
 
 def test_analysis_leaves_the_outputs_and_records_what_it_would_select():

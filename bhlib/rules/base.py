@@ -286,7 +286,7 @@ class Rule:
         if own_k:
             is_prefix = self.is_prefix and self.max_k <= own_k and log_norms is None
             options: dict[str, Any] = {"weighting": weighting, "temperature": temperature, "is_prefix": is_prefix}
-            weights, experts, exact_weights = mark_dropped(weights, experts, router_logits, own_k, **options)
+            weights, experts, exact_weights = mark_dropped(experts, router_logits, own_k, **options)
             return Forms(weights.to(dtype), experts, counts, exact_weights if exact else None)
         return Forms(weights.to(dtype), experts, counts, weights if exact else None)
 
