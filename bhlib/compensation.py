@@ -62,6 +62,11 @@ class LayerCompensation(NamedTuple):
             total = total + mass * linear(linear(hidden_states.to(total.dtype), self.down), self.up)
         return total
 
+    def alone(self, hidden_states: Tensor, expert: int) -> Tensor:
+        """What stands in for one expert, not weighted: [tokens, hidden] of hidden states of that shape."""
+        total = self.means[1 + expert].expand(hidden_states.shape)
+        return total + linear(linear(hidden_states.to(total.dtype), self.down), self.up) if len(self.down) else total
+
 
 class Compensation:
     """What stands in for dropped experts, layer by layer. Make one with `fit_compensation`, or load one.
