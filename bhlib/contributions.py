@@ -80,10 +80,15 @@ def _measured(layer: MoELayer, seen: LayerPass) -> dict[str, Tensor]:
     """The tensors of `Contributions` for one layer, each [rows, experts]."""
     weights, output = weights_of_all(layer, seen), seen.output.float()
     norms, dots = torch.empty_like(weights), torch.empty_like(weights)
-    for expert in range(layer.num_experts):
-        alone = expert_output(layer, seen.hidden, expert)
-        norms[:, expert] = alone.norm(dim=-1)
-        dots[:, expert] = (alone * output).sum(dim=-1)
+    if len(output) == 1:  # all experts in one call, which takes about as long as one expert's
+        every = torch.arange(layer.num_experts, device=output.device)
+        alone = expert_output(layer, seen.hidden.expand(len(every), -1), every)
+        norms[0], dots[0] = alone.norm(dim=-1), (alone * output).sum(dim=-1)
+    else:
+        for expert in range(layer.num_experts):
+            alone = expert_output(layer, seen.hidden, expert)
+            norms[:, expert] = alone.norm(dim=-1)
+            dots[:, expert] = (alone * output).sum(dim=-1)
     whole = output.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST_NORM)
     return {
         "r": weights * norms / whole,
