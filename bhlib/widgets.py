@@ -47,7 +47,7 @@ from bhlib.small_fits import CONTRIBUTION, LARGEST, SmallFits, heldout_texts
 PROCEDURE_CHOICES = tuple((function.__name__.replace("_", " "), name) for name, function in PROCEDURES.items())
 
 #: What the menu says about dropped experts, and the rank of the compensation's map; None for no compensation.
-COMPENSATIONS = (("nothing", None), ("their mean outputs", 0), ("means and a map of rank 16", 16))
+COMPENSATIONS = {"nothing": None, "their mean outputs": 0, "means and a map of rank 16": 16}
 
 _TYPED = "typed below"
 _BUSY = '<b style="color:#D55E00">●</b>'
@@ -125,7 +125,7 @@ class Explorer:
         most = min(2 * top_k, num_experts)
         self.min_k = widgets.Dropdown(options=range(top_k + 1), value=1, description="min_k", **wide)
         self.max_k = widgets.Dropdown(options=range(1, most + 1), value=top_k, description="max_k", **wide)
-        self.compensation = widgets.Dropdown(options=COMPENSATIONS, description="for dropped", **wide)
+        self.compensation = widgets.Dropdown(options=[*COMPENSATIONS], description="for dropped", **wide)
         self.token = widgets.IntSlider(value=0, min=0, max=0, description="why? token", **wide)
         self.button = widgets.Button(description="Generate with both", button_style="primary")
 
@@ -135,7 +135,7 @@ class Explorer:
         self.charts = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", object_fit="contain"))
         scroll = widgets.Layout(max_height="24em", overflow="auto", border="1px solid #cccccc", padding="0.3em")
         self.colored = widgets.HTML(layout=scroll)
-        self.why = widgets.HTML()
+        self.why = widgets.HTML(layout=widgets.Layout(overflow="auto"))  # its table may be wider than the page
         half = widgets.Layout(width="49%")
         self.bh_text, self.own_text = widgets.HTML(layout=half), widgets.HTML(layout=half)
 
@@ -218,7 +218,8 @@ class Explorer:
 
     def _standing_in(self) -> Compensation | None:
         """What stands in for dropped experts; fits one that is asked for the first time."""
-        return None if self.compensation.value is None else self._fits.compensation(self.compensation.value)
+        rank = COMPENSATIONS[self.compensation.value]
+        return None if rank is None else self._fits.compensation(rank)
 
     def _pick_passage(self, change: dict) -> None:
         if change["new"] in self.passages:
@@ -370,7 +371,8 @@ class Explorer:
         return f"{self.method.label}; {self.null.label}; {dials}; {bounds}{self._compensation_in_words()}"
 
     def _compensation_in_words(self) -> str:
-        return "" if self.compensation.value is None else f", {self.compensation.label} for dropped ones"
+        words = self.compensation.value
+        return "" if COMPENSATIONS[words] is None else f", {words} for dropped ones"
 
     def _continue(self, new_tokens: int = 40) -> str:
         """The model's most likely continuation of the passage."""

@@ -131,21 +131,21 @@ def test_a_decision_as_html_shows_every_row_that_matters(demo, passage, max_k):
     parser = Table()
     parser.feed(views.decision_html(table))
     (_, header, _), *rows = parser.rows
-    assert header[-2:] == ["contribution r", "along the output"]
+    assert header[-2:] == ["r", "along"]
     last = max(table["found"].sum(), table["kept"].sum(), table.loc[table["own"], "rank"].max())
     assert len(rows) == last + 2 and table["kept"].sum() <= max_k
     for (style, cells, bar), expected in zip(rows, table.itertuples(), strict=False):
         assert [int(cells[0]), int(cells[1])] == [expected.rank, expected.expert]
         assert [float(cell) for cell in cells[-2:]] == pytest.approx([expected.r, expected.along], abs=6e-4)
         assert ("#deebf7" in style) == expected.kept == (BLUE in bar) == (ORANGE not in bar)
-        assert float(re.search(r"width:([\d.]+)em", bar).group(1)) == pytest.approx(8 * min(expected.r, 1), abs=0.006)
+        assert float(re.search(r"width:([\d.]+)em", bar).group(1)) == pytest.approx(5 * min(expected.r, 1), abs=0.006)
     along = table.loc[table["kept"], "along"].sum()
-    assert f"the model's own 8 make 1.00, the kept ones make <b>{along:.2f}</b>" in views.decision_html(table)
+    assert f"the model's own 8 make 1.00 together, the kept ones make <b>{along:.2f}</b>" in views.decision_html(table)
 
 
 def test_a_decision_as_html_without_measurement(passage):
     table = explain(BH(0.2), passage.router_logits[4, 7], 4)
-    assert "contribution" not in views.decision_html(table) and "Measured" not in views.decision_html(table)
+    assert "along" not in views.decision_html(table) and "Measured" not in views.decision_html(table)
 
 
 def luminance(color):

@@ -147,7 +147,7 @@ def test_the_null_of_measured_contributions_follows_max_k(explorer):
 
 def test_what_each_expert_adds_stands_beside_the_decision(demo, explorer):
     explorer.alpha.value, explorer.token.value = 0.2, 3
-    assert "along the output" not in explorer.why.value
+    assert "the kept ones make" not in explorer.why.value
     explorer.layer.value = 4
     measured = measure_token(demo[0], demo[1](SHORT["one"], return_tensors="pt")["input_ids"], 3)
     rows = re.findall(r"<tr style=\"[^\"]*\">(.+?)</tr>", explorer.why.value)[1:]
@@ -170,18 +170,18 @@ def test_a_token_is_measured_when_its_slider_rests_and_once(explorer, monkeypatc
         for token in (1, 2, 3):
             explorer.token.value = token
             await asyncio.sleep(0.01)
-        assert "token 3" in explorer.why.value and "along the output" not in explorer.why.value
+        assert "token 3" in explorer.why.value and "the kept ones make" not in explorer.why.value
         assert "when the slider rests" in explorer.busy.value and calls == [0]
         await asyncio.sleep(1.0)
-        assert "token 3" in explorer.why.value and "along the output" in explorer.why.value
+        assert "token 3" in explorer.why.value and "the kept ones make" in explorer.why.value
         explorer.alpha.value, explorer.layer.value = 0.1, 5  # known by now
-        assert "along the output" in explorer.why.value
+        assert "the kept ones make" in explorer.why.value
         await asyncio.sleep(1.0)
 
     asyncio.run(drag())
     assert calls == [0, 3] and explorer.busy.value == ""
     explorer.passage.value = "two"
-    assert calls == [0, 3, 3] and "along the output" in explorer.why.value
+    assert calls == [0, 3, 3] and "the kept ones make" in explorer.why.value
 
 
 def test_compensation_changes_the_loss_and_what_is_generated_and_is_fitted_once(demo, explorer):
@@ -192,7 +192,7 @@ def test_compensation_changes_the_loss_and_what_is_generated_and_is_fitted_once(
     own, plain = (evaluate(demo[0], data, rule)["loss"].item() for rule in (None, BH(0.005)))
     losses = {None: plain}
     for rank, words in ((0, "their mean outputs"), (16, "means and a map of rank 16")):
-        explorer.compensation.value = rank
+        explorer.compensation.value = words
         losses[rank] = evaluate(demo[0], data, BH(0.005), compensation=explorer._standing_in())["loss"].item()
         assert (
             f"<b>{losses[rank]:.3f}</b>" in explorer.loss.value and f"{words} for dropped ones" in explorer.loss.value
@@ -208,7 +208,7 @@ def test_compensation_changes_the_loss_and_what_is_generated_and_is_fitted_once(
     assert len([note for note in notes if "fitting" in note]) == 2
     explorer.button.click()
     assert "means and a map of rank 16 for dropped ones: " in explorer.bh_text.value
-    explorer.alpha.value, explorer.compensation.value = 0.005, None
+    explorer.alpha.value, explorer.compensation.value = 0.005, "nothing"
     assert shown(explorer) == before
 
 

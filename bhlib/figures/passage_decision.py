@@ -9,9 +9,9 @@ from bhlib.looks import BLUE, ORANGE
 __all__ = ["decision_html"]
 
 _SHOWN = ("expert", "logit", "probability", "probability_threshold", "pvalue", "pvalue_threshold", "weight")
-_CELL = '<td style="padding:0 0.6em;text-align:right">'
+_CELL = '<td style="padding:0 0.45em;text-align:right">'
 _KEPT = "background:#deebf7"
-_BAR = 8  # em, of a contribution as large as the layer's output
+_BAR = 5  # em, of a contribution as large as the layer's output
 
 
 def decision_html(table: pd.DataFrame) -> str:
@@ -33,7 +33,7 @@ def decision_html(table: pd.DataFrame) -> str:
     because = "" if bound == "none" else f", and {bound} makes it {kept}"
     is_measured = "r" in table
     last = max(found, kept, int(table.loc[table["own"], "rank"].max()) if is_measured else 0)
-    names = ["", *_SHOWN, "found", *(("contribution r", "along the output") if is_measured else ())]
+    names = ["", *_SHOWN, "found", *(("r", "along") if is_measured else ())]
     lines = ["".join(f"{_CELL}<b>{escape(name.replace('_', ' '))}</b></td>" for name in names)]
     for row in table.head(last + 2).itertuples():
         values = [f"{getattr(row, name):.3g}" for name in _SHOWN]
@@ -50,7 +50,7 @@ def _contribution(row) -> str:
     color, length = BLUE if row.kept else ORANGE, _BAR * min(row.r, 1)
     look = f"display:inline-block;height:0.7em;width:{length:.2f}em;background:{color};margin-right:0.4em"
     return (
-        f'<td style="padding:0 0.6em;text-align:left;white-space:nowrap"><span style="{look}"></span>{row.r:.3f}</td>'
+        f'<td style="padding:0 0.45em;text-align:left;white-space:nowrap"><span style="{look}"></span>{row.r:.3f}</td>'
         f"{_CELL}{row.along:+.3f}</td>"
     )
 
@@ -58,7 +58,7 @@ def _contribution(row) -> str:
 def _sum(table: pd.DataFrame) -> str:
     own, kept = table[table["own"]], table[table["kept"]]
     return (
-        "Measured, all experts computed: <i>r</i> is the norm of an expert's weighted output over the norm of the "
-        f"layer's output. Along the layer's output, of which the model's own {len(own)} make 1.00, the kept ones make "
-        f"<b>{kept['along'].sum():.2f}</b>."
+        "Measured, all experts computed: <b>r</b> is the norm of an expert's weighted output over that of the layer's "
+        f"output, <b>along</b> its part along it. Of that, the model's own {len(own)} make 1.00 together, the kept "
+        f"ones make <b>{kept['along'].sum():.2f}</b>."
     )
