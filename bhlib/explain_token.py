@@ -54,8 +54,8 @@ def explain_token(
     >>> model, tokenizer = load_demo()
     >>> token_ids = tokenizer("def main():", return_tensors="pt")["input_ids"]
     >>> table = explain_token(model, BH(0.05), token_ids, position=-1, layer=4)
-    >>> round(table.loc[table["own"], "along"].sum(), 3)  # the model's own eight are its layer's output
-    1.0
+    >>> print(f"{table.loc[table['own'], 'along'].sum():.3f}")  # the model's own eight are its layer's output
+    1.000
     """
     layers = find_moe_layers(model)
     if not 0 <= layer < len(layers):
