@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.discovery import MoELayer, find_moe_layers
-from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, weights_of_all
+from bhlib.discovery import MoELayer
+from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, weights_of_all, whole_layers
 from bhlib.pvalues import check_logits
-from bhlib.text_pass import Batch, Piece, batches, check_plain, check_texts, run_batch
+from bhlib.text_pass import Batch, Piece, batches, check_texts, run_batch
 from bhlib.weighting import find_weighting
 
 #: Instead of the norm of a layer's output that is zero.
@@ -134,7 +134,7 @@ def measure_contributions(
     RuntimeError
         If the model is patched.
     """
-    layers, texts = _whole_layers(model), check_texts(token_ids, attention_mask)
+    layers, texts = whole_layers(model), check_texts(token_ids, attention_mask)
     documents = _check_documents(documents, texts)
     wanted = _sample_tokens(texts, max_tokens, seed)
     parts: list[list[dict[str, Tensor]]] = [[] for _ in layers]
@@ -194,7 +194,7 @@ def measure_token(model: nn.Module, token_ids: Tensor, position: int = -1) -> Co
     ValueError, RuntimeError
         As `measure_contributions`; for several sequences, or a position that is not there.
     """
-    layers, (text,) = _whole_layers(model), check_texts(token_ids, None)
+    layers, (text,) = whole_layers(model), check_texts(token_ids, None)
     count, length = text.ids.shape
     if count != 1 or not -length <= position < length:
         raise ValueError(
@@ -218,19 +218,6 @@ def measure_token(model: nn.Module, token_ids: Tensor, position: int = -1) -> Co
         positions=np.array([position]),
         documents=np.array([0]),
     )
-
-
-def _whole_layers(model: nn.Module) -> list[MoELayer]:
-    """The layers of a model that is not patched and holds all its experts."""
-    layers = find_moe_layers(model)
-    check_plain(model, layers)
-    for layer in layers:
-        if layer.experts.num_experts != layer.num_experts:
-            raise ValueError(
-                f"{layer.name!r} routes to {layer.num_experts} experts, but this process holds "
-                f"{layer.experts.num_experts} of them: load the model without expert parallelism to measure them all"
-            )
-    return layers
 
 
 def _check_documents(
@@ -262,31 +249,6 @@ def _sample_tokens(texts: Sequence[Piece], max_tokens: int | None, seed: int) ->
         flat[torch.from_numpy(drawn)] = True
     chosen = flat.split([mask.numel() for mask in real])
     return {text.name: part.view(text.ids.shape) for text, part in zip(texts, chosen, strict=True)}
-
-
-class SelectedNorms:
-    """Mean norm of each expert's output over the tokens that select it, gathered pass by pass."""
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._sums = torch.zeros(num_layers, num_experts, dtype=torch.float64, device="cpu")
-        self._counts = torch.zeros_like(self._sums)
-
-    def add(self, layer: MoELayer, seen: LayerPass) -> None:
-        """Take in the tokens that a layer saw."""
-        for expert in seen.experts.unique().tolist():
-            rows = (seen.experts == expert).any(dim=-1).nonzero().flatten()
-            norms = expert_output(layer, seen.hidden[rows], expert).norm(dim=-1)
-            self._sums[layer.index, expert] += norms.double().sum().cpu()
-            self._counts[layer.index, expert] += len(rows)
-
-    def log_relative(self) -> Tensor:
-        """Logarithm of each mean over that of its layer's selected experts, float32 [layers, experts].
-
-        0 for an expert that no token selected, or whose output is zero.
-        """
-        means = self._sums / self._counts.clamp(min=1)
-        of_layer = self._sums.sum(dim=-1, keepdim=True) / self._counts.sum(dim=-1, keepdim=True).clamp(min=1)
-        return torch.where(means > 0, means / of_layer, 1.0).log().float()
 
 
 # -- one expert more, or one fewer ---------------------------------------------------------------------------------
@@ -347,7 +309,7 @@ def one_changed(
     ValueError, RuntimeError
         As `measure_contributions`; for `num_tokens`, `ranks` or `batch_size` that are not possible.
     """
-    layers, texts = _whole_layers(model), check_texts(token_ids, None)
+    layers, texts = whole_layers(model), check_texts(token_ids, None)
     documents = _check_documents(documents, texts)
     ranks = layers[0].top_k if ranks is None else ranks
     if not 1 <= ranks <= layers[0].num_experts:

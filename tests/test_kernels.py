@@ -126,7 +126,7 @@ def test_what_is_dropped_of_the_models_own_is_marked(weighting, own_k):
     weights, experts, counts, exact = kernel_route(rule, logits, 0, weighting=weighting, own_k=own_k, exact=True)
     kept = rule(logits, 0, weighting=weighting)
     expected = mark_dropped(
-        kept.weights, kept.experts.masked_fill(kept.experts < 0, 64), logits, own_k,
+        kept.experts.masked_fill(kept.experts < 0, 64), logits, own_k,
         weighting=weighting, temperature=1.0, is_prefix=True,
     )  # fmt: skip
     assert (experts > 64).any() and torch.equal(counts[sure], kept.counts[sure])
