@@ -38,6 +38,7 @@ FLOORS = [
     "text_pass",  # a text in batches, for a model that is not patched
     "layer_passes",  # what one layer makes of tokens, and each of its experts alone
     "contributions",  # what each expert adds, measured
+    "explain_token",  # the same beside a decision
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
     "compensating",  # one pass over a model -> what stands in for its experts
@@ -53,6 +54,7 @@ FLOORS = [
     "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
+    "small_fits",  # nulls and compensations on a little text, for a first look
     "widgets",  # the same drawings behind sliders
     "demo",  # the embedded model and the script that trained it
     "tasks",  # tasks for lm-evaluation-harness, of the held-out text
