@@ -9,6 +9,7 @@ Nothing here looks at the test split.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -251,6 +252,7 @@ def tune_layer_weights(
     factor: float = 7.0,
     rounds: int = 4,
     batch_size: int = 8,
+    cache: str | Path | None = None,
 ) -> TunedWeights:
     """Weights of the layers where they are wanted, and only if they help on text that they were not chosen on.
 
@@ -259,7 +261,7 @@ def tune_layer_weights(
 
     Parameters
     ----------
-    model, factor, rounds, batch_size
+    model, factor, rounds, batch_size, cache
         As for `choose_layer_weights`.
     data : mapping of str to Tensor [sequences, length]
         Calibration text by domain.
@@ -287,13 +289,14 @@ def tune_layer_weights(
     plain = replace(rule, layer_weights=None)
     at_level = plain.at(level_for_mean_experts(plain.at, logits, mean_k))
     text = {name: data[name][rows] for name, rows in chosen_on.items()}
-    weights = choose_layer_weights(model, text, at_level, factor=factor, rounds=rounds, batch_size=batch_size)
+    options: dict[str, Any] = {"batch_size": batch_size, "cache": cache}
+    weights = choose_layer_weights(model, text, at_level, factor=factor, rounds=rounds, **options)
     weighted = replace(plain, layer_weights=weights)
     weighted = weighted.at(level_for_mean_experts(weighted.at, logits, mean_k))
     # The text gives each rule its own mean: without weights three levels make a curve to read the loss from.
     near = [plain.at(level_for_mean_experts(plain.at, logits, k)) for k in _around(mean_k, rule)]
     rules = {"weighted": weighted} | {f"plain {number}": one for number, one in enumerate(near)}
-    frame = sweep(model, rules, {name: data[name][rows] for name, rows in judged_on.items()}, batch_size=batch_size)
+    frame = sweep(model, rules, {name: data[name][rows] for name, rows in judged_on.items()}, **options)
     frame = with_documents(frame, {name: np.asarray(documents[name])[rows] for name, rows in judged_on.items()})
     row = matched_difference(frame, ["weighted"], [name for name in rules if name != "weighted"]).iloc[0]
     helped = row["high"] < 0
