@@ -64,6 +64,11 @@ class LayerCompensation(NamedTuple):
             total = total + mass * linear(linear(hidden_states.to(total.dtype), self.down), self.up)
         return total
 
+    def alone(self, hidden_states: Tensor, expert: int) -> Tensor:
+        """What stands in for one expert, not weighted: [tokens, hidden] of hidden states of that shape."""
+        total = self.means[1 + expert].expand(hidden_states.shape)
+        return total + linear(linear(hidden_states.to(total.dtype), self.down), self.up) if len(self.down) else total
+
     def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor, fused: bool = False) -> Tensor:
         """The layer's output with what is `missing`; if `fused`, by a kernel where one can."""
         wants_gradients = torch.is_grad_enabled() and (output.requires_grad or weights.requires_grad)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.discovery import MoELayer, find_moe_layers
-from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, weights_of_all
+from bhlib.discovery import MoELayer
+from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, weights_of_all, whole_layers
 from bhlib.pvalues import check_logits
-from bhlib.text_pass import Piece, batches, check_plain, check_texts, run_batch
+from bhlib.text_pass import Piece, batches, check_texts, run_batch
 from bhlib.weighting import find_weighting
 
 #: Instead of the norm of a layer's output that is zero.
@@ -129,7 +129,7 @@ def measure_contributions(
     RuntimeError
         If the model is patched.
     """
-    layers, texts = _whole_layers(model), check_texts(token_ids, attention_mask)
+    layers, texts = whole_layers(model), check_texts(token_ids, attention_mask)
     documents = _check_documents(documents, texts)
     wanted = _sample_tokens(texts, max_tokens, seed)
     parts: list[list[dict[str, Tensor]]] = [[] for _ in layers]
@@ -163,19 +163,6 @@ def measure_contributions(
         positions=np.concatenate([positions for _, _, positions in places]),
         documents=np.concatenate([documents[name][sequences] for name, sequences, _ in places]),
     )
-
-
-def _whole_layers(model: nn.Module) -> list[MoELayer]:
-    """The layers of a model that is not patched and holds all its experts."""
-    layers = find_moe_layers(model)
-    check_plain(model, layers)
-    for layer in layers:
-        if layer.experts.num_experts != layer.num_experts:
-            raise ValueError(
-                f"{layer.name!r} routes to {layer.num_experts} experts, but this process holds "
-                f"{layer.experts.num_experts} of them: load the model without expert parallelism to measure them all"
-            )
-    return layers
 
 
 def _check_documents(
@@ -292,7 +279,7 @@ def one_changed(
     ValueError, RuntimeError
         As `measure_contributions`; for `num_tokens`, `ranks` or `batch_size` that are not possible.
     """
-    layers, texts = _whole_layers(model), check_texts(token_ids, None)
+    layers, texts = whole_layers(model), check_texts(token_ids, None)
     documents = _check_documents(documents, texts)
     ranks = layers[0].top_k if ranks is None else ranks
     if not 1 <= ranks <= layers[0].num_experts:

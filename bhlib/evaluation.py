@@ -32,7 +32,7 @@ from bhlib.records import Records
 from bhlib.rules import Rule, TopK
 
 #: What `evaluate` and `sweep` hand on to `RoutingPatch`.
-PATCH_OPTIONS = ("temperature", "weights", "kernels", "compensation")
+PATCH_OPTIONS = ("temperature", "weights", "kernels", "compensation", "norms")
 
 # -- one rule --------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ def evaluate(
     progress : tqdm, optional
         Bar to advance by the number of sequences done.
     **patch_options
-        For `RoutingPatch`: temperature, weights, kernels, compensation.
+        For `RoutingPatch`: temperature, weights, kernels, compensation, norms.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def evaluate(
     Raises
     ------
     TypeError
-        If an option is none of these four.
+        If an option is none of these five.
 
     Notes
     -----

@@ -36,6 +36,7 @@ def explain(
     weighting: str = "softmax",
     temperature: float = 1.0,
     routing: Routing | None = None,
+    log_norms: Tensor | None = None,
 ) -> pd.DataFrame:
     """What a rule looked at, expert by expert, when it decided about a token.
 
@@ -52,6 +53,8 @@ def explain(
         As the rule is called with; they concern the weights (`bhlib.weighting.WEIGHTINGS`).
     routing : Routing, optional
         What was decided about these tokens, where it is known, say from `bhlib.records`. By default the rule decides.
+    log_norms : Tensor, the shape of `logits`, optional
+        What was added to the logits that the rule looked at (`bhlib.norms`).
 
     Returns
     -------
@@ -63,7 +66,7 @@ def explain(
         ``rank``, ``expert``
             Rank from 1, and the expert that holds it.
         ``logit``, ``probability``
-            The softmax is taken at temperature 1.
+            What the rule looked at, the router's own or with `log_norms` added; the softmax is taken at temperature 1.
         ``probability_threshold``
             The probability that an expert of this rank needs, where the rule compares probabilities with constants
             (`Threshold`; `BH` with a null of the probability, the same for all experts, and a step-up procedure that
@@ -94,6 +97,8 @@ def explain(
     rows = logits.detach().reshape(-1, logits.shape[-1])
     (num_tokens, num_experts), device = rows.shape, rows.device
     options: dict[str, Any] = {"weighting": weighting, "temperature": temperature}
+    if log_norms is not None:
+        options["log_norms"] = log_norms.reshape(rows.shape)
     if routing is None:
         routing = rule(rows, layer, **options)
     if isinstance(rule, Replay):  # it has repeated what was found and bounded when it was recorded
@@ -108,6 +113,8 @@ def explain(
     weights = routing.weights.new_zeros(num_tokens, num_experts + 1)
     weights.scatter_(-1, routing.experts % (num_experts + 1), routing.weights)
     decides = _deciding(rule)
+    if log_norms is not None:
+        rows = rows + options["log_norms"]
     pvalues = decides.pvalues(rows, layer) if isinstance(decides, BH) else torch.full_like(rows, torch.nan)
     needed = _thresholds(decides, num_experts, layer, device)
     probability_threshold, pvalue_threshold = (by_token(threshold, num_tokens) for threshold in needed)

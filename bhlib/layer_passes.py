@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bhlib.discovery import MoELayer, as_scored, watch
+from bhlib.discovery import MoELayer, as_scored, find_moe_layers, watch
+from bhlib.text_pass import check_plain
 from bhlib.weighting import find_weighting
 
 
@@ -39,6 +40,25 @@ class LayerPass(NamedTuple):
     def at(self, rows: Tensor) -> "LayerPass":
         """Some of the rows."""
         return LayerPass(*(part[rows.to(part.device)] for part in self))
+
+
+def whole_layers(model: nn.Module) -> list[MoELayer]:
+    """The layers of a model that is not patched and holds all its experts.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        For a model in training mode, patched, or spread over processes by its experts.
+    """
+    layers = find_moe_layers(model)
+    check_plain(model, layers)
+    for layer in layers:
+        if layer.experts.num_experts != layer.num_experts:
+            raise ValueError(
+                f"{layer.name!r} routes to {layer.num_experts} experts, but this process holds "
+                f"{layer.experts.num_experts} of them: load the model without expert parallelism to measure them all"
+            )
+    return layers
 
 
 @contextmanager

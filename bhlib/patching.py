@@ -43,6 +43,7 @@ from bhlib.discovery import (
 )
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
+from bhlib.norms import OutputNorms
 from bhlib.passes import PassNote, PassReader, find_cache, is_packed, special_tokens
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
@@ -99,6 +100,9 @@ class RoutingPatch:
     compensation : Compensation, optional
         What stands in for the experts of the model's own top-k that the rule drops (`bhlib.compensation`). Whatever the
         convention, weights are then those that the model itself would give. In analyze mode it has no part.
+    norms : OutputNorms, optional
+        How large the outputs of the experts are (`bhlib.norms`): the rule then selects by weight times norm, whatever
+        the rule. The weights of what it selects stay those of the model.
 
     Attributes
     ----------
@@ -119,6 +123,7 @@ class RoutingPatch:
         weights: str = "model",
         kernels: bool | str = "auto",
         compensation: Compensation | None = None,
+        norms: OutputNorms | None = None,
     ) -> None:
         if kernels not in (True, False, "auto"):
             raise ValueError(f"kernels must be True, False or 'auto', got {kernels!r}.")
@@ -133,11 +138,13 @@ class RoutingPatch:
         check_temperature(temperature)
         self.model, self._rule, self.temperature, self.mode = model, rule, temperature, mode
         self.collect_stats, self.record_logits, self.weights = collect_stats, record_logits, weights
-        self.compensation = compensation
+        self.compensation, self.norms = compensation, norms
         self.layers = find_moe_layers(model)
         self._check(rule)
         if compensation is not None:
             self._check_compensation(compensation)
+        if norms is not None:
+            self._check_norms(norms)
         self.kernels = mode == "patch" and self._choose_kernels(kernels)
         first = self.layers[0]
         reader = PassReader(*special_tokens(model))
@@ -281,10 +288,22 @@ class RoutingPatch:
         hidden_size = first.router.weight.shape[-1]
         compensation.check_model(name_of(self.model), len(self.layers), first.num_experts, hidden_size)
 
+    def _check_norms(self, norms: OutputNorms) -> None:
+        """Raise if norms are none, or those of another model's experts."""
+        if not isinstance(norms, OutputNorms):
+            raise TypeError(
+                f"norms must be what bhlib.fit_norms or bhlib.load_norms gives, got {norms!r} of type "
+                f"{type(norms).__name__}."
+            )
+        norms.check_model(name_of(self.model), len(self.layers), self.layers[0].num_experts)
+
     def _prepare(self, rule: Rule) -> None:
         """Let a rule compute ahead what it looks up."""
         for layer in self.layers:
-            rule.prepare(layer.num_experts, layer.index, layer.router.weight.device)
+            device = layer.router.weight.device
+            rule.prepare(layer.num_experts, layer.index, device)
+            if self.norms is not None:
+                self.norms.prepare(layer.index, device)
 
     def _hook_router(self, layer: MoELayer) -> None:
         """Replace the forward of a router, or look at what it returns where it has to run, or is not its class's."""
@@ -315,8 +334,9 @@ class RoutingPatch:
         """Apply the rule to one layer's logits [tokens, experts]; weights for the model in a dtype."""
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
+        router_logits = as_scored(router_logits, layer.narrows)
         return self._rule.forms(
-            as_scored(router_logits, layer.narrows),
+            router_logits,
             layer.index,
             weighting=self._weighting(layer),
             temperature=self.temperature,
@@ -324,6 +344,7 @@ class RoutingPatch:
             exact=self.collect_stats,
             fused=self.kernels,
             own_k=layer.top_k if self.compensates else 0,
+            log_norms=None if self.norms is None else self.norms(router_logits, layer.index),
         )
 
     def _compensate(self, layer: MoELayer, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -472,6 +493,7 @@ class RoutingPatch:
             numbers are named).
         """
         logits, routing = self.records.find(token, layer)
+        log_norms = None if self.norms is None else self.norms(logits[None], layer)[0]
         return explain(
             self.records.rule_of(token) or self._rule,
             logits,
@@ -479,6 +501,7 @@ class RoutingPatch:
             weighting=self._weighting(self.layers[layer]),
             temperature=self.temperature,
             routing=routing,
+            log_norms=log_norms,
         )
 
     def reset_stats(self) -> None:
@@ -510,7 +533,7 @@ class BHRoutingIntegration(RoutingPatch):
         Multiple-testing procedure (`bhlib.procedures`).
     layer_weights : sequence of float, optional
         A factor per MoE layer on the odds of `alpha` (`bhlib.tuning.choose_layer_weights`).
-    weights, max_recorded_tokens, record_logits, kernels, compensation
+    weights, max_recorded_tokens, record_logits, kernels, compensation, norms
         See `RoutingPatch`.
 
     Examples
@@ -544,6 +567,7 @@ class BHRoutingIntegration(RoutingPatch):
         record_logits: bool = False,
         kernels: bool | str = "auto",
         compensation: Compensation | None = None,
+        norms: OutputNorms | None = None,
     ) -> None:
         check_temperature(temperature)
         super().__init__(
@@ -557,6 +581,7 @@ class BHRoutingIntegration(RoutingPatch):
             record_logits=record_logits,
             kernels=kernels,
             compensation=compensation,
+            norms=norms,
         )
 
     @property

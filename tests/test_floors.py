@@ -22,6 +22,7 @@ FLOORS = [
     "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
     "compensation",  # what stands in for dropped experts
+    "norms",  # how large the outputs of experts are
     "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only
     "hooks",  # hooks that copies of a module leave behind
@@ -40,6 +41,7 @@ FLOORS = [
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
     "compensating",  # one pass over a model -> what stands in for its experts
+    "fitting_norms",  # one pass over a model -> the norms of its experts
     "documents",  # texts of one's own, document by document
     "sequences",  # documents as tokens -> sequences of equal length
     "loading",  # the embedded model, the real one, held-out text

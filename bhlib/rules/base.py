@@ -191,22 +191,34 @@ class Rule:
         *,
         weighting: str = "softmax",
         temperature: float = 1.0,
+        log_norms: Tensor | None = None,
     ) -> Routing:
         """Route tokens: router logits [tokens, experts] in any float dtype -> `Routing`.
 
         `weighting` is a name in `bhlib.weighting.WEIGHTINGS`; `temperature` divides the logits that the weights are
-        made of.
+        made of. `log_norms` [tokens, experts] is added to the logits that experts are selected by, and to no others
+        (`bhlib.norms`).
         """
-        return self._route(router_logits, layer, weighting, temperature, -1)
+        return self._route(router_logits, layer, weighting, temperature, -1, log_norms)
 
     def _route(
-        self, router_logits: Tensor, layer: int | None, weighting: str, temperature: float, empty: int
+        self,
+        router_logits: Tensor,
+        layer: int | None,
+        weighting: str,
+        temperature: float,
+        empty: int,
+        log_norms: Tensor | None = None,
     ) -> Routing:
         """A call, with this number in an empty slot."""
         self.check_num_experts(router_logits.shape[-1])
         convention = find_weighting(weighting)
         scores = convention.scores(router_logits, temperature)
-        order, counts = self.select(router_logits, scores, layer)
+        if log_norms is None:
+            order, counts = self.select(router_logits, scores, layer)
+        else:
+            looked_at = router_logits + log_norms
+            order, counts = self.select(looked_at, convention.scores(looked_at, temperature), layer)
         kept = torch.arange(order.shape[-1], device=order.device) < counts[:, None]
         weights = convention.weights(scores.gather(-1, order), kept)
         return Routing(weights, order.masked_fill(~kept, empty), counts)
@@ -223,15 +235,18 @@ class Rule:
         *,
         weighting: str = "softmax",
         temperature: float = 1.0,
+        log_norms: Tensor | None = None,
     ) -> Routing:
         """The same routing, with the same options, by a kernel where rule and device have one; here, without.
 
         A kernel takes sums in another order: weights agree to 1e-5, and a statistic so close to its threshold that
-        rounding decides may fall on the other side.
+        rounding decides may fall on the other side. No kernel knows `log_norms`.
         """
-        forms = self._by_kernel(router_logits, layer, weighting, temperature, torch.float32, True)
+        forms = None
+        if log_norms is None:
+            forms = self._by_kernel(router_logits, layer, weighting, temperature, torch.float32, True)
         if forms is None or forms.exact is None:
-            return self(router_logits, layer, weighting=weighting, temperature=temperature)
+            return self(router_logits, layer, weighting=weighting, temperature=temperature, log_norms=log_norms)
         empty = forms.experts == router_logits.shape[-1]
         return Routing(forms.exact, forms.experts.masked_fill(empty, -1), forms.counts)
 
@@ -246,6 +261,7 @@ class Rule:
         exact: bool = False,
         fused: bool = False,
         own_k: int = 0,
+        log_norms: Tensor | None = None,
     ) -> Forms:
         """A call, in the form in which a model takes its answer.
 
@@ -260,12 +276,15 @@ class Rule:
         own_k : int
             The model's own top-k, if what is dropped of it is to be marked (`bhlib.rules.routing.mark_dropped`).
         """
-        forms = self._by_kernel(router_logits, layer, weighting, temperature, dtype, exact, own_k) if fused else None
+        forms = None
+        if fused and log_norms is None:
+            forms = self._by_kernel(router_logits, layer, weighting, temperature, dtype, exact, own_k)
         if forms is not None:
             return forms
-        weights, experts, counts = self._route(router_logits, layer, weighting, temperature, router_logits.shape[-1])
+        num_experts = router_logits.shape[-1]
+        weights, experts, counts = self._route(router_logits, layer, weighting, temperature, num_experts, log_norms)
         if own_k:
-            is_prefix = self.is_prefix and self.max_k <= own_k
+            is_prefix = self.is_prefix and self.max_k <= own_k and log_norms is None
             options: dict[str, Any] = {"weighting": weighting, "temperature": temperature, "is_prefix": is_prefix}
             weights, experts, exact_weights = mark_dropped(weights, experts, router_logits, own_k, **options)
             return Forms(weights.to(dtype), experts, counts, exact_weights if exact else None)

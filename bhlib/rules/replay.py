@@ -80,10 +80,16 @@ class Replay(Rule):
             )
 
     def _route(
-        self, router_logits: Tensor, layer: int | None, weighting: str, temperature: float, empty: int
+        self,
+        router_logits: Tensor,
+        layer: int | None,
+        weighting: str,
+        temperature: float,
+        empty: int,
+        log_norms: Tensor | None = None,
     ) -> Routing:
         if self.weights == "model":
-            return super()._route(router_logits, layer, weighting, temperature, empty)
+            return super()._route(router_logits, layer, weighting, temperature, empty, log_norms)
         self.check_num_experts(router_logits.shape[-1])
         weights, experts, counts = self._recorded(router_logits, layer)
         return Routing(weights, experts.masked_fill(experts < 0, empty), counts)

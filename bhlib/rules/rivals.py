@@ -238,9 +238,15 @@ class KeepMass(Rule):
         """The rule inside has."""
 
     def _route(
-        self, router_logits: Tensor, layer: int | None, weighting: str, temperature: float, empty: int
+        self,
+        router_logits: Tensor,
+        layer: int | None,
+        weighting: str,
+        temperature: float,
+        empty: int,
+        log_norms: Tensor | None = None,
     ) -> Routing:
-        routing = self.rule._route(router_logits, layer, weighting, temperature, empty)
+        routing = self.rule._route(router_logits, layer, weighting, temperature, empty, log_norms)
         own = TopK(self.top_k)(router_logits, layer, weighting=weighting, temperature=temperature)
         factor = own.weights.sum(dim=-1, keepdim=True) / routing.weights.sum(dim=-1, keepdim=True)
         return routing._replace(weights=routing.weights * factor)
