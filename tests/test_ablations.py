@@ -9,7 +9,7 @@ from models import tiny_olmoe, tokens
 from bhlib import evaluation, figures
 from bhlib.comparisons import matched_difference
 from bhlib.figures import ablations, ingredients
-from bhlib.figures.ingredients import DEFAULT, INGREDIENTS, PLAIN, combinations, named, one_null
+from bhlib.figures.ingredients import DEFAULT, INGREDIENTS, MEAN_NORMS, PLAIN, combinations, fit_one, named
 from bhlib.levels import level_for_mean_experts, mean_experts
 from bhlib.rules import BH, Threshold
 from bhlib.texts import Text
@@ -45,7 +45,7 @@ def table(study):
 def test_every_combination_is_there_at_every_number_of_experts(study, table):
     assert [named(parts) for parts in combinations()[:3]] == [PLAIN, "step-up", "layer weights"]
     assert len(combinations()) == 16
-    families = {DEFAULT, *map(named, combinations())}
+    families = {DEFAULT, *MEAN_NORMS.values(), *map(named, combinations())}
     static = table[table["against"] == "static top-k"]
     assert set(static["family"]) == families
     assert static.groupby("family")["wanted_k"].apply(set).map(lambda ks: ks == set(study.mean_ks)).all()
@@ -58,6 +58,9 @@ def test_an_ingredient_is_credited_with_the_difference_from_the_same_rule_withou
     columns = dict(zip(INGREDIENTS, described.columns, strict=True))
     for family, part in table.groupby("family"):
         without = {name.removeprefix("without ") for name in part["against"].unique() if name.startswith("without ")}
+        if family in MEAN_NORMS.values():
+            assert without == {"norms"}
+            continue
         parts = {"step-up"} if family == DEFAULT else set(family.split(" + ")) - {PLAIN}
         assert without == parts
         for ingredient in parts if family != DEFAULT else ():
@@ -77,11 +80,17 @@ def test_rows_are_what_comparisons_of_the_stored_sweep_say(study, table, monkeyp
     with pytest.raises(AttributeError, match="assign"):  # of None: nothing is made of the sweep here
         figures.compute_ablations(study)
     frame, ks = seen["frame"], study.mean_ks
-    cut, step_up = ([f"{name}, k = {k:g}" for k in ks] for name in ("null per layer", "null per layer + step-up"))
+    cut, step_up, norms = (
+        [f"null per layer{more}, k = {k:g}" for k in ks] for more in ("", " + step-up", " + mean norms")
+    )
     expected = matched_difference(frame, step_up, cut)
     found = table[(table["family"] == "null per layer + step-up") & (table["against"] == "without step-up")]
     np.testing.assert_allclose(found["difference"], expected["difference"], atol=1e-12)
-    np.testing.assert_allclose(found["joint_high"], expected["joint_high"], atol=1e-12)
+    np.testing.assert_allclose(found["high"], expected["high"], atol=1e-12)
+    assert (found["joint_high"] >= found["high"]).all()
+    expected = matched_difference(frame, norms, cut)
+    found = table[(table["family"] == "null per layer + mean norms") & (table["against"] == "without norms")]
+    np.testing.assert_allclose(found["difference"], expected["difference"], atol=1e-12)
     losses = frame.groupby("rule")[["loss", "mean_k"]].mean()
     row = table[(table["family"] == PLAIN) & (table["against"] == "static top-k")].set_index("wanted_k").loc[ks[0]]
     assert row["loss"] == pytest.approx(losses.loc[f"{PLAIN}, k = {ks[0]:g}", "loss"])
@@ -98,7 +107,8 @@ def test_weights_that_do_not_help_are_left_out(study, table):
 
 
 def test_a_cut_on_one_null_for_all_layers_is_a_threshold_on_the_probability(study):
-    null, logits = one_null(study), study.calibration_logits
+    logits = study.calibration_logits
+    null = fit_one(study, logits)
     assert null.num_layers == 2 and torch.equal(null(logits[0], 0), null(logits[0], 1))
     for make in (lambda level: BH(level, null, "fixed", max_k=4), lambda level: Threshold(level, max_k=4)):
         rule = make(level_for_mean_experts(make, logits, 2.5))

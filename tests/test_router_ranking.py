@@ -13,7 +13,6 @@ from bhlib.comparisons import resample
 from bhlib.contributions import measure_contributions, one_changed
 from bhlib.figures.ranking import _by_effect, _by_output, correlation_within
 
-
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 
 
@@ -30,7 +29,9 @@ def test_correlation_within_is_scipys():
     generator = np.random.default_rng(0)
     scores, values = generator.standard_normal((2, 3, 5, 8))
     values[0, 0, :3] = 0.5  # ties get their mean rank
-    expected = [[spearmanr(a, b).statistic for a, b in zip(*rows, strict=True)] for rows in zip(scores, values)]
+    expected = [
+        [spearmanr(a, b).statistic for a, b in zip(*rows, strict=True)] for rows in zip(scores, values, strict=True)
+    ]
     np.testing.assert_allclose(correlation_within(scores, values), expected)
     assert correlation_within(scores, scores**3) == pytest.approx(1) and (correlation_within(scores, -scores) < 0).all()
 

@@ -11,10 +11,10 @@ from bhlib.comparisons import with_documents
 from bhlib.evaluation import sweep
 from bhlib.figures.about import DEMO, about_of
 from bhlib.figures.drawing import Picture, heat_map, joint_bars, sample_caption, signed, signed_ticks
-from bhlib.figures.ingredients import DEFAULT, INGREDIENTS, PLAIN, named, rules_of_ingredients
+from bhlib.figures.ingredients import DEFAULT, INGREDIENTS, MEAN_NORMS, PLAIN, Entry, named, rules_of_ingredients
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
-from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED
 
 __all__ = ["compute_ablations", "draw_ablations"]
 
@@ -46,37 +46,41 @@ def compute_ablations(study: Study, split: str = "test", max_sequences: int | No
         number of experts at which the family's loss is 0.5 % above that of the model's own top-k, interpolated; and
         ``against`` whom the ``difference`` of losses is, at the same mean number of experts, with its 95 % intervals
         over documents: "static top-k" (`matched_compute`), "threshold" or "without" one of the ingredients, the same
-        rule otherwise (`matched_difference`). ``joint_low`` and ``joint_high`` hold for all rows of the first two
-        rivals at once, and for one family's rows of any other. ``sequences``, ``units`` (documents), ``tokens``,
-        ``split``.
+        rule otherwise (`matched_difference`). ``joint_low`` and ``joint_high`` hold for all rows that are
+        compared with the same rival at once, and ``equal`` is as `matched_difference` says it. ``sequences``, ``units``
+        (documents), ``tokens``, ``split``.
     """
     text = study.text.sequences(split, study.length, max_sequences)
     documents = study.text.documents(split, study.length, max_sequences)
     if split == "test" and max_sequences is None:
         text, documents = study.whole_test, study.whole_test_documents
-    entries = {f"{entry.family}, k = {entry.wanted_k:g}": entry for entry in rules_of_ingredients(study)}
-    rules = study.static_rules | {name: entry.rule for name, entry in entries.items()}
-    batch_size = 2 * study.batch_size(study.length)
-    frame = sweep(study.model, rules, text, cache=study.cache, batch_size=batch_size)
-    facts = pd.DataFrame(
-        {
-            name: {"family": entry.family, **_described(entry.parts, entry.helped, entry.family), "parts": entry.parts,
-                   "wanted_k": entry.wanted_k, "level": entry.rule.level}
-            for name, entry in entries.items()
-        }
-    ).T.infer_objects()  # fmt: skip
-    return summarize_ablations(with_documents(frame, documents), facts, study.own).assign(split=split)
+    entries = rules_of_ingredients(study)
+    options = {"cache": study.cache, "batch_size": 2 * study.batch_size(study.length)}
+    parts = []
+    for norms in dict.fromkeys(entry.norms for entry in entries):
+        rules = {entry.name: entry.rule for entry in entries if entry.norms is norms}
+        if norms is None:
+            parts.append(sweep(study.model, study.static_rules | rules, text, **options))
+        else:
+            parts.append(sweep(study.model, rules, text, norms=norms, **options))
+    frame = with_documents(pd.concat(parts, ignore_index=True), documents)
+    facts = pd.DataFrame([_described(entry) for entry in entries], index=[entry.name for entry in entries])
+    return summarize_ablations(frame, facts, study.own).assign(split=split)
 
 
-def _described(parts: tuple[str, ...], helped: bool | None, family: str) -> dict[str, str]:
-    """The ingredients of a rule, in the words of the table."""
-    weights = {None: "no", True: "yes", False: "no help"}[helped]
-    one = "Dirichlet, the same for all layers" if family == DEFAULT else "one for all layers"
+def _described(entry: Entry) -> dict[str, object]:
+    """What the table says of a rule; and its ingredients, for differences."""
+    one = "one for all layers, Dirichlet" if entry.family == DEFAULT else "one for all layers"
+    norms = {True: "mean norm", False: "norm guessed"}[entry.family in MEAN_NORMS.values()]
     return {
-        "null": "per layer" if "null per layer" in parts else one,
-        "statistic": "weight × mean norm" if "norms" in parts else "weight",
-        "layer_weights": weights,
-        "step_up": "yes" if "step-up" in parts else "no",
+        "family": entry.family,
+        "null": "per layer" if "null per layer" in entry.parts else one,
+        "statistic": f"weight × {norms}" if "norms" in entry.parts else "weight",
+        "layer_weights": {None: "no", True: "yes", False: "no help"}[entry.helped],
+        "step_up": "yes" if "step-up" in entry.parts else "no",
+        "wanted_k": entry.wanted_k,
+        "level": entry.rule.level,
+        "parts": entry.parts,
     }
 
 
@@ -87,18 +91,22 @@ def summarize_ablations(frame: pd.DataFrame, facts: pd.DataFrame, own: str = DEM
     differences = [static.loc[facts.index].assign(against=STATIC)]
     measured = static.loc[facts.index, ["mean_k", "loss", "sequences", "units"]]
 
-    def against(rows: pd.Index, rival: str, called: str) -> None:
-        if rival in rules and len(rules[rival]) > 1:
-            some = frame[frame["rule"].isin([*rows, *rules[rival]])]
-            found = comparisons.matched_difference(some, list(rows), list(rules[rival]))
-            differences.append(found.set_index("rule").join(measured).assign(against=called))
+    def against(rival: str, rows: dict[str, str]) -> None:
+        """Differences of rules from a family; `rows` has what the table calls these."""
+        some = frame[frame["rule"].isin([*rows, *rules[rival]])]
+        found = comparisons.matched_difference(some, list(rows), list(rules[rival])).set_index("rule")
+        differences.append(found.join(measured).assign(against=[rows[name] for name in found.index]))
 
-    against(facts.index, PLAIN, PLAIN)
-    for family, rows in rules.items():
-        parts = facts.loc[rows[0], "parts"]
-        for ingredient in parts:
-            rest = named(tuple(part for part in parts if part != ingredient))
-            against(rows, PLAIN if family == DEFAULT else rest, f"without {ingredient}")
+    against(PLAIN, dict.fromkeys(facts.index, PLAIN))
+    for rival in [family for family, names in rules.items() if len(names) > 1]:  # of one rule there is no curve
+        added = {
+            name: f"without {ingredient}"
+            for name, fact in facts.iterrows()
+            for ingredient in INGREDIENTS
+            if rival == _without(ingredient, fact)
+        }
+        if added:
+            against(rival, added)
     table = facts.drop(columns="parts").join(pd.concat(differences), how="right")
     loss_of_own = frame.loc[frame["rule"] == own, "loss"].mean()
     good = {family: _as_good(measured.loc[rows], loss_of_own, own) for family, rows in rules.items()}
@@ -107,6 +115,13 @@ def summarize_ablations(frame: pd.DataFrame, facts: pd.DataFrame, own: str = DEM
     front = [*facts.columns.drop("parts"), "mean_k", "loss", "as_good_k", "against"]
     kept = ["difference", "low", "high", "joint_low", "joint_high", "equal", "sequences", "units", "tokens"]
     return table[front + kept].reset_index(drop=True)
+
+
+def _without(ingredient: str, fact: pd.Series) -> str | None:
+    """The family of the same rule without an ingredient, if it has that."""
+    if ingredient not in fact["parts"] or (fact["family"] in MEAN_NORMS.values() and ingredient != "norms"):
+        return None  # of those with mean norms there are no others
+    return named(tuple(part for part in fact["parts"] if part != ingredient))
 
 
 def _as_good(rules: pd.DataFrame, loss_of_own: float, own: str) -> float:
@@ -138,8 +153,8 @@ def draw_ablations(table: pd.DataFrame) -> Figure:
     fig.suptitle(
         f"{sample_caption(table, table['split'].iloc[0])}; at the same mean number of experts; everything fitted and "
         "chosen on calibration text\n"
-        f"± half of the 95 % bootstrap interval over {units} that holds for all of a table at once; bars: for the "
-        "points of a line at once\n"
+        f"± half of the 95 % bootstrap interval over {units} that holds for all of a table at once; bars: for all "
+        "that are compared with the same rule\n"
         f"in brackets: weights of the layers did not help on calibration text and were left out; last column: mean "
         f"number of experts at which the loss is {100 * AS_GOOD:g} % above {about_of(table).own}",
         fontsize=8,
@@ -194,6 +209,8 @@ def _style(row: pd.Series, ingredient: str) -> tuple[str, str, str]:
     """Colour, line and marker of what a rule has besides an ingredient."""
     if row["family"] == DEFAULT:
         return RED, "-", "D"
+    if row["statistic"] == "weight × mean norm":
+        return PINK, "-", "v" if row["null"] == "per layer" else "o"
     null = row["null"] == "per layer" and ingredient != "null per layer"
     norms = row["statistic"] != "weight" and ingredient != "norms"
     weights = row["layer_weights"] != "no" and ingredient != "layer weights"
