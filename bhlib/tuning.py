@@ -9,6 +9,7 @@ Nothing here looks at the test split.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from bhlib.comparisons import matched_difference, with_documents
 from bhlib.discovery import find_moe_layers
 from bhlib.evaluation import sweep
 from bhlib.levels import level_for_mean_experts
+from bhlib.norms import OutputNorms
 from bhlib.rules import BH, Rule, StaticPerLayer
 
 #: Tokens of a text, at most, on whose logits a level is found.
@@ -80,6 +82,11 @@ def _means(model: nn.Module, rules: Mapping[str, Rule], data: Mapping[str, Tenso
     if len(failed):
         raise RuntimeError(f"{failed['rule'].iloc[0]} could not be measured: {failed['error'].iloc[0]}")
     return frame.groupby("rule", sort=False)[["loss", "mean_k"]].mean()
+
+
+def _patched_with(norms: OutputNorms | None) -> dict[str, Any]:
+    """Options of a sweep; none without norms, so that its cells are those of any other sweep."""
+    return {} if norms is None else {"norms": norms}
 
 
 def choose_static_per_layer(
@@ -157,6 +164,7 @@ def choose_layer_weights(
     rounds: int = 4,
     batch_size: int = 8,
     cache: str | Path | None = None,
+    norms: OutputNorms | None = None,
 ) -> tuple[float, ...]:
     """Weights of the layers for `BH`, so that one more expert is worth as much in one layer as in another.
 
@@ -181,6 +189,8 @@ def choose_layer_weights(
         Sequences per forward pass.
     cache : path, optional
         Folder of finished cells, as for `sweep`: a search that was stopped goes on where it was.
+    norms : OutputNorms, optional
+        With which the model will be patched (`bhlib.norms`).
 
     Returns
     -------
@@ -207,7 +217,7 @@ def choose_layer_weights(
             step[layer] = np.log(factor)
             for name, moved in (("more", log_weights + step), ("less", log_weights - step)):
                 rules[f"{name} in layer {layer}"] = replace(rule, layer_weights=tuple(np.exp(moved)))
-        means = _means(model, rules, data, batch_size=batch_size, cache=cache)
+        means = _means(model, rules, data, batch_size=batch_size, cache=cache, **_patched_with(norms))
         more, less = (means.loc[[f"{name} in layer {i}" for i in range(len(log_weights))]] for name in ("more", "less"))
         lost = less["loss"].to_numpy() - more["loss"].to_numpy()
         saved = more["mean_k"].to_numpy() - less["mean_k"].to_numpy()
@@ -251,6 +261,8 @@ def tune_layer_weights(
     factor: float = 7.0,
     rounds: int = 4,
     batch_size: int = 8,
+    cache: str | Path | None = None,
+    norms: OutputNorms | None = None,
 ) -> TunedWeights:
     """Weights of the layers where they are wanted, and only if they help on text that they were not chosen on.
 
@@ -259,7 +271,7 @@ def tune_layer_weights(
 
     Parameters
     ----------
-    model, factor, rounds, batch_size
+    model, factor, rounds, batch_size, cache, norms
         As for `choose_layer_weights`.
     data : mapping of str to Tensor [sequences, length]
         Calibration text by domain.
@@ -284,16 +296,18 @@ def tune_layer_weights(
         documents = {name: np.arange(len(sequences)) for name, sequences in data.items()}
     chosen_on, judged_on = _halves(data, documents)
     logits = _some_logits(model, data, batch_size)
+    logits = logits if norms is None else norms.shown(logits)
     plain = replace(rule, layer_weights=None)
     at_level = plain.at(level_for_mean_experts(plain.at, logits, mean_k))
     text = {name: data[name][rows] for name, rows in chosen_on.items()}
-    weights = choose_layer_weights(model, text, at_level, factor=factor, rounds=rounds, batch_size=batch_size)
+    options: dict[str, Any] = {"batch_size": batch_size, "cache": cache} | _patched_with(norms)
+    weights = choose_layer_weights(model, text, at_level, factor=factor, rounds=rounds, **options)
     weighted = replace(plain, layer_weights=weights)
     weighted = weighted.at(level_for_mean_experts(weighted.at, logits, mean_k))
     # The text gives each rule its own mean: without weights three levels make a curve to read the loss from.
     near = [plain.at(level_for_mean_experts(plain.at, logits, k)) for k in _around(mean_k, rule)]
     rules = {"weighted": weighted} | {f"plain {number}": one for number, one in enumerate(near)}
-    frame = sweep(model, rules, {name: data[name][rows] for name, rows in judged_on.items()}, batch_size=batch_size)
+    frame = sweep(model, rules, {name: data[name][rows] for name, rows in judged_on.items()}, **options)
     frame = with_documents(frame, {name: np.asarray(documents[name])[rows] for name, rows in judged_on.items()})
     row = matched_difference(frame, ["weighted"], [name for name in rules if name != "weighted"]).iloc[0]
     helped = row["high"] < 0

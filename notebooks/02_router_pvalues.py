@@ -222,14 +222,17 @@ at.loc[["fixed", "storey", "bh", "by", "bonferroni"], list(realised["dependence"
 # statistic of the null expert is exchangeable with the calibration values. Where many calibration values come from one token,
 # they are not exchangeable with a new token's, so this fails here, too. A kernel p-value satisfies it as far as the density is
 # right; the Gaussian and the Dirichlet p-values *if* the token's logits are what these nulls say.
-# For a router, each of these is an approximation at best. "Null" is not a fact about an expert but our definition, by the
-# rank of the very logit that is tested, so that there is no truth against which a discovery could be false. The text to be
+# For a router, each of these is an approximation at best. "Null" is not a fact about an expert here but our definition, by the
+# rank of the very logit that is tested: among the eight experts that the model selects none is null, so no discovery among them
+# could be false, whatever the level. The text to be
 # routed is exchangeable with the calibration text only if it is of the same kind, and tokens of one text are not
 # independent. The dependence between experts has both signs, and is not known to be PRDS. Finally, a patched model
 # feeds its later layers with hidden states that it did not produce when it was calibrated. So $\alpha$ is a dial with a
 # meaning, "how surprising must an expert be", on a scale that is the same for all tokens and, with a fitted null, for all
 # layers. It is not a proven error rate. What a setting of the dial is worth has to be measured, by loss, on held-out text:
-# that is the next notebook.
+# that is the next notebook. There *is* a hypothesis with a truth behind it, that an expert adds next to nothing to its layer's output.
+# What it adds can be measured, the levels of this notebook do not follow it, and p-values and levels that do are made in
+# `08_what_alpha_promises`.
 #
 # ## Exercises
 #

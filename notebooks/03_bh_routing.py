@@ -139,7 +139,7 @@ table[["pvalues", "mean_k", "difference", "low", "high"]].round(2)
 # intervals: there both of the last are below zero, and both of `centered` and `standardized` above.
 #
 # There is a reason behind it. The model sums the outputs of the selected experts with their probabilities as weights,
-# so the weight that is *not* selected is, roughly, what is lost. Of all rules that spend the same number of experts in total, the
+# so the weight that is *not* selected is, roughly, what is lost (roughly, since outputs differ in size). Of all rules that spend the same number of experts in total, the
 # one that keeps every expert above one common probability loses the least weight: exchanging an expert that it keeps for one that
 # it drops can only lower the sum. A test of the probability comes close to that; a test of anything else does not. How much of
 # the weight of the model's own top 8 does each rule keep, at 4 experts per token? (Weight kept over weight of the top 8, each
@@ -156,7 +156,8 @@ for name, maker in makers.items():
 # The order of the list is nearly that of the losses, and where it is not there is something to learn. The null of `log_prob` is
 # fitted to each layer, so its threshold on the probability differs from layer to layer, and it keeps slightly less weight in total
 # than the Dirichlet null does. On more text it still loses less (`figures/whole_test_split.png`): weight is not worth the same in
-# every layer. Nor is it for every expert, since the outputs that it multiplies differ in size.
+# every layer. Nor is it for every expert, since the outputs that it multiplies differ in size, from expert to expert and from token
+# to token. Rules that know these sizes are in `bhlib.norms`, and what they add is measured in `08_what_alpha_promises`.
 #
 # Note what this says about validity: the p-values of `standardized` were
 # at least as uniform as those of `log_prob`, and much less entangled with each other (previous notebook). A valid test of the
@@ -192,7 +193,8 @@ print(f"{row['mean_k']:.1f} experts: {row['difference']:+.2f} nats, 95 % interva
 # (Bonferroni's is a fixed cut, too, with its level under another name.) In loss it is the same: with the same null the fixed cut is
 # level with BH or better (next notebooks, `06_quality_vs_compute`). Nor does the line add a guarantee. For p-values that are
 # uniform under a null that one can check, BH's $\alpha$ bounds the expected share of false discoveries among what is selected. Here
-# "null" is our own convention, and no share of useless experts is bounded by it: $\alpha$ is a dial.
+# "null" is our own convention, and no share of useless experts is bounded by it: $\alpha$ is a dial. (Useless experts can be
+# measured, and how many of them each level keeps; a null of that hypothesis is in `08_what_alpha_promises`.)
 
 # %%
 one = DirichletNull()

@@ -289,7 +289,17 @@ class Study:
     @cached_property
     def calibration(self) -> dict[str, Tensor]:
         """Text to fit nulls on."""
-        return self.text.sequences("calibration", self.window, max(1, 3 * self.sequences_per_domain // 4))
+        return self.text.sequences("calibration", self.window, self._to_fit_on)
+
+    @cached_property
+    def calibration_documents(self) -> dict[str, np.ndarray]:
+        """The document of each sequence of `calibration`."""
+        return self.text.documents("calibration", self.window, self._to_fit_on)
+
+    @property
+    def _to_fit_on(self) -> int:
+        """Sequences of a domain in `calibration`."""
+        return max(1, 3 * self.sequences_per_domain // 4)
 
     @cached_property
     def calibration_logits(self) -> Tensor:
