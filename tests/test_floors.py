@@ -22,6 +22,7 @@ FLOORS = [
     "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
     "compensation",  # what stands in for dropped experts
+    "alignment",  # a rival of the compensation: the output, stretched and shifted
     "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only
     "hooks",  # hooks that copies of a module leave behind
@@ -48,6 +49,7 @@ FLOORS = [
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
     "tuning",  # what each layer gets, from calibration text
+    "rival_fits",  # what rival rules and corrections are fitted with
     "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
