@@ -327,6 +327,18 @@ def test_cost_counts_rows_and_the_map(fitted):
     assert compensation.cost(5.0, top_k=8, intermediate_size=32) == pytest.approx((3 * 64 + 2 * 2 * 64) / (3 * 64 * 32))
 
 
+def test_a_sweep_counts_what_stands_in(fitted):
+    model, compensation = fitted
+    data = {"a": tokens(2, 8)}
+    plain, with_it = evaluate(model, data, BH(0.2)), evaluate(model, data, BH(0.2), compensation=compensation)
+    assert plain["cost"].equals(plain["mean_k"])
+    for row in with_it.itertuples():  # dropped experts of 64 numbers, and two products of 2 x 64, over 3 x 64 x 32
+        added = ((8 - row.mean_k) * 64 + 2 * 2 * 64) / (3 * 64 * 32)
+        assert row.cost == pytest.approx(row.mean_k + added)
+    own = evaluate(model, data, None, compensation=compensation)  # the model's own routing drops nothing
+    assert own["cost"].equals(own["mean_k"])
+
+
 # -- bad input -------------------------------------------------------------------------------------------------
 
 
