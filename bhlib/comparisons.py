@@ -319,6 +319,79 @@ def matched_difference(
     return pd.DataFrame({"rule": list(rules)} | _differences(difference, drawn, level) | {"equal": inside})
 
 
+def percent_at_cost(
+    frame: pd.DataFrame,
+    families: Mapping[str, Sequence[str]],
+    own: str,
+    costs: Sequence[float],
+    *,
+    within: float = 0.5,
+    by: str | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What families lose at the same costs, in per cent of the model's own loss; and the cost at which that is little.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        As `sweep` returns it, all rules on the same sequences.
+    families : mapping of str to sequence of str
+        By name, two or more rules with different costs each. The curve through them is as in `matched_difference`: a
+        cubic spline in the logarithm of the cost, continued by up to a tenth of an expert beyond its ends.
+    own : str
+        The rule that loses nothing: the model's own routing.
+    costs : sequence of float
+        Where the curves are read.
+    within : float
+        Per cent that count as little.
+    by, level, resamples, seed
+        As for `matched_compute`: each resample repeats everything.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``family``; ``kind``; ``cost``; ``percent`` (loss above that of `own`, in per cent of it); ``low``, ``high``
+        (of ``percent``, for the row by itself); ``sequences``; ``units``. A row for each rule (``kind`` is its name),
+        one for each of `costs` ("at cost"), and one with the least cost at which the curve falls to `within`
+        ("within"), where ``low`` and ``high`` are of that cost. NaN where a curve does not reach.
+
+    Raises
+    ------
+    ValueError
+        If a rule is not in the table or has failed, or a family has fewer than two rules.
+    """
+    values, spent, drawn = _measure(frame, "loss", by, resamples=resamples, seed=seed)
+    for name in (own, *(rule for rules in families.values() for rule in rules)):
+        _check_measured(frame, name, values.columns)
+    percent = 100 * (values.div(values[own], axis=0) - 1)
+    rows = []
+    for family, rules in families.items():
+        if len(rules) < 2:
+            raise ValueError(
+                f"the family {family!r} needs two or more rules to draw a curve through, got {list(rules)}."
+            )
+        order = spent[list(rules)].iloc[0].sort_values().index
+        nodes, curve = spent[order].to_numpy(), percent[order].to_numpy()
+        ends = nodes[0, 0] - 0.1, nodes[0, -1] + 0.1
+        fine = np.arange(*ends, 0.01)
+        at = np.concatenate([np.asarray(costs, dtype=float), fine])
+        pairs = zip(np.log(nodes), curve, strict=True)
+        read = np.stack([CubicSpline(k, loss)(np.log(at)) for k, loss in pairs])
+        read[:, : len(costs)][:, (at[: len(costs)] < ends[0]) | (at[: len(costs)] > ends[1])] = np.nan
+        for i, rule in enumerate(order):
+            rows.append((family, rule, nodes[0, i], curve[0, i], *drawn.interval(curve[:, i], level)))
+        for i, cost in enumerate(costs):
+            rows.append((family, "at cost", cost, read[0, i], *drawn.interval(read[:, i], level)))
+        small = read[:, len(costs) :] <= within
+        least = np.where(small.any(axis=1), fine[small.argmax(axis=1)], np.nan)
+        least[small[:, 0]] = np.nan  # it falls to that before the curve begins
+        rows.append((family, "within", least[0], within, *drawn.interval(least, level)))
+    table = pd.DataFrame(rows, columns=["family", "kind", "cost", "percent", "low", "high"])
+    return table.assign(sequences=drawn.weights.shape[1], units=drawn.units)
+
+
 def _measure(
     frame: pd.DataFrame, column: str, by: str | None = None, **options
 ) -> tuple[pd.DataFrame, pd.DataFrame, Resamples]:

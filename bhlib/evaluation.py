@@ -231,13 +231,11 @@ def counted_cost(patch: RoutingPatch, mean_k: float) -> float:
     if patch.mode == "analyze":
         return mean_k
     layer, cost = patch.layers[0], mean_k
-    hidden, down_proj = layer.router.weight.shape[-1], layer.experts.down_proj
-    intermediate = down_proj.numel() // (len(down_proj) * hidden)
     if patch.compensation is not None:
-        cost += patch.compensation.cost(mean_k, layer.top_k, intermediate)
+        cost += patch.compensation.cost(mean_k, layer.top_k, layer.intermediate_size)
     norms = getattr(patch, "norms", None)
     if norms is not None:
-        cost += norms.cost(hidden, intermediate)
+        cost += norms.cost(layer.router.weight.shape[-1], layer.intermediate_size)
     return cost
 
 
