@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bhlib.calibration import collect_router_logits, fit_null, name_of
 from bhlib.cells import model_key, sweep_key
-from bhlib.compensating import fit_compensation
+from bhlib.compensating import fit_ranks
 from bhlib.compensation import Compensation
 from bhlib.discovery import MoELayer, find_moe_layers, input_device
 from bhlib.figures.about import DEMO, About
@@ -39,7 +39,10 @@ SEQUENCES_PER_PASS = 8
 THIN = 8
 
 #: Tokens that compensations are fitted on, at most.
-FITTING_TOKENS = 200_000
+FITTING_TOKENS = 100_000
+
+#: Ranks of the map of a compensation that figures look at.
+RANKS = (0, 4, 8, 16, 32)
 
 #: Router logits of a split take no more than this many bytes, in memory and in a study's folder.
 LOGITS_BYTES = 2**30
@@ -160,6 +163,11 @@ class Study:
     def num_experts(self) -> int:
         """Experts of each layer."""
         return self._layers[0].num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a hidden state."""
+        return self._layers[0].router.weight.shape[-1]
 
     @property
     def intermediate_size(self) -> int:
@@ -333,10 +341,11 @@ class Study:
         return load_file(path)["logits"]
 
     def compensation(self, rank: int) -> Compensation:
-        """What stands in for dropped experts, with a map of this rank; fitted once, on `fitting_text`."""
+        """What stands in for dropped experts, with a map of this rank; those of `RANKS` are fitted once, together."""
         if rank not in self._compensations:
+            ranks = {rank, *(one for one in RANKS if one <= self.hidden_size)}
             options = {"batch_size": self.batch_size(self.window), "progress": False}
-            self._compensations[rank] = fit_compensation(self.model, self.fitting_text, rank=rank, **options)
+            self._compensations = fit_ranks(self.model, self.fitting_text, sorted(ranks), **options)
         return self._compensations[rank]
 
     @cached_property
