@@ -3,13 +3,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from bhlib import figures
+from bhlib import RoutingPatch, figures, find_moe_layers
+from bhlib.agreement import text_agreement
 from bhlib.comparisons import percent_at_cost, with_documents
 from bhlib.figures import compensated
+from bhlib.figures.families import by_level
 from bhlib.figures.recent import recent
+from bhlib.layer_passes import expert_output, watch_layers
 from bhlib.levels import mean_experts
-from bhlib.rules import AllocMoE, families_of
+from bhlib.rules import AllocMoE, Threshold, TopK, families_of
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,56 @@ def test_published_rules_are_compared_with_and_without(table):
     with_map = table[(table["kind"] == "measured") & (table["stands_in"] == "means and a map of rank 16")]
     assert (with_map["cost"] - with_map["mean_k"]).between(1 / 6, 0.25).all()
     figures.draw_compensated(table)
+
+
+def test_the_missing_part_is_energies_of_what_was_dropped(study):
+    table = figures.compute_missing_part(study)
+    assert sorted(table["rank"].unique()) == [0, 4, 8, 16, 32] and table["layer"].nunique() == 8
+    assert table["mean_k"].between(3, 5).all() and table["tokens"].eq(9 * 64).all()
+    assert (table["missing_low"] < table["missing"]).all() and (table["low"] < table["caught"]).all()
+    layer = 2
+    by_hand = missing_by_hand(study, layer, study.compensation(4))
+    row = table[(table["layer"] == layer) & (table["rank"] == 4)].iloc[0]
+    assert (row["missing"], row["caught"]) == pytest.approx(by_hand, rel=1e-3)
+    figures.draw_missing_part(table)
+
+
+@torch.no_grad()
+def missing_by_hand(study, number, compensation):
+    """Share of a layer's energy that is missing, and share of that which is caught: token by token."""
+    layer, part = find_moe_layers(study.model)[number], compensation.layers[number]
+    rule = by_level(Threshold, study)(study.thin_logits, study.half)
+    output = missing = left = 0.0
+    for sequences in study.validation.values():
+        seen = {}
+        with watch_layers([layer], lambda _, what, seen=seen: seen.update(what=what)):
+            study.model(sequences)
+        what = seen["what"]
+        kept = rule(what.logits, number).experts
+        for token in range(len(what.hidden)):
+            lacks, caught = torch.zeros(192), torch.zeros(192)
+            for expert, weight in zip(what.experts[token].tolist(), what.weights[token], strict=True):
+                if expert not in kept[token].tolist():
+                    lacks += weight * expert_output(layer, what.hidden[token, None], expert)[0]
+                    caught += weight * (part.means[1 + expert] + part.up @ (part.down @ what.hidden[token]))
+            output += float(what.output[token].square().sum())
+            missing += float(lacks.square().sum())
+            left += float((lacks - caught).square().sum())
+    return missing / output, 1 - left / missing
+
+
+def test_texts_are_compared_with_the_models_own(study):
+    prompts = torch.stack([sequences[0, :8] for sequences in study.test.values()])
+    same = text_agreement(study.model, prompts, TopK(8), 5)
+    assert same["same"].eq(1).all() and same["until"].eq(5).all() and same["kl"].abs().lt(1e-6).all()
+    few = text_agreement(study.model, prompts, TopK(1), 12, compensation=study.compensation(0))
+    own = study.model.generate(prompts, do_sample=False, min_new_tokens=12, max_new_tokens=12)
+    with RoutingPatch(study.model, TopK(1), compensation=study.compensation(0)):
+        other = study.model.generate(prompts, do_sample=False, min_new_tokens=12, max_new_tokens=12)
+    for row, mine, its in zip(few.itertuples(), own[:, 8:].tolist(), other[:, 8:].tolist(), strict=True):
+        equal = [a == b for a, b in zip(mine, its, strict=True)]
+        assert row.same == pytest.approx(sum(equal) / 12) and row.until == (equal + [False]).index(False)
+    assert few["mean_k"].eq(1).all() and few["kl"].gt(0.01).all() and few["cost"].gt(1).all()
 
 
 # -- percentages at a cost -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from families import PATCHED, tiny
 from models import state_of, tiny_olmoe, tokens
 
 from bhlib import BHRoutingIntegration, RoutingPatch, calibrate, find_moe_layers, load_demo, load_heldout
-from bhlib.compensating import Products, explain_missing, fit_compensation, solve
+from bhlib.compensating import Products, explain_missing, fit_compensation, fit_ranks, solve
 from bhlib.compensation import Compensation, LayerCompensation, load_compensation
 from bhlib.discovery import name_of
 from bhlib.evaluation import evaluate
@@ -319,6 +319,17 @@ def test_files(fitted, tmp_path):
     assert repr(loaded) == repr(compensation)
     for one, other in zip(loaded.layers, compensation.layers, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def test_ranks_are_fitted_together_as_alone(fitted):
+    model, compensation = fitted
+    both = fit_ranks(model, tokens(20, 16), (0, 2), batch_size=2, progress=False)
+    means = fit_compensation(model, tokens(20, 16), batch_size=2, progress=False)
+    for rank, alone in ((0, means), (2, compensation)):
+        assert both[rank].rank == rank
+        for one, other in zip(both[rank].layers, alone.layers, strict=True):
+            torch.testing.assert_close(one.means, other.means)
+            torch.testing.assert_close(one.up @ one.down, other.up @ other.down)
 
 
 def test_cost_counts_rows_and_the_map(fitted):

@@ -48,6 +48,7 @@ FLOORS = [
     "comparisons",  # the table of a sweep -> means, differences, intervals
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
+    "agreement",  # does a patched model write what the model itself writes
     "tuning",  # what each layer gets, from calibration text
     "rival_fits",  # what rival rules and corrections are fitted with
     "guarantees",  # levels with a promise about documents not seen yet
