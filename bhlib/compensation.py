@@ -32,8 +32,8 @@ class LayerCompensation(NamedTuple):
     ----------
     means : Tensor [1 + experts, hidden]
         Zeros, and the mean output of each expert.
-    down, up : Tensor [rank, hidden] and [hidden, rank]
-        The linear map, ``up @ down``; of rank 0 there is none.
+    down, up : Tensor [rank, hidden]
+        The linear map, ``up.T @ down``; of rank 0 there is none.
     """
 
     means: Tensor
@@ -59,13 +59,20 @@ class LayerCompensation(NamedTuple):
         total = embedding_bag(rows, self.means, per_sample_weights=weights, mode="sum")
         if len(self.down):
             mass = weights.masked_fill(rows == 0, 0.0).sum(dim=-1, keepdim=True)
-            total = total + mass * linear(linear(hidden_states.to(total.dtype), self.down), self.up)
+            total = total + mass * self._mapped(hidden_states.to(total.dtype))
         return total
+
+    def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer's output with what is `missing`."""
+        return output + self.missing(hidden_states, index, weights)
 
     def alone(self, hidden_states: Tensor, expert: int) -> Tensor:
         """What stands in for one expert, not weighted: [tokens, hidden] of hidden states of that shape."""
         total = self.means[1 + expert].expand(hidden_states.shape)
-        return total + linear(linear(hidden_states.to(total.dtype), self.down), self.up) if len(self.down) else total
+        return total + self._mapped(hidden_states.to(total.dtype)) if len(self.down) else total
+
+    def _mapped(self, hidden_states: Tensor) -> Tensor:
+        return linear(hidden_states, self.down) @ self.up
 
 
 class Compensation:

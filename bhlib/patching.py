@@ -43,7 +43,7 @@ from bhlib.discovery import (
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
 from bhlib.norms import OutputNorms
-from bhlib.passes import PassNote, PassReader, find_cache, is_packed, special_tokens
+from bhlib.passes import PassNote, PassReader, find_cache, is_packed, shape_of, special_tokens
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
@@ -393,8 +393,11 @@ class RoutingPatch:
         self._running.add(threading.current_thread())  # before the look whether the patch is open, or it might not wait
         self._local.current = None
         self.check_open()
+        inputs = self._inputs(args, kwargs)
+        if type(self._rule).begin_pass is not Rule.begin_pass:
+            self._rule.begin_pass(*shape_of(inputs))
         if self.collect_stats:
-            self._local.current = self.records.begin(self.records.reader.note(self._inputs(args, kwargs)), self._rule)
+            self._local.current = self.records.begin(self.records.reader.note(inputs), self._rule)
 
     @torch.compiler.disable
     def _end_pass(self, output: object) -> None:

@@ -23,6 +23,7 @@ FLOORS = [
     "rules",  # p-values -> experts and weights; the rival rules
     "compensation",  # what stands in for dropped experts
     "norms",  # how large the outputs of experts are
+    "alignment",  # a rival of the compensation: the output, stretched and shifted
     "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only
     "hooks",  # hooks that copies of a module leave behind
@@ -50,7 +51,9 @@ FLOORS = [
     "comparisons",  # the table of a sweep -> means, differences, intervals
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
+    "agreement",  # does a patched model write what the model itself writes
     "tuning",  # what each layer gets, from calibration text
+    "rival_fits",  # what rival rules and corrections are fitted with
     "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures

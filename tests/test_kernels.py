@@ -372,7 +372,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
 def stand_in(hidden, rank, num_experts=9):
     """Means and a map, of which nothing is zero but the first row."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (num_experts + 1, hidden), (rank, hidden), (hidden, rank)
+    shapes = (num_experts + 1, hidden), (rank, hidden), (rank, hidden)
     means, down, up = (0.3 * torch.randn(*shape, generator=generator) for shape in shapes)
     means[0] = 0
     return LayerCompensation(*(part.to(DEVICE, DTYPE) for part in (means, down, up)))

@@ -171,7 +171,7 @@ def test_with_a_compensation_it_is_the_deviation_that_counts():
     logs, selected = [], []
     for one in range(EXPERTS):
         output = expert_output(layer, seen[0].hidden, one)
-        away = (output - part.means[1 + one] - seen[0].hidden @ part.down.T @ part.up.T).norm(dim=-1)
+        away = (output - part.means[1 + one] - seen[0].hidden @ part.down.T @ part.up).norm(dim=-1)
         selected.append(away[(seen[0].experts == one).any(dim=1)])
         if one == expert:
             logs = away[rows].log()

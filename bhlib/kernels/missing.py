@@ -47,7 +47,7 @@ def add_up(
         Slots with ``num_experts + 1 + e`` stand for the dropped expert e (`bhlib.rules.routing.mark_dropped`).
     few : Tensor [tokens, rank], float32
         `to_few`.
-    means : Tensor [1 + experts, hidden], up : Tensor [hidden, rank], contiguous
+    means : Tensor [1 + experts, hidden], up : Tensor [rank, hidden], contiguous
         As in `bhlib.compensation.LayerCompensation`.
 
     Returns
@@ -57,13 +57,10 @@ def add_up(
     """
     (num_tokens, slots), hidden, rank = index.shape, outputs.shape[1], few.shape[1]
     total = outputs.new_empty(num_tokens, hidden)
-    # A program keeps its columns of the map for several tokens, if there are enough to spread.
-    tokens = min(8, max(1, num_tokens // 512))
-    block = min(512 if rank else 2048, triton.next_power_of_2(hidden))
-    _add_up[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, block))](
-        outputs, tiles.places, index, weights, few, means, up, total, num_tokens, hidden,
-        SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank, WIDTH=triton.next_power_of_2(max(rank, 1)),
-        TOKENS=tokens, BLOCK=block, num_warps=4,
+    block = min(2048, triton.next_power_of_2(hidden))
+    _add_up[(num_tokens, triton.cdiv(hidden, block))](
+        outputs, tiles.places, index, weights, few, means, up, total, hidden,
+        SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return total
 
@@ -89,38 +86,30 @@ def _to_few(
 
 
 @quick
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def _add_up(
-    rows_ptr, places_ptr, index_ptr, weights_ptr, few_ptr, means_ptr, up_ptr, out_ptr, num_tokens, hidden,
-    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    rows_ptr, places_ptr, index_ptr, weights_ptr, few_ptr, means_ptr, up_ptr, out_ptr, hidden,
+    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = columns < hidden
-    if RANK:
-        inner = tl.arange(0, WIDTH)
-        up_ptrs = up_ptr + columns[:, None].to(tl.int64) * RANK + inner[None, :]
-        up = tl.load(up_ptrs, mask=within[:, None] & (inner < RANK)[None, :], other=0.0).to(tl.float32)
-    first = tl.program_id(0).to(tl.int64) * TOKENS
-    for step in range(0, TOKENS):
-        token = first + step
-        inside = token < num_tokens
-        total = tl.zeros([BLOCK], tl.float32)
-        missing = tl.zeros([BLOCK], tl.float32)
-        mass = 0.0
-        for slot in tl.static_range(SLOTS):
-            pair = token * SLOTS + slot
-            expert = tl.load(index_ptr + pair, mask=inside, other=NUM_EXPERTS).to(tl.int64)
-            is_kept = (expert >= 0) & (expert < NUM_EXPERTS)
-            is_dropped = expert > NUM_EXPERTS
-            place = tl.load(places_ptr + pair, mask=is_kept, other=0).to(tl.int64)
-            total += tl.load(rows_ptr + place * hidden + columns, mask=is_kept & within, other=0.0).to(tl.float32)
-            weight = tl.load(weights_ptr + pair, mask=is_dropped, other=0.0).to(tl.float32)
-            mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * hidden + columns
-            missing += weight * tl.load(mean_ptrs, mask=is_dropped & within, other=0.0).to(tl.float32)
-            mass += weight
-        if RANK:
-            few = tl.load(few_ptr + token * RANK + inner, mask=inside & (inner < RANK), other=0.0) * mass
-            missing += tl.sum(up * few[None, :], axis=1)
-        out = (total + missing).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + token * hidden + columns, out, mask=inside & within)
+    total = tl.zeros([BLOCK], tl.float32)
+    missing = tl.zeros([BLOCK], tl.float32)
+    mass = 0.0
+    for slot in tl.static_range(SLOTS):
+        pair = token * SLOTS + slot
+        expert = tl.load(index_ptr + pair).to(tl.int64)
+        is_kept = (expert >= 0) & (expert < NUM_EXPERTS)
+        is_dropped = expert > NUM_EXPERTS
+        place = tl.load(places_ptr + pair, mask=is_kept, other=0).to(tl.int64)
+        total += tl.load(rows_ptr + place * hidden + columns, mask=is_kept & within, other=0.0).to(tl.float32)
+        weight = tl.load(weights_ptr + pair, mask=is_dropped, other=0.0).to(tl.float32)
+        mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * hidden + columns
+        missing += weight * tl.load(mean_ptrs, mask=is_dropped & within, other=0.0).to(tl.float32)
+        mass += weight
+    for inner in range(0, RANK):
+        few = tl.load(few_ptr + token * RANK + inner) * mass
+        missing += few * tl.load(up_ptr + inner * hidden + columns, mask=within, other=0.0).to(tl.float32)
+    out = (total + missing).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * hidden + columns, out, mask=within)

@@ -178,7 +178,7 @@ def _down_vector(
         if RANK > 0:
             inner = tl.arange(0, WIDTH)
             few = tl.load(few_ptr + token * RANK + inner, mask=inner < RANK, other=0.0) * mass
-            ptrs = from_few_ptr + row[:, None] * RANK + inner[None, :]
+            ptrs = from_few_ptr + inner[None, :] * HIDDEN + row[:, None]
             rows = tl.load(ptrs, mask=(row < HIDDEN)[:, None] & (inner < RANK)[None, :], other=0.0).to(tl.float32)
             missing += tl.sum(rows * few[None, :], axis=1)
     for slot in tl.static_range(SLOTS):
