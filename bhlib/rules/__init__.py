@@ -10,6 +10,7 @@ for the rules that always keep the best-scored experts, `count`.
 """
 
 from bhlib.rules.base import Forms, Level, PrefixRule, ProbabilityRule, Routing, Rule, TopK
+from bhlib.rules.batch import OEA, BatchBH, BatchRule, BatchThreshold
 from bhlib.rules.bh import BH
 from bhlib.rules.functional import benjamini_hochberg_routing, compare_max_k, topk_routing
 from bhlib.rules.names import FAMILIES, RuleFamily, families_of, register
@@ -19,6 +20,10 @@ from bhlib.rules.rivals import EntropyK, KeepMass, MinP, StaticPerLayer, Thresho
 __all__ = [
     "BH",
     "FAMILIES",
+    "OEA",
+    "BatchBH",
+    "BatchRule",
+    "BatchThreshold",
     "EntropyK",
     "Forms",
     "KeepMass",
