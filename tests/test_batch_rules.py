@@ -117,7 +117,7 @@ def test_a_prompt_is_routed_by_the_plain_rule(name):
 
 @pytest.mark.parametrize("name", RULES)
 def test_padding_is_a_token_like_another(name):
-    """A rule sees no mask: what padding wants is loaded, and free to the others. That can add, and put out the worst."""
+    """A rule sees no mask: what padding wants is loaded, and free to the others."""
     logits = logits_of(6)
     padding = torch.full((1, 64), 0.0, dtype=torch.float64)
     padding[0, logits[0].argsort(descending=True)[7]] = 9.0  # the eighth of token 0

@@ -116,9 +116,9 @@ for _family in (
     RuleFamily("weight ratio", Look(SKY, "<"), WeightRatio),
     RuleFamily("static per layer", Look(YELLOW, ">", "--")),
     # Of a batch, whose size they have to be told where a text is measured: see the figure `batch_bytes`.
-    RuleFamily("OEA", Look(RED, "s", "--"), None, is_rival=False),
+    RuleFamily("OEA", Look(RED, "*", "--"), None, is_rival=False),
     RuleFamily("BH, batch weights", Look(BLUE, "D", "-."), None, is_rival=False),
-    RuleFamily("BH, free experts", Look(SKY, "v", "--"), None, is_rival=False),
-    RuleFamily("batch threshold", Look(GREEN, "P", "-"), None, is_rival=False),
+    RuleFamily("BH, free experts", Look(SKY, "v", ":"), None, is_rival=False),
+    RuleFamily("batch threshold", Look(GREEN, "P", "-."), None, is_rival=False),
 ):
     register(_family)
