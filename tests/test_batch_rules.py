@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import tiny_olmoe, tokens
+from torch.nn.functional import cross_entropy
 
+from bhlib import figures
 from bhlib.compensating import fit_compensation
+from bhlib.figures import batch_bytes
 from bhlib.patching import RoutingPatch
 from bhlib.procedures import benjamini_hochberg
 from bhlib.pvalues import DirichletNull
@@ -231,6 +235,67 @@ def test_generation_and_its_prompt(name):
     for one in list(patch.records.passes)[1:]:
         for routing in one.routings.values():
             assert routing.counts.unique().numel() == 1  # all take as many of what is loaded
+
+
+# -- the figure -------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_mixes_domains_and_documents():
+    text = {name: torch.arange(6)[:, None] + 10 * i + torch.zeros(1, 3).long() for i, name in enumerate("ab")}
+    documents = {"a": np.array([0, 0, 0, 1, 1, 2]), "b": np.array([4, 4, 4, 4, 4, 4])}
+    ids, facts = batch_bytes.mixed_sequences(text, documents)
+    assert facts["domain"].tolist() == ["a", "b"] * 6
+    assert facts.loc[facts["domain"] == "a", "document"].tolist() == [0, 1, 2, 0, 1, 0]
+    assert sorted(ids[:, 0].tolist()) == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]
+    for row, (_, fact) in zip(ids, facts.iterrows(), strict=True):
+        assert torch.equal(row, text[fact["domain"]][fact["sequence"]])
+        assert fact["document"] == documents[fact["domain"]][fact["sequence"]]
+    assert len(batch_bytes.mixed_sequences(text, documents, most=4)[0]) == 4
+
+
+def test_loss_and_loaded_experts_are_those_of_single_steps():
+    """Each batch decoded token by token on a cache, its experts counted in sets."""
+    model, ids, rule = tiny_olmoe(), tokens(7, 5), BatchBH(0.01)
+    found = batch_bytes.measure(model, ids, rule, 3, ids.device)  # the seventh fills no batch
+    assert len(found) == 6
+    for start in (0, 3):
+        part, unique, cache, losses = ids[start : start + 3], [], {}, []
+        with RoutingPatch(model, rule) as patch, torch.no_grad():
+            for place in range(5):
+                out = model(input_ids=part[:, place : place + 1], use_cache=True, **cache)
+                cache = {cache_argument(model): out.past_key_values}
+                if place < 4:
+                    losses.append(
+                        torch.nn.functional.cross_entropy(out.logits[:, 0], part[:, place + 1], reduction="none")
+                    )
+            for one in patch.records.passes:
+                unique += [len({*routing.experts.flatten().tolist()} - {-1}) for routing in one.routings.values()]
+        rows = found.iloc[start : start + 3]
+        assert rows["loss"].tolist() == pytest.approx(torch.stack(losses).mean(dim=0).tolist(), abs=1e-5)
+        assert rows["unique"].tolist() == pytest.approx([sum(unique) / len(unique)] * 3)
+
+
+def test_the_figure_is_computed_and_drawn(monkeypatch):
+    monkeypatch.setattr(batch_bytes, "BATCHES", (8, 512))
+    monkeypatch.setattr(batch_bytes, "ALPHAS", (1e-3,))
+    monkeypatch.setattr(batch_bytes, "THRESHOLDS", (0.026,))
+    study = figures.Study(length=32, tokens_per_pass=64)
+    table = batch_bytes.measure_batches(study, "validation", most=8)  # too few for 512
+    assert table["batch"].unique().tolist() == [8] and (table["sequences"] == 8).all()
+    assert table["length"].unique().tolist() == [16] and table["split"].eq("validation").all()
+    own = table[table["rule"] == "top-8"]
+    assert (own["above"] == 0).all() and (own["saved"] == 0).all() and (own["mean_k"] == 8).all()
+    assert table.loc[table["family"] == "OEA", "oea"].eq(0).all()
+    shared = table[table["family"] == "BH, free experts"]
+    assert (shared["mean_k"] > 5).all() and (shared["unique"] < own["unique"].to_numpy()).all()
+    assert table["low"].le(table["above"] + 1e-12).all() and table["high"].ge(table["above"] - 1e-12).all()
+    assert len(figures.draw_batch_bytes(table).axes) == 2
+
+
+def test_a_text_of_few_sequences_is_refused():
+    study = figures.Study(length=32)
+    with pytest.raises(figures.NotForThisModel, match="fewer sequences than the smallest batch, 8"):
+        batch_bytes.measure_batches(study, "validation", most=4)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
