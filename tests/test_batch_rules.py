@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_olmoe, tokens
-from torch.nn.functional import cross_entropy
 
 from bhlib import figures
 from bhlib.compensating import fit_compensation

@@ -241,7 +241,8 @@ def draw_batch_bytes(table: pd.DataFrame) -> Figure:
         against.set_xlabel("experts loaded per layer (mean)")
     panels[0, 0].set_ylabel(f"loss above {about.own} (nats per token)")
     panels[1, 0].set_ylabel("loss minus OEA with as many\nloaded experts (nats / 1000)")
-    text = f"{about.name}, {table['split'].iloc[0]} split; a batch mixes domains and documents; dotted: 40 % fewer experts than {about.own}"
+    what = f"{about.name}, {table['split'].iloc[0]} split; a batch mixes domains and documents"
+    text = f"{what}; dotted: 40 % fewer experts than {about.own}"
     fig.suptitle(f"{text}\n{interval_caption(table, ONE)}", fontsize=8)
     fig.legend(fontsize=8, loc="outside lower center", ncols=6)
     return fig
