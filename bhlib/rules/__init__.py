@@ -10,6 +10,7 @@ for the rules that always keep the best-scored experts, `count`.
 """
 
 from bhlib.rules.base import Forms, Level, PrefixRule, ProbabilityRule, Routing, Rule, TopK
+from bhlib.rules.batch import OEA, BatchBH, BatchRule, BatchThreshold
 from bhlib.rules.bh import BH
 from bhlib.rules.budgets import AllocMoE, SeqTopK
 from bhlib.rules.folding import ExFold, Halving
@@ -24,6 +25,10 @@ __all__ = [
     "BH",
     "FAMILIES",
     "AllocMoE",
+    "OEA",
+    "BatchBH",
+    "BatchRule",
+    "BatchThreshold",
     "EntropyK",
     "ExFold",
     "Forms",

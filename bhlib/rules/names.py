@@ -123,5 +123,10 @@ for _family in (
     RuleFamily("halving", Look(BLACK, "<", ":"), is_rival=False),
     RuleFamily("ExFold", Look(BLACK, "P", "--"), is_rival=False),
     RuleFamily("LDA", Look(BLACK, "X", "-."), is_rival=False),
+    # Of a batch, whose size they have to be told where a text is measured: see the figure `batch_bytes`.
+    RuleFamily("OEA", Look(RED, "*", "--"), None, is_rival=False),
+    RuleFamily("BH, batch weights", Look(BLUE, "D", "-."), None, is_rival=False),
+    RuleFamily("BH, free experts", Look(SKY, "v", ":"), None, is_rival=False),
+    RuleFamily("batch threshold", Look(GREEN, "P", "-."), None, is_rival=False),
 ):
     register(_family)
