@@ -26,7 +26,7 @@ __all__ = ["compute_batch_bytes", "draw_batch_bytes", "mixed_sequences", "unique
 BATCHES = (8, 16, 32, 512)
 
 #: Levels of each family, from few experts to many.
-ALPHAS = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+ALPHAS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 3e-3)
 #: Of a token: what a batch misses grows with its tokens, and its threshold with the root of their number.
 THRESHOLDS = (0.037, 0.031, 0.026, 0.022, 0.019, 0.016)
 
@@ -174,7 +174,7 @@ def _one_size(study: Study, ids: Tensor, facts: pd.DataFrame, batch: int) -> pd.
     for family, rules in rules_of(study.top_k, batch).items():
         for rule in rules:
             level = rule.k if isinstance(rule, TopK) else rule.level
-            name = f"top-{level}" if family == "static top-k" else f"{family} {level:g}"
+            name = f"top-{level}" if family == "static top-k" else f"{family} {level:.3g}"
             part = measure(study.model, ids, rule, batch, study.device).join(facts).assign(rule=name)
             rows.append(
                 {"batch": batch, "family": family, "rule": name, "level": level, "unique": part["unique"].mean()}

@@ -145,7 +145,8 @@ class BatchBH(BatchRule):
     pvalues : PValueMaker or str
         As for `BH`; experts are ranked by the model's scores whatever the p-values.
     boost : float
-        What each other token that wants an expert adds to its weight, 0 or more. 3 was chosen on validation text.
+        What each other token that wants an expert adds to its weight, 0 or more. Between 1 and 10 it made
+        little difference on validation text.
 
     Notes
     -----
@@ -159,7 +160,7 @@ class BatchBH(BatchRule):
     token takes because others have loaded them, which are tested by nobody, or the bounds `min_k` and `max_k`.
     """
 
-    alpha: float = 0.2
+    alpha: float = 1e-3
     pvalues: PValueMaker = field(default_factory=DirichletNull)
     boost: float = 3.0
 
