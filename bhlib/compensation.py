@@ -21,8 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
-from bhlib import kernels
-
 #: Version of the file format.
 FORMAT = 1
 
@@ -64,15 +62,6 @@ class LayerCompensation(NamedTuple):
             total = total + mass * linear(linear(hidden_states.to(total.dtype), self.down), self.up)
         return total
 
-    def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor, fused: bool = False) -> Tensor:
-        """The layer's output with what is `missing`; if `fused`, by a kernel where one can."""
-        wants_gradients = torch.is_grad_enabled() and (output.requires_grad or weights.requires_grad)
-        if fused and output.dtype in kernels.DTYPES and kernels.run_on(output.device) and not wants_gradients:
-            from bhlib.kernels.missing import add_missing  # imports Triton, which not everybody has
-
-            return add_missing(output, hidden_states, index, weights, *self)
-        return output + self.missing(hidden_states, index, weights)
-
 
 class Compensation:
     """What stands in for dropped experts, layer by layer. Make one with `fit_compensation`, or load one.
@@ -101,7 +90,7 @@ class Compensation:
         key = index, like.device, like.dtype
         if key not in self._on_device:
             with torch.inference_mode(False):  # it outlives the pass that asks first
-                self._on_device[key] = LayerCompensation(*(part.to(like) for part in self.layers[index]))
+                self._on_device[key] = LayerCompensation(*(part.to(like).contiguous() for part in self.layers[index]))
         return self._on_device[key]
 
     def cost(self, mean_experts: float, top_k: int, intermediate_size: int) -> float:

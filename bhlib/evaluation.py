@@ -153,6 +153,7 @@ def _patched(model: nn.Module, rule: Rule | None, options: Mapping[str, Any]) ->
     return RoutingPatch(model, rule, max_recorded_tokens=None, **options)
 
 
+@torch.no_grad()
 def evaluate_patched(
     patch: RoutingPatch, data: Mapping[str, Tensor], batch_size: int, agreement: bool, progress: tqdm | None
 ) -> pd.DataFrame:

@@ -19,7 +19,6 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -47,7 +46,7 @@ from bhlib.passes import PassNote, PassReader, find_cache, is_packed, shape_of, 
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
-from bhlib.router_hooks import RouterForward, RouterHook, Seen
+from bhlib.router_hooks import CompensatedForward, RouterForward, RouterHook, Seen
 from bhlib.rules import BH, Forms, Level, Routing, Rule
 from bhlib.stats import RoutingStats
 from bhlib.weighting import WEIGHTINGS
@@ -217,8 +216,7 @@ class RoutingPatch:
                 self._implementations.enter_context(twins)
             if self.compensates:
                 for layer in self.layers:
-                    hook = partial(self._compensate, layer)
-                    self._hooks.add(layer.experts, layer.experts.register_forward_hook(hook))
+                    self._hook_experts(layer)
             self._prepare(self._rule)
             body = self._body
             self._hooks.add(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -294,6 +292,16 @@ class RoutingPatch:
         else:
             self._hooks.add(router, router.register_forward_hook(RouterHook(self, seen)))
 
+    def _hook_experts(self, layer: MoELayer) -> None:
+        """Replace the forward of a layer's experts by one that completes it, or complete what it gives."""
+        assert self.compensation is not None
+        experts = layer.experts
+        forward = CompensatedForward(layer, self.compensation, self.kernels)
+        if "forward" not in vars(experts):
+            self._hooks.replace_forward(experts, forward)
+        else:
+            self._hooks.add(experts, experts.register_forward_hook(forward.complete))
+
     def _expects_whole_graphs(self) -> bool:
         """Whether a compiler can make one graph of a pass: no loop over experts, no rule that counts passes."""
         if type(self._rule).end_pass is not Rule.end_pass:
@@ -325,13 +333,6 @@ class RoutingPatch:
             fused=self.kernels,
             own_k=layer.top_k if self.compensates else 0,
         )
-
-    def _compensate(self, layer: MoELayer, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Forward hook of a layer's experts: add what stands in for those that were dropped."""
-        hidden_states, index, weights = args
-        assert self.compensation is not None
-        part = self.compensation.layer(layer.index, output)
-        return part.add(output, hidden_states, index, weights, fused=self.kernels)
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights

@@ -70,6 +70,16 @@ def test_rows_are_those_that_the_products_have(rule):
     np.testing.assert_allclose(frame["rows"], frame["mean_k"] * 20 * 3)
 
 
+def test_no_graph_of_gradients_is_kept():
+    """It would take several times the memory, and no kernel computes what wants gradients."""
+    model, seen = tiny_olmoe(), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    evaluate(model, DATA, BH(0.2))
+    sweep(model, {"BH": BH(0.2)}, DATA)
+    assert seen and not any(seen)
+
+
 def test_load_entropy_by_hand():
     """The model's own routing, sequence by sequence, expert by expert."""
     model = tiny_olmoe()
