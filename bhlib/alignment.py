@@ -30,8 +30,8 @@ class LayerAlignment(NamedTuple):
     shift: Tensor
     num_experts: int
 
-    def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The layer's output, corrected for tokens of which an expert was dropped; as `LayerCompensation.add`."""
+    def complete(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer's output, corrected for tokens of which an expert was dropped; as `LayerCompensation.complete`."""
         drops = (index > self.num_experts).any(dim=-1, keepdim=True)
         return torch.where(drops, output * self.scale + self.shift, output)
 
@@ -48,6 +48,8 @@ class Alignment(Compensation):
     """
 
     layers: list[LayerAlignment]  # type: ignore[assignment]
+
+    has_kernels = False
 
     def __init__(self, layers: Sequence[LayerAlignment], model_name: str) -> None:
         self.layers, self.model_name = list(layers), model_name

@@ -202,7 +202,7 @@ def _fit_layer(fitted: Products, held_out: Products, num_experts: int, rank: int
     best = STRENGTHS[max(range(len(gains)), key=gains.__getitem__)]
     means, linear_map, directions = solve(fitted + held_out, num_experts, rank, best)
     table = torch.cat([torch.zeros_like(means[:1]), means])
-    down, up = (linear_map @ directions).T if rank else means[:0], directions
+    down, up = (linear_map @ directions).T if rank else means[:0], directions.T
     return LayerCompensation(*(part.float().cpu().contiguous() for part in (table, down, up)))
 
 

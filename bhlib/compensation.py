@@ -13,7 +13,7 @@ A routing says which experts were dropped, and with which weights (`bhlib.rules.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,8 +62,8 @@ class LayerCompensation(NamedTuple):
             total = total + mass * self._mapped(hidden_states.to(total.dtype))
         return total
 
-    def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The layer's output with what is `missing`."""
+    def complete(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer's output [tokens, hidden] with what is `missing`."""
         return output + self.missing(hidden_states, index, weights)
 
     def alone(self, hidden_states: Tensor, expert: int) -> Tensor:
@@ -89,6 +89,9 @@ class Compensation:
     ----------
     num_layers, num_experts, hidden_size, rank : int
     """
+
+    #: Whether the kernels of the experts can add it.
+    has_kernels: ClassVar[bool] = True
 
     def __init__(self, layers: Sequence[LayerCompensation], model_name: str) -> None:
         self.layers, self.model_name = list(layers), model_name

@@ -98,7 +98,8 @@ class CompensatedForward(NewForward):
 
     def __init__(self, layer: MoELayer, compensation: Compensation, by_kernels: bool) -> None:
         super().__init__(layer.experts)
-        self.layer, self.compensation, self.by_kernels = layer, compensation, by_kernels
+        self.layer, self.compensation = layer, compensation
+        self.by_kernels = by_kernels and compensation.has_kernels
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routing = top_k_index, top_k_weights
@@ -114,4 +115,4 @@ class CompensatedForward(NewForward):
 
     def complete(self, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """A forward hook, where the forward is not the class's: the output of the experts, and what is missing."""
-        return self.compensation.layer(self.layer.index, output).add(output, *args)
+        return self.compensation.layer(self.layer.index, output).complete(output, *args)

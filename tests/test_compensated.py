@@ -160,7 +160,9 @@ def test_a_curve_that_does_not_reach_says_so():
     families = {"a": ["a 2", "a 3"]}
     table = percent_at_cost(made_up(), families, "own", (3,), within=0.01)
     assert table[table["kind"] == "within"][["cost", "low", "high"]].isna().all(axis=None)
-    with pytest.raises(ValueError, match=r"the family 'a' needs two or more rules to draw a curve, got \['a 2'\]"):
+    with pytest.raises(
+        ValueError, match=r"the family 'a' needs two or more rules to draw a curve through, got \['a 2'\]"
+    ):
         percent_at_cost(made_up(), {"a": ["a 2"]}, "own", (3,))
     with pytest.raises(ValueError, match="the rule 'b' is not in this table"):
         percent_at_cost(made_up(), {"a": ["a 2", "b"]}, "own", (3,))
