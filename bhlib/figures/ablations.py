@@ -125,10 +125,16 @@ def _without(ingredient: str, fact: pd.Series) -> str | None:
 
 
 def _as_good(rules: pd.DataFrame, loss_of_own: float, own: str) -> float:
-    """Mean number of experts at which a family is as good as the model's own top-k; NaN beyond what was measured."""
+    """Mean number of experts at which a family is as good as the model's own top-k, on straight lines between rules.
+
+    NaN beyond what was measured, and where two neighbours are further apart than 1.5 experts.
+    """
     curve = pd.concat([rules, pd.DataFrame({"mean_k": [float(own.removeprefix("top-"))], "loss": [loss_of_own]})])
-    curve = curve.sort_values("loss")
-    return float(np.interp((1 + AS_GOOD) * loss_of_own, curve["loss"], curve["mean_k"], right=np.nan))
+    curve, at = curve.sort_values("loss"), (1 + AS_GOOD) * loss_of_own
+    found = float(np.interp(at, curve["loss"], curve["mean_k"], right=np.nan))
+    number = int(np.searchsorted(curve["loss"], at).clip(1, len(curve) - 1))
+    apart = abs(curve["mean_k"].iloc[number] - curve["mean_k"].iloc[number - 1])
+    return found if apart <= 1.5 else np.nan
 
 
 @figure("ablations", compute_ablations, slow=True)
