@@ -13,7 +13,6 @@ bounded however long the text is. The draw depends on the seed and on the order 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bhlib.contributions import SelectedNorms
 from bhlib.discovery import MoELayer, find_moe_layers, name_of, watch
-from bhlib.layer_passes import LayerPass, watch_layers
 from bhlib.levels import undecided_pvalues
+from bhlib.norms import OutputNorms
 from bhlib.pvalues import (
     FittedNull,
     PValueMaker,
     check_logits,
-    check_norms_fit,
     fitted_nulls,
     load_null,
     null_values,
@@ -47,7 +44,7 @@ def calibrate(
     statistic: str = "log_prob",
     exclude_top: int | None = None,
     per_expert: bool = False,
-    norms: bool = False,
+    norms: OutputNorms | None = None,
     max_values: int | None = None,
     attention_mask: Tensor | Mapping[str, Tensor] | None = None,
     batch_size: int = 8,
@@ -73,10 +70,9 @@ def calibrate(
         How many of each token's largest logits to leave out; by default as many as the model itself selects.
     per_expert : bool
         Whether each expert gets a null of its own.
-    norms : bool
-        Whether the p-values count how large the output of each expert is: its mean norm where it is selected, relative
-        to its layer's mean, measured in the same pass (`FittedNull.with_norms`). The experts are then computed twice.
-        A rule with such a null ranks experts by weight times norm, and no kernel routes it.
+    norms : OutputNorms, optional
+        What the rule will be shown beside the logits (`bhlib.fit_norms`): the levels of ``alpha_for`` are then those
+        for ``BHRoutingIntegration(..., norms=norms)``. The null stays that of the logits alone.
     max_values : int, optional
         Size of the sample, by default 50,000 values per layer; with `per_expert`, 4,000 per layer and expert. While
         the model runs a value takes 12 bytes.
@@ -101,7 +97,7 @@ def calibrate(
     ------
     ValueError
         For an unknown null or statistic, ids or a mask of the wrong shape, a model in training mode, logits that are
-        not finite, `norms` with another statistic than ``"log_prob"``.
+        not finite, `norms` of another model.
     RuntimeError
         If the model is patched.
 
@@ -119,13 +115,11 @@ def calibrate(
     num_experts = layers[0].num_experts
     sampler = LogitSampler(len(layers), num_experts, statistic, exclude_top, per_expert, max_values, seed)
     make = _null_class(null)
-    measured = None
-    if norms:
-        check_norms_fit(statistic)
-        measured = SelectedNorms(len(layers), num_experts)
-    _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add, measured)
+    if norms is not None:
+        norms.check_model(name_of(model), len(layers), num_experts)
+    _run(model, layers, token_ids, attention_mask, batch_size, progress, sampler.add)
     fitted = make.fit(sampler.samples(), model_name=name_of(model), **sampler.settings, **options)
-    return _with_levels(fitted if measured is None else fitted.with_norms(measured.log_relative()), sampler.logits())
+    return _with_levels(fitted, sampler.logits(), norms)
 
 
 def fit_null(
@@ -198,8 +192,10 @@ def load_calibration(path: str | Path, model: nn.Module) -> FittedNull:
     return load_null(path, model_name=name_of(model), num_layers=len(layers), num_experts=layers[0].num_experts)
 
 
-def _with_levels(null: FittedNull, router_logits: list[Tensor]) -> FittedNull:
+def _with_levels(null: FittedNull, router_logits: list[Tensor], norms: OutputNorms | None = None) -> FittedNull:
     """The null, with the levels that `FittedNull.alpha_for` reads in its header."""
+    if norms is not None:
+        router_logits = [logits + norms(logits, layer) for layer, logits in enumerate(router_logits)]
     min_k, max_k = 1, min(8, null.num_experts)
     means = np.arange(min_k + 0.5, max_k, 0.5)
     alphas = np.quantile(undecided_pvalues(null, router_logits, "bh", min_k, max_k), (means - min_k) / (max_k - min_k))
@@ -261,12 +257,8 @@ def _run(
     batch_size: int,
     progress: bool,
     take: Callable[[int, Tensor], None],
-    norms: SelectedNorms | None = None,
 ) -> None:
-    """Run the model and hand over, per forward pass and layer, the logits [real tokens, experts] of each router.
-
-    `norms` measures the experts' outputs meanwhile.
-    """
+    """Run the model and hand over, per forward pass and layer, the logits [real tokens, experts] of each router."""
     texts = check_texts(token_ids, attention_mask)
     check_plain(model, layers)
     valid = None
@@ -277,15 +269,10 @@ def _run(
         check_logits(logits)
         take(layer.index, logits)
 
-    def measure_real(layer: MoELayer, seen: LayerPass) -> None:
-        assert norms is not None
-        norms.add(layer, seen if valid is None else seen.at(valid.flatten().nonzero().flatten()))
-
     total = sum(len(text.ids) for text in texts)
     with (
         tqdm(total=total, unit="seq", desc="router logits", disable=not progress) as bar,
         watch(layers, take_real),
-        nullcontext() if norms is None else watch_layers(layers, measure_real),
     ):
         for batch in batches(texts, batch_size):
             valid = None if batch.mask is None else batch.mask.bool()

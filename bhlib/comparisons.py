@@ -182,15 +182,17 @@ def matched_compute(
     baseline: str = "top-",
     column: str = "loss",
     *,
+    by: str | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Each rule against static top-k at the same mean number of experts, with bootstrap intervals.
+    """Each rule against static top-k at the same cost, with bootstrap intervals.
 
-    Static top-k exists at integer k only. Between them its loss is interpolated linearly, at the mean number of
-    experts of the rule over all tokens, layers and sequences: what is lost by choosing between top-k and top-(k+1)
-    at random, which can be done without looking at the token. All means are over tokens.
+    The cost is the mean number of experts, and what stands in for dropped ones, if anything does. Static top-k exists
+    at integer k only. Between them its loss is interpolated linearly, at the cost of the rule over all tokens, layers
+    and sequences: what is lost by choosing between top-k and top-(k+1) at random, which can be done without looking at
+    the token. All means are over tokens.
 
     Parameters
     ----------
@@ -201,6 +203,9 @@ def matched_compute(
         smallest and the largest has to be there, since a longer chord of a convex curve flatters the rule.
     column : str
         What to compare: ``loss``, ``accuracy``, ``kl``.
+    by : str, optional
+        The column that is the cost, ``"cost"`` or ``"mean_k"``. By default the counted cost, where the table has it;
+        without compensation the two are the same.
     level, resamples, seed
         Of the bootstrap (`resample`). Each resample draws whole units, with all rules' results on them, and repeats
         everything: the rule's mean k, the interpolation, the difference. So a rule that gives more experts to some
@@ -209,10 +214,11 @@ def matched_compute(
     Returns
     -------
     pandas.DataFrame
-        One row per rule that is no baseline: ``rule``, ``mean_k``, the `column`, ``static`` (that of static top-k at
-        the same mean k), ``difference`` (rule minus static), ``low``, ``high`` (for this row by itself),
-        ``joint_low``, ``joint_high`` (for all rows at once), ``sequences``, ``units`` (documents, or sequences if the
-        frame tells none). ``static`` and the difference are NaN for a rule whose mean k lies outside the baseline's.
+        One row per rule that is no baseline: ``rule``, ``mean_k``, ``cost`` if it is another number, the `column`,
+        ``static`` (that of static top-k at the same cost), ``difference`` (rule minus static), ``low``, ``high`` (for
+        this row by itself), ``joint_low``, ``joint_high`` (for all rows at once), ``sequences``, ``units`` (documents,
+        or sequences if the frame tells none). ``static`` and the difference are NaN for a rule whose cost lies outside
+        the baseline's.
         Rules that failed are left out.
 
     Raises
@@ -221,7 +227,7 @@ def matched_compute(
         If there are fewer than two baselines, one is missing in between, there is no other rule, or rules differ in
         their sequences.
     """
-    values, experts, drawn = _measure(frame, column, resamples=resamples, seed=seed)
+    values, costs, drawn = _measure(frame, column, by, resamples=resamples, seed=seed)
     static = sorted(int(name[len(baseline) :]) for name in values if re.fullmatch(re.escape(baseline) + r"\d+", name))
     if len(static) < 2 or static != list(range(static[0], static[-1] + 1)):
         raise ValueError(
@@ -232,12 +238,15 @@ def matched_compute(
     rules = values.columns.drop(names)
     if rules.empty:
         raise ValueError(f"there is no rule to compare with {', '.join(names)}: add one to the sweep, such as BH.")
-    mean_k, quality = experts[rules].to_numpy(), values[rules].to_numpy()
-    matched = _interpolate(values[names].to_numpy(), mean_k - static[0])
-    outside = (mean_k[0].round(6) < static[0]) | (mean_k[0].round(6) > static[-1])
+    cost, nodes, quality = costs[rules].to_numpy(), costs[names].to_numpy(), values[rules].to_numpy()
+    rows = zip(cost, nodes, values[names].to_numpy(), strict=True)
+    matched = np.stack([np.interp(at, k, loss) for at, k, loss in rows])
+    outside = (cost[0].round(6) < nodes[0, 0].round(6)) | (cost[0].round(6) > nodes[0, -1].round(6))
     matched[:, outside] = np.nan
     return pd.DataFrame(
-        {"rule": rules, "mean_k": mean_k[0], column: quality[0], "static": matched[0]}
+        {"rule": rules}
+        | _spent(frame, rules, drawn)
+        | {column: quality[0], "static": matched[0]}
         | _differences(quality - matched, drawn, level)
         | {"sequences": drawn.weights.shape[1], "units": drawn.units}
     )
@@ -249,6 +258,7 @@ def matched_difference(
     rival: Sequence[str],
     column: str = "loss",
     *,
+    by: str | None = None,
     margin: float = EQUAL,
     level: float = 0.95,
     resamples: int = 2000,
@@ -271,6 +281,8 @@ def matched_difference(
         logarithm of the mean, continued by up to a tenth of an expert beyond its ends.
     column : str
         What to compare.
+    by : str, optional
+        The column that is the cost, as for `matched_compute`.
     margin : float
         Differences smaller than this count as none.
     level, resamples, seed
@@ -290,7 +302,7 @@ def matched_difference(
     ValueError
         If a rule is not in the table or has failed, or the rival has fewer than two rules.
     """
-    values, experts, drawn = _measure(frame, column, resamples=resamples, seed=seed)
+    values, experts, drawn = _measure(frame, column, by, resamples=resamples, seed=seed)
     for name in (*rules, *rival):
         _check_measured(frame, name, values.columns)
     if len(rival) < 2:
@@ -307,11 +319,93 @@ def matched_difference(
     return pd.DataFrame({"rule": list(rules)} | _differences(difference, drawn, level) | {"equal": inside})
 
 
-def _measure(frame: pd.DataFrame, column: str, **options) -> tuple[pd.DataFrame, pd.DataFrame, Resamples]:
-    """Means over tokens of a column and of the experts, a row per resample and a column per rule; and the resamples."""
+def percent_at_cost(
+    frame: pd.DataFrame,
+    families: Mapping[str, Sequence[str]],
+    own: str,
+    costs: Sequence[float],
+    *,
+    within: float = 0.5,
+    by: str | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What families lose at the same costs, in per cent of the model's own loss; and the cost at which that is little.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+        As `sweep` returns it, all rules on the same sequences.
+    families : mapping of str to sequence of str
+        By name, two or more rules with different costs each. The curve through them is as in `matched_difference`: a
+        cubic spline in the logarithm of the cost, continued by up to a tenth of an expert beyond its ends.
+    own : str
+        The rule that loses nothing: the model's own routing.
+    costs : sequence of float
+        Where the curves are read.
+    within : float
+        Per cent that count as little.
+    by, level, resamples, seed
+        As for `matched_compute`: each resample repeats everything.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``family``; ``kind``; ``cost``; ``percent`` (loss above that of `own`, in per cent of it); ``low``, ``high``
+        (of ``percent``, for the row by itself); ``sequences``; ``units``. A row for each rule (``kind`` is its name),
+        one for each of `costs` ("at cost"), and one with the least cost at which the curve falls to `within`
+        ("within"), where ``low`` and ``high`` are of that cost. NaN where a curve does not reach.
+
+    Raises
+    ------
+    ValueError
+        If a rule is not in the table or has failed, or a family has fewer than two rules.
+    """
+    values, spent, drawn = _measure(frame, "loss", by, resamples=resamples, seed=seed)
+    for name in (own, *(rule for rules in families.values() for rule in rules)):
+        _check_measured(frame, name, values.columns)
+    percent = 100 * (values.div(values[own], axis=0) - 1)
+    rows = []
+    for family, rules in families.items():
+        if len(rules) < 2:
+            raise ValueError(
+                f"the family {family!r} needs two or more rules to draw a curve through, got {list(rules)}."
+            )
+        order = spent[list(rules)].iloc[0].sort_values().index
+        nodes, curve = spent[order].to_numpy(), percent[order].to_numpy()
+        ends = nodes[0, 0] - 0.1, nodes[0, -1] + 0.1
+        fine = np.arange(*ends, 0.01)
+        at = np.concatenate([np.asarray(costs, dtype=float), fine])
+        pairs = zip(np.log(nodes), curve, strict=True)
+        read = np.stack([CubicSpline(k, loss)(np.log(at)) for k, loss in pairs])
+        read[:, : len(costs)][:, (at[: len(costs)] < ends[0]) | (at[: len(costs)] > ends[1])] = np.nan
+        for i, rule in enumerate(order):
+            rows.append((family, rule, nodes[0, i], curve[0, i], *drawn.interval(curve[:, i], level)))
+        for i, cost in enumerate(costs):
+            rows.append((family, "at cost", cost, read[0, i], *drawn.interval(read[:, i], level)))
+        small = read[:, len(costs) :] <= within
+        least = np.where(small.any(axis=1), fine[small.argmax(axis=1)], np.nan)
+        least[small[:, 0]] = np.nan  # it falls to that before the curve begins
+        rows.append((family, "within", least[0], within, *drawn.interval(least, level)))
+    table = pd.DataFrame(rows, columns=["family", "kind", "cost", "percent", "low", "high"])
+    return table.assign(sequences=drawn.weights.shape[1], units=drawn.units)
+
+
+def _measure(
+    frame: pd.DataFrame, column: str, by: str | None = None, **options
+) -> tuple[pd.DataFrame, pd.DataFrame, Resamples]:
+    """Means over tokens of a column and of the cost, a row per resample and a column per rule; and the resamples."""
     values = _wide(frame, column)
+    costs = _wide(frame, by or ("cost" if "cost" in frame else "mean_k"))
     drawn = _resample(frame, values.index, size=_wide(frame, "tokens").iloc[:, 0], **options)
-    return *(pd.DataFrame(drawn.means(wide), columns=wide.columns) for wide in (values, _wide(frame, "mean_k"))), drawn
+    return *(pd.DataFrame(drawn.means(wide), columns=wide.columns) for wide in (values, costs)), drawn
+
+
+def _spent(frame: pd.DataFrame, rules: pd.Index, drawn: Resamples) -> dict[str, np.ndarray]:
+    """Mean number of experts of rules, and their counted cost where it is another number."""
+    names = ["mean_k"] + ["cost"] * ("cost" in frame and not frame["cost"].equals(frame["mean_k"]))
+    return {name: drawn.means(_wide(frame, name)[rules])[0] for name in names}
 
 
 def _differences(differences: np.ndarray, drawn: Resamples, level: float) -> dict[str, np.ndarray]:
@@ -321,14 +415,6 @@ def _differences(differences: np.ndarray, drawn: Resamples, level: float) -> dic
     return {
         "difference": differences[0], "low": low, "high": high, "joint_low": joint_low, "joint_high": joint_high
     }  # fmt: skip
-
-
-def _interpolate(curves: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Each row of `curves` [rows, points] at its own positions [rows, n] in 0..points - 1; beyond that, its end."""
-    positions = positions.clip(0, curves.shape[1] - 1)
-    left = np.minimum(positions.astype(int), curves.shape[1] - 2)
-    share, row = positions - left, np.arange(len(curves))[:, None]
-    return (1 - share) * curves[row, left] + share * curves[row, left + 1]
 
 
 def _measured(frame: pd.DataFrame) -> pd.DataFrame:
@@ -369,19 +455,23 @@ def summarize(frame: pd.DataFrame, by: list[str] | None = None) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        The columns of `by`, ``mean_k``, ``loss``, ``loss_low``, ``loss_high``, ``perplexity`` (exponential of the
-        mean loss), ``accuracy``, where measured ``kl`` and ``top1_agreement``, ``load_entropy`` (means over sequences),
-        ``sequences``, ``units`` (documents, or sequences if the frame tells none), and the sums ``tokens``, ``rows``,
-        ``seconds``.
+        The columns of `by`, ``mean_k``, ``cost`` if it is another number, ``loss``, ``loss_low``, ``loss_high``,
+        ``perplexity`` (exponential of the mean loss), ``accuracy``, where measured ``kl`` and ``top1_agreement``,
+        ``load_entropy`` (means over sequences), ``sequences``, ``units`` (documents, or sequences if the frame tells
+        none), and the sums ``tokens``, ``rows``, ``seconds``.
     """
-    rows = []
-    for key, part in _measured(frame).groupby(by or ["rule"], sort=False):
+    rows, frame = [], _measured(frame)
+    counted = ["cost"] if "cost" in frame and not frame["cost"].equals(frame["mean_k"]) else []
+    for key, part in frame.groupby(by or ["rule"], sort=False):
         drawn = resample(part["domain"], part["document" if "document" in part else "sequence"])
         low, high = drawn.interval(drawn.means(part["loss"]))
         rows.append(
             dict(zip(by or ["rule"], key, strict=True))
             | {
                 "mean_k": part["mean_k"].mean(),
+            }
+            | {column: part[column].mean() for column in counted}
+            | {
                 "loss": part["loss"].mean(),
                 "loss_low": low,
                 "loss_high": high,

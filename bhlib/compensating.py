@@ -1,4 +1,4 @@
-"""Fit what stands in for dropped experts, in one pass over a text: `fit_compensation`.
+"""Fit what stands in for dropped experts, in one pass over a text: `fit_compensation`, or `fit_ranks` for several maps.
 
 For every token, what its dropped experts would have added, ``sum w_e E_e(x)``, is explained by two things: the weights
 of the dropped experts, whose coefficients are the means, and the hidden state times their sum, whose coefficients are
@@ -8,6 +8,7 @@ are fitted again beside it.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,12 @@ class Products:
         total = Products(features, hidden, self.gram.device)
         total.gram, total.cross = self.gram + other.gram, self.cross + other.cross
         return total
+
+    def first(self, features: int) -> "Products":
+        """Those of the first features alone."""
+        part = Products(features, self.cross.shape[1], self.gram.device)
+        part.gram, part.cross = self.gram[:features, :features], self.cross[:features]
+        return part
 
     def gain(self, solution: Tensor) -> float:
         """By how much a solution [features, hidden] lowers the sum of squares of what is to be explained."""
@@ -97,22 +104,47 @@ def fit_compensation(
     RuntimeError
         If the model is patched.
     """
+    options: dict[str, Any] = {
+        "keep": keep,
+        "attention_mask": attention_mask,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    return fit_ranks(model, token_ids, (rank,), **options)[rank]
+
+
+@torch.no_grad()
+def fit_ranks(
+    model: nn.Module,
+    token_ids: Tensor | Mapping[str, Tensor],
+    ranks: Sequence[int],
+    *,
+    keep: Rule | None = None,
+    attention_mask: Tensor | Mapping[str, Tensor] | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[int, Compensation]:
+    """`fit_compensation` for several ranks of the map, by rank, in the same pass over the text.
+
+    Parameters and errors are those of `fit_compensation`.
+    """
     layers, texts = find_moe_layers(model), check_texts(token_ids, attention_mask)
     check_plain(model, layers)
     hidden = layers[0].router.weight.shape[-1]
-    if not 0 <= rank <= hidden:
-        raise ValueError(f"rank is {rank}, but must lie in 0..{hidden}, the size of the hidden states")
+    for rank in ranks:
+        if not 0 <= rank <= hidden:
+            raise ValueError(f"rank is {rank}, but must lie in 0..{hidden}, the size of the hidden states")
     if keep is None:
         keep = _keep_half(model, texts, layers[0].top_k, batch_size)
     keep.check_model(len(layers), layers[0].num_experts)
-    features = layers[0].num_experts + (hidden if rank else 0)
+    features = layers[0].num_experts + (hidden if any(ranks) else 0)
     parts = [[Products(features, hidden, layer.router.weight.device) for _ in range(2)] for layer in layers]
     done, valid = 0, None
 
     def take(layer: MoELayer, seen: LayerPass) -> None:
         seen = seen if valid is None else seen.at(valid.flatten().nonzero().flatten())
         is_held_out = done % HELD_OUT == HELD_OUT - 1
-        parts[layer.index][is_held_out].add(*explain_missing(layer, seen, keep, bool(rank)))
+        parts[layer.index][is_held_out].add(*explain_missing(layer, seen, keep, any(ranks)))
 
     total = sum(len(text.ids) for text in texts)
     with tqdm(total=total, unit="seq", desc="experts", disable=not progress) as bar, watch_layers(layers, take):
@@ -126,8 +158,13 @@ def fit_compensation(
             f"the text has {done} batches of {batch_size} sequences, and one in {HELD_OUT} is held out to choose "
             f"the strength of the ridge: give more text, or a smaller batch_size"
         )
-    fits = [_fit_layer(fitted, held_out, layers[0].num_experts, rank) for fitted, held_out in parts]
-    return Compensation(fits, name_of(model))
+    num_experts = layers[0].num_experts
+    return {
+        rank: Compensation(
+            [_fit_layer(fitted, held_out, num_experts, rank) for fitted, held_out in parts], name_of(model)
+        )
+        for rank in ranks
+    }
 
 
 def _keep_half(model: nn.Module, texts: Sequence[Piece], top_k: int, batch_size: int) -> Rule:
@@ -159,11 +196,13 @@ def explain_missing(layer: MoELayer, seen: LayerPass, keep: Rule, with_hidden: b
 
 def _fit_layer(fitted: Products, held_out: Products, num_experts: int, rank: int) -> LayerCompensation:
     """The compensation of a layer, with the strength of the ridge that explains most of what is held out."""
+    if not rank:
+        fitted, held_out = fitted.first(num_experts), held_out.first(num_experts)
     gains = [held_out.gain(torch.cat(solve(fitted, num_experts, rank, strength)[:2])) for strength in STRENGTHS]
     best = STRENGTHS[max(range(len(gains)), key=gains.__getitem__)]
     means, linear_map, directions = solve(fitted + held_out, num_experts, rank, best)
     table = torch.cat([torch.zeros_like(means[:1]), means])
-    down, up = (linear_map @ directions).T, directions
+    down, up = (linear_map @ directions).T if rank else means[:0], directions
     return LayerCompensation(*(part.float().cpu().contiguous() for part in (table, down, up)))
 
 

@@ -21,8 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
-from bhlib import kernels
-
 #: Version of the file format.
 FORMAT = 1
 
@@ -34,8 +32,8 @@ class LayerCompensation(NamedTuple):
     ----------
     means : Tensor [1 + experts, hidden]
         Zeros, and the mean output of each expert.
-    down, up : Tensor [rank, hidden] and [hidden, rank]
-        The linear map, ``up @ down``; of rank 0 there is none.
+    down, up : Tensor [rank, hidden]
+        The linear map, ``up.T @ down``; of rank 0 there is none.
     """
 
     means: Tensor
@@ -61,22 +59,20 @@ class LayerCompensation(NamedTuple):
         total = embedding_bag(rows, self.means, per_sample_weights=weights, mode="sum")
         if len(self.down):
             mass = weights.masked_fill(rows == 0, 0.0).sum(dim=-1, keepdim=True)
-            total = total + mass * linear(linear(hidden_states.to(total.dtype), self.down), self.up)
+            total = total + mass * self._mapped(hidden_states.to(total.dtype))
         return total
+
+    def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The layer's output with what is `missing`."""
+        return output + self.missing(hidden_states, index, weights)
 
     def alone(self, hidden_states: Tensor, expert: int) -> Tensor:
         """What stands in for one expert, not weighted: [tokens, hidden] of hidden states of that shape."""
         total = self.means[1 + expert].expand(hidden_states.shape)
-        return total + linear(linear(hidden_states.to(total.dtype), self.down), self.up) if len(self.down) else total
+        return total + self._mapped(hidden_states.to(total.dtype)) if len(self.down) else total
 
-    def add(self, output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor, fused: bool = False) -> Tensor:
-        """The layer's output with what is `missing`; if `fused`, by a kernel where one can."""
-        wants_gradients = torch.is_grad_enabled() and (output.requires_grad or weights.requires_grad)
-        if fused and output.dtype in kernels.DTYPES and kernels.run_on(output.device) and not wants_gradients:
-            from bhlib.kernels.missing import add_missing  # imports Triton, which not everybody has
-
-            return add_missing(output, hidden_states, index, weights, *self)
-        return output + self.missing(hidden_states, index, weights)
+    def _mapped(self, hidden_states: Tensor) -> Tensor:
+        return linear(hidden_states, self.down) @ self.up
 
 
 class Compensation:
@@ -106,7 +102,7 @@ class Compensation:
         key = index, like.device, like.dtype
         if key not in self._on_device:
             with torch.inference_mode(False):  # it outlives the pass that asks first
-                self._on_device[key] = LayerCompensation(*(part.to(like) for part in self.layers[index]))
+                self._on_device[key] = LayerCompensation(*(part.to(like).contiguous() for part in self.layers[index]))
         return self._on_device[key]
 
     def cost(self, mean_experts: float, top_k: int, intermediate_size: int) -> float:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from bhlib.discovery import MoELayer
 from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, weights_of_all, whole_layers
 from bhlib.pvalues import check_logits
-from bhlib.text_pass import Piece, batches, check_texts, run_batch
+from bhlib.text_pass import Batch, Piece, batches, check_texts, run_batch
 from bhlib.weighting import find_weighting
 
 #: Instead of the norm of a layer's output that is zero.
@@ -80,10 +80,15 @@ def _measured(layer: MoELayer, seen: LayerPass) -> dict[str, Tensor]:
     """The tensors of `Contributions` for one layer, each [rows, experts]."""
     weights, output = weights_of_all(layer, seen), seen.output.float()
     norms, dots = torch.empty_like(weights), torch.empty_like(weights)
-    for expert in range(layer.num_experts):
-        alone = expert_output(layer, seen.hidden, expert)
-        norms[:, expert] = alone.norm(dim=-1)
-        dots[:, expert] = (alone * output).sum(dim=-1)
+    if len(output) == 1:  # all experts in one call, which takes about as long as one expert's
+        every = torch.arange(layer.num_experts, device=output.device)
+        alone = expert_output(layer, seen.hidden.expand(len(every), -1), every)
+        norms[0], dots[0] = alone.norm(dim=-1), (alone * output).sum(dim=-1)
+    else:
+        for expert in range(layer.num_experts):
+            alone = expert_output(layer, seen.hidden, expert)
+            norms[:, expert] = alone.norm(dim=-1)
+            dots[:, expert] = (alone * output).sum(dim=-1)
     whole = output.norm(dim=-1, keepdim=True).clamp(min=_SMALLEST_NORM)
     return {
         "r": weights * norms / whole,
@@ -165,6 +170,56 @@ def measure_contributions(
     )
 
 
+@torch.no_grad()
+def measure_token(model: nn.Module, token_ids: Tensor, position: int = -1) -> Contributions:
+    """Compute all experts of a model for one token of a text: what `measure_contributions` says of that token.
+
+    The model runs once, over the text up to the token.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As for `bhlib.calibrate`, and causal: what comes after the token is not read.
+    token_ids : Tensor [1, length], int64
+    position : int
+        The token's place in it, from 0, or from the end if negative.
+
+    Returns
+    -------
+    Contributions
+        Of one token.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `measure_contributions`; for several sequences, or a position that is not there.
+    """
+    layers, (text,) = whole_layers(model), check_texts(token_ids, None)
+    count, length = text.ids.shape
+    if count != 1 or not -length <= position < length:
+        raise ValueError(
+            f"position is {position} in token_ids of shape {tuple(text.ids.shape)}, but must lie in "
+            f"{-length}..{length - 1}, in one sequence: token_ids[number : number + 1]"
+        )
+    position %= length
+    parts: list[dict[str, Tensor]] = []
+
+    def take(layer: MoELayer, seen: LayerPass) -> None:
+        last = seen.at(torch.tensor([position], device="cpu"))
+        check_logits(last.logits)
+        parts.append({name: part.cpu() for name, part in _measured(layer, last).items()})
+
+    with watch_layers(layers, take):
+        run_batch(model, Batch(text.name, 0, text.ids[:, : position + 1], None))
+    return Contributions(
+        **{name: torch.stack([part[name] for part in parts]) for name in parts[0]},
+        domains=np.array([text.name]),
+        sequences=np.array([0]),
+        positions=np.array([position]),
+        documents=np.array([0]),
+    )
+
+
 def _check_documents(
     documents: Mapping[str, Sequence | np.ndarray] | None, texts: Sequence[Piece]
 ) -> dict[str, np.ndarray]:
@@ -194,31 +249,6 @@ def _sample_tokens(texts: Sequence[Piece], max_tokens: int | None, seed: int) ->
         flat[torch.from_numpy(drawn)] = True
     chosen = flat.split([mask.numel() for mask in real])
     return {text.name: part.view(text.ids.shape) for text, part in zip(texts, chosen, strict=True)}
-
-
-class SelectedNorms:
-    """Mean norm of each expert's output over the tokens that select it, gathered pass by pass."""
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._sums = torch.zeros(num_layers, num_experts, dtype=torch.float64, device="cpu")
-        self._counts = torch.zeros_like(self._sums)
-
-    def add(self, layer: MoELayer, seen: LayerPass) -> None:
-        """Take in the tokens that a layer saw."""
-        for expert in seen.experts.unique().tolist():
-            rows = (seen.experts == expert).any(dim=-1).nonzero().flatten()
-            norms = expert_output(layer, seen.hidden[rows], expert).norm(dim=-1)
-            self._sums[layer.index, expert] += norms.double().sum().cpu()
-            self._counts[layer.index, expert] += len(rows)
-
-    def log_relative(self) -> Tensor:
-        """Logarithm of each mean over that of its layer's selected experts, float32 [layers, experts].
-
-        0 for an expert that no token selected, or whose output is zero.
-        """
-        means = self._sums / self._counts.clamp(min=1)
-        of_layer = self._sums.sum(dim=-1, keepdim=True) / self._counts.sum(dim=-1, keepdim=True).clamp(min=1)
-        return torch.where(means > 0, means / of_layer, 1.0).log().float()
 
 
 # -- one expert more, or one fewer ---------------------------------------------------------------------------------

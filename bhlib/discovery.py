@@ -77,6 +77,12 @@ class MoELayer:
     linear: bool = False
     casts: bool = False
 
+    @property
+    def intermediate_size(self) -> int:
+        """Numbers between the two matrices of an expert."""
+        down_proj = self.experts.down_proj
+        return down_proj.numel() // (len(down_proj) * self.router.weight.shape[-1])
+
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """Every MoE layer of a transformers model, in order of depth.

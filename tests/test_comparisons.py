@@ -116,6 +116,23 @@ def static_curve(size=40, seed=0):
     return level, {f"top-{k}": (k, level + 1 / k) for k in range(1, 9)}
 
 
+def test_rules_are_compared_at_counted_cost():
+    """With a compensation that costs half an expert, a rule of three experts stands where static top-3.5 does."""
+    level, static = static_curve()
+    frame = made_up(static | {"rule": (3, level + 1 / 3)})
+    frame["cost"] = frame["mean_k"] + 0.5 * (frame["rule"] == "rule")
+    (row,) = matched_compute(frame).to_dict("records")
+    assert (row["mean_k"], row["cost"]) == (pytest.approx(3), pytest.approx(3.5))
+    assert row["difference"] == pytest.approx(1 / 3 - (1 / 3 + 1 / 4) / 2)
+    (by_experts,) = matched_compute(frame, by="mean_k").to_dict("records")
+    assert by_experts["difference"] == pytest.approx(0, abs=1e-12)
+    same = matched_compute(frame.assign(cost=frame["mean_k"]))
+    pd.testing.assert_frame_equal(same, matched_compute(frame.drop(columns="cost")))
+    near = matched_difference(frame, ["rule"], ["top-3", "top-4", "top-5"]).iloc[0]["difference"]
+    assert near == pytest.approx(1 / 3 - 1 / 3.5, abs=2e-3)
+    assert "cost" in summarize(frame) and "cost" not in summarize(frame.assign(cost=frame["mean_k"]))
+
+
 def test_a_mixture_of_static_rules_is_no_gain():
     """Top-4 on some sequences and top-5 on others is what the interpolation stands for: exactly nothing is won."""
     level, static = static_curve()

@@ -9,7 +9,7 @@ from families import PATCHED, tiny
 from models import state_of, tiny_olmoe, tokens
 
 from bhlib import BHRoutingIntegration, RoutingPatch, calibrate, find_moe_layers, load_demo, load_heldout
-from bhlib.compensating import Products, explain_missing, fit_compensation, solve
+from bhlib.compensating import Products, explain_missing, fit_compensation, fit_ranks, solve
 from bhlib.compensation import Compensation, LayerCompensation, load_compensation
 from bhlib.discovery import name_of
 from bhlib.evaluation import evaluate
@@ -32,7 +32,7 @@ def random_compensation(model, rank=3, seed=0):
     return Compensation(
         [
             LayerCompensation(
-                torch.cat([torch.zeros(1, hidden), draw(experts, hidden)]), draw(rank, hidden), draw(hidden, rank)
+                torch.cat([torch.zeros(1, hidden), draw(experts, hidden)]), draw(rank, hidden), draw(rank, hidden)
             )
             for _ in layers
         ],
@@ -59,7 +59,7 @@ def by_hand(layer, seen, kept, compensation):
             if expert in kept[token]:
                 total[token] += weight * outputs[token, expert]
             else:
-                linear = part.up @ (part.down @ seen.hidden[token])
+                linear = part.up.T @ (part.down @ seen.hidden[token])
                 total[token] += weight * (part.means[1 + expert] + linear)
     return total
 
@@ -111,7 +111,7 @@ def test_an_expert_outside_the_models_own_is_computed_beside_them():
         kept, own = chosen[token].tolist(), probs[token].topk(8).indices.tolist()
         expected = sum(probs[token, e] * expert_output(layer, first.hidden[token, None], e)[0] for e in kept)
         for expert in set(own) - set(kept):
-            linear = part.up @ (part.down @ first.hidden[token])
+            linear = part.up.T @ (part.down @ first.hidden[token])
             expected = expected + probs[token, expert] * (part.means[1 + expert] + linear)
         torch.testing.assert_close(first.output[token], expected, rtol=1e-4, atol=1e-6)
     assert patch.get_routing_stats()["mean_experts_per_token"] == 3
@@ -309,7 +309,7 @@ def test_padding_is_left_out(fitted):
     for one, other in zip(plain.layers, masked.layers, strict=True):
         # The order of sums differs; directions are determined up to their sign, the map is not.
         torch.testing.assert_close(one.means, other.means, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(one.up @ one.down, other.up @ other.down, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(one.up.T @ one.down, other.up.T @ other.down, rtol=1e-3, atol=1e-6)
 
 
 def test_files(fitted, tmp_path):
@@ -321,10 +321,33 @@ def test_files(fitted, tmp_path):
         assert all(map(torch.equal, one, other))
 
 
+def test_ranks_are_fitted_together_as_alone(fitted):
+    model, compensation = fitted
+    both = fit_ranks(model, tokens(20, 16), (0, 2), batch_size=2, progress=False)
+    means = fit_compensation(model, tokens(20, 16), batch_size=2, progress=False)
+    for rank, alone in ((0, means), (2, compensation)):
+        assert both[rank].rank == rank
+        for one, other in zip(both[rank].layers, alone.layers, strict=True):
+            torch.testing.assert_close(one.means, other.means)
+            torch.testing.assert_close(one.up.T @ one.down, other.up.T @ other.down)
+
+
 def test_cost_counts_rows_and_the_map(fitted):
     _, compensation = fitted
     # 3 dropped experts of 64 numbers and two products of 2 x 64, over three matrices of 64 x 32
     assert compensation.cost(5.0, top_k=8, intermediate_size=32) == pytest.approx((3 * 64 + 2 * 2 * 64) / (3 * 64 * 32))
+
+
+def test_a_sweep_counts_what_stands_in(fitted):
+    model, compensation = fitted
+    data = {"a": tokens(2, 8)}
+    plain, with_it = evaluate(model, data, BH(0.2)), evaluate(model, data, BH(0.2), compensation=compensation)
+    assert plain["cost"].equals(plain["mean_k"])
+    for row in with_it.itertuples():  # dropped experts of 64 numbers, and two products of 2 x 64, over 3 x 64 x 32
+        added = ((8 - row.mean_k) * 64 + 2 * 2 * 64) / (3 * 64 * 32)
+        assert row.cost == pytest.approx(row.mean_k + added)
+    own = evaluate(model, data, None, compensation=compensation)  # the model's own routing drops nothing
+    assert own["cost"].equals(own["mean_k"])
 
 
 # -- bad input -------------------------------------------------------------------------------------------------

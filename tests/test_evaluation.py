@@ -70,6 +70,16 @@ def test_rows_are_those_that_the_products_have(rule):
     np.testing.assert_allclose(frame["rows"], frame["mean_k"] * 20 * 3)
 
 
+def test_no_graph_of_gradients_is_kept():
+    """It would take several times the memory, and no kernel computes what wants gradients."""
+    model, seen = tiny_olmoe(), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    evaluate(model, DATA, BH(0.2))
+    sweep(model, {"BH": BH(0.2)}, DATA)
+    assert seen and not any(seen)
+
+
 def test_load_entropy_by_hand():
     """The model's own routing, sequence by sequence, expert by expert."""
     model = tiny_olmoe()
@@ -138,7 +148,8 @@ def test_options_that_are_not_for_evaluate():
     for measure in (evaluate, lambda *args, **kwargs: sweep(args[0], {"top-2": args[2]}, args[1], **kwargs)):
         for option in ({"max_recorded_tokens": 10}, {"mode": "analyze"}, {"collect_stats": False}):
             with pytest.raises(
-                TypeError, match=f"take no '{next(iter(option))}'.* temperature, weights, kernels, compensation. Leave"
+                TypeError,
+                match=f"take no '{next(iter(option))}'.* temperature, .*, compensation, norms. Leave",
             ):
                 measure(tiny_olmoe(), DATA, TopK(2), **option)
 

@@ -23,6 +23,7 @@ FLOORS = [
     "rules",  # p-values -> experts and weights; the rival rules
     "compensation",  # what stands in for dropped experts
     "norms",  # how large the outputs of experts are
+    "alignment",  # a rival of the compensation: the output, stretched and shifted
     "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only
     "hooks",  # hooks that copies of a module leave behind
@@ -38,6 +39,7 @@ FLOORS = [
     "text_pass",  # a text in batches, for a model that is not patched
     "layer_passes",  # what one layer makes of tokens, and each of its experts alone
     "contributions",  # what each expert adds, measured
+    "explain_token",  # the same beside a decision
     "sampling",  # samples of the logits that a pass shows
     "calibration",  # one pass over a model -> a fitted null
     "compensating",  # one pass over a model -> what stands in for its experts
@@ -49,10 +51,13 @@ FLOORS = [
     "comparisons",  # the table of a sweep -> means, differences, intervals
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
+    "agreement",  # does a patched model write what the model itself writes
     "tuning",  # what each layer gets, from calibration text
+    "rival_fits",  # what rival rules and corrections are fitted with
     "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
+    "small_fits",  # nulls and compensations on a little text, for a first look
     "widgets",  # the same drawings behind sliders
     "demo",  # the embedded model and the script that trained it
     "tasks",  # tasks for lm-evaluation-harness, of the held-out text

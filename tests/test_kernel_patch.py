@@ -55,13 +55,13 @@ def test_kernels_change_rounding_only(model, length):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_stands_in_for_dropped_experts_comes_by_kernels_too(model, rank):
-    ids, generator = tokens(1, 5).to(DEVICE), torch.Generator().manual_seed(0)
+    ids, generator = tokens(1, 4).to(DEVICE), torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return 0.3 * torch.randn(*shape, generator=generator)
 
     layers = [
-        LayerCompensation(torch.cat([torch.zeros(1, 32), draw(8, 32)]), draw(rank, 32), draw(32, rank))
+        LayerCompensation(torch.cat([torch.zeros(1, 32), draw(8, 32)]), draw(rank, 32), draw(rank, 32))
         for _ in range(2)
     ]
     options = {"alpha": 0.05, "max_k": 3, "compensation": Compensation(layers, name_of(model))}

@@ -25,7 +25,6 @@ from bhlib.compensation import LayerCompensation  # noqa: E402
 from bhlib.kernels.forward import experts_forward  # noqa: E402
 from bhlib.kernels.grouped import PLANS, Plan, grouped_forward  # noqa: E402
 from bhlib.kernels.launch import QuickKernel  # noqa: E402
-from bhlib.kernels.missing import add_missing  # noqa: E402
 from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
 from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
 from bhlib.kernels.vector import vector_forward  # noqa: E402
@@ -126,7 +125,7 @@ def test_what_is_dropped_of_the_models_own_is_marked(weighting, own_k):
     weights, experts, counts, exact = kernel_route(rule, logits, 0, weighting=weighting, own_k=own_k, exact=True)
     kept = rule(logits, 0, weighting=weighting)
     expected = mark_dropped(
-        kept.weights, kept.experts.masked_fill(kept.experts < 0, 64), logits, own_k,
+        kept.experts.masked_fill(kept.experts < 0, 64), logits, own_k,
         weighting=weighting, temperature=1.0, is_prefix=True,
     )  # fmt: skip
     assert (experts > 64).any() and torch.equal(counts[sure], kept.counts[sure])
@@ -358,44 +357,55 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
 
     monkeypatch.setattr("bhlib.kernels.forward.on_device", on_device)
     monkeypatch.setattr("bhlib.kernels.routing.on_device", on_device)
-    monkeypatch.setattr("bhlib.kernels.missing.on_device", on_device)
     monkeypatch.setattr(KernelInterface, "__getitem__", launch)
     monkeypatch.setattr(QuickKernel, "__getitem__", lambda quick, grid: quick.kernel[grid])
     kernel_route(BH(), spread_logits(3, 64))
     for num_tokens in (1, 40):
         hidden, gate_up, down = tensors(num_tokens, 24, 16, 9, DTYPE)
         module = SimpleNamespace(gate_up_proj=gate_up, down_proj=down)
-        experts_forward(module, hidden, *routed(num_tokens, 3, 9))
-    add_missing(hidden, hidden, *routed(40, 3, 9), *stand_in(24, 2))
-    names = (
-        "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots _add_missing".split()
-    )
-    assert launched == {name: [hidden.device] for name in names}
+        for missing in (None, stand_in(24, 2)):
+            experts_forward(module, hidden, *routed(num_tokens, 3, 9), missing)
+    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots _to_few _add_up"
+    assert launched == {name: [hidden.device] for name in names.split()}
 
 
 def stand_in(hidden, rank, num_experts=9):
     """Means and a map, of which nothing is zero but the first row."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (num_experts + 1, hidden), (rank, hidden), (hidden, rank)
+    shapes = (num_experts + 1, hidden), (rank, hidden), (rank, hidden)
     means, down, up = (0.3 * torch.randn(*shape, generator=generator) for shape in shapes)
     means[0] = 0
     return LayerCompensation(*(part.to(DEVICE, DTYPE) for part in (means, down, up)))
 
 
-@pytest.mark.parametrize("rank", [0, 2, 16])
-@pytest.mark.parametrize("num_tokens", [1, 7, 70])  # a program takes one token, or 16
+@pytest.mark.parametrize("rank", [0, 2, 16, 20])
+@pytest.mark.parametrize("num_tokens", [1, 7, 70])
 def test_what_stands_in_is_added(num_tokens, rank):
-    hidden = tensors(num_tokens, 24, 16, 9, DTYPE)[0]
-    output, part = hidden.flip(0), stand_in(24, rank)
+    hidden, gate_up, down = tensors(num_tokens, 24, 16, 9, DTYPE)
+    module, part = SimpleNamespace(gate_up_proj=gate_up, down_proj=down), stand_in(24, rank)
     index, weights = routed(num_tokens, 3, 9)  # some slots are kept, some empty
     is_dropped = (torch.arange(3, device=DEVICE) > 0) & (index >= 0) & (index < 9)
     is_dropped[-1] &= num_tokens == 1  # of the last of several tokens nothing is dropped
+    plain = experts_forward(module, hidden, index.masked_fill(is_dropped, 9), weights)
     index = torch.where(is_dropped, index + 10, index)
-    got = add_missing(output, hidden, index, weights, *part)
+    got = experts_forward(module, hidden, index, weights, part)
     wide = LayerCompensation(*(tensor.float() for tensor in part))
-    expected = output.float() + wide.missing(hidden.float(), index, weights.float())
-    assert relative_error(got, expected) < TOLERANCE
-    assert num_tokens == 1 or torch.equal(got[-1], output[-1])
+    missing = wide.missing(hidden.float(), index, weights.float())
+    assert relative_error(got, plain.float() + missing) < TOLERANCE
+    assert relative_error(got.float() - plain.float(), missing) < 10 * TOLERANCE
+    assert num_tokens == 1 or torch.equal(got[-1], plain[-1])
+
+
+def test_means_of_many_experts():
+    """Of more than are multiplied in one step."""
+    hidden, gate_up, down = tensors(40, 24, 16, 70, DTYPE)
+    part = stand_in(24, 2, 70)
+    index, weights = routed(40, 3, 70)
+    index = torch.where((index >= 0) & (index < 70), index + 71, index)
+    module = SimpleNamespace(gate_up_proj=gate_up, down_proj=down)
+    got = experts_forward(module, hidden, index, weights, part)
+    wide = LayerCompensation(*(tensor.float() for tensor in part))
+    assert relative_error(got, wide.missing(hidden.float(), index, weights.float())) < TOLERANCE
 
 
 @pytest.mark.gpu

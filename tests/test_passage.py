@@ -11,8 +11,11 @@ from matplotlib.colors import to_rgb
 
 from bhlib import RoutingPatch, load_demo
 from bhlib import figures as views
+from bhlib.explain import explain
+from bhlib.explain_token import explain_token
 from bhlib.figures import Passage, PassageCharts
 from bhlib.figures.passage_text import count_colors
+from bhlib.looks import BLUE, ORANGE
 from bhlib.rules import BH, TopK
 
 TEXT = "def f(x):\n    return '<b>$x$</b>' & x\n\nIt was a bright morning, and she had nothing to say.\n" * 3
@@ -96,6 +99,53 @@ def test_html_gives_every_token_its_colour_and_its_number(routed, layer):
         assert style == "background:{};color:{}".format(*colors[round(mean)])
     legend = [span for span in parser.spans if span[1] is None]
     assert [int(text.split()[0]) for _, _, text in legend] == list(range(9))
+
+
+class Table(HTMLParser):
+    """The rows of a table: (style of the row, texts of its cells, style of the bar in it)."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.inside = [], False
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr":
+            self.rows.append([dict(attrs)["style"], [], None])
+        elif tag == "td":
+            self.rows[-1][1].append("")
+            self.inside = True
+        elif tag == "span":
+            self.rows[-1][2] = dict(attrs)["style"]
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "td"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][1][-1] += data
+
+
+@pytest.mark.parametrize("max_k", [2, 8])
+def test_a_decision_as_html_shows_every_row_that_matters(demo, passage, max_k):
+    table = explain_token(demo[0], BH(0.2, max_k=max_k), passage.token_ids, 7, 4)
+    parser = Table()
+    parser.feed(views.decision_html(table))
+    (_, header, _), *rows = parser.rows
+    assert header[-2:] == ["r", "along"]
+    last = max(table["found"].sum(), table["kept"].sum(), table.loc[table["own"], "rank"].max())
+    assert len(rows) == last + 2 and table["kept"].sum() <= max_k
+    for (style, cells, bar), expected in zip(rows, table.itertuples(), strict=False):
+        assert [int(cells[0]), int(cells[1])] == [expected.rank, expected.expert]
+        assert [float(cell) for cell in cells[-2:]] == pytest.approx([expected.r, expected.along], abs=6e-4)
+        assert ("#deebf7" in style) == expected.kept == (BLUE in bar) == (ORANGE not in bar)
+        assert float(re.search(r"width:([\d.]+)em", bar).group(1)) == pytest.approx(5 * min(expected.r, 1), abs=0.006)
+    along = table.loc[table["kept"], "along"].sum()
+    assert f"the model's own 8 make 1.00 together, the kept ones make <b>{along:.2f}</b>" in views.decision_html(table)
+
+
+def test_a_decision_as_html_without_measurement(passage):
+    table = explain(BH(0.2), passage.router_logits[4, 7], 4)
+    assert "along" not in views.decision_html(table) and "Measured" not in views.decision_html(table)
 
 
 def luminance(color):

@@ -10,10 +10,11 @@ import psutil
 import pytest
 from matplotlib import pyplot
 
-from bhlib import load_demo
+from bhlib import BHRoutingIntegration, load_demo
+from bhlib.contributions import measure_token
 from bhlib.evaluation import evaluate
 from bhlib.procedures import PROCEDURES
-from bhlib.pvalues import NULLS, STATISTICS
+from bhlib.pvalues import NULLS, STATISTICS, ContributionNull
 from bhlib.rules import BH
 from bhlib.widgets import Explorer, heldout_texts
 
@@ -126,6 +127,91 @@ def test_a_token_is_explained(explorer):
     assert "min_k must not exceed max_k" in explorer.message.value and explorer.why.value == ""
 
 
+def test_the_null_of_measured_contributions_follows_max_k(explorer):
+    """It is fitted to what experts add among the best max_k of a token; what was measured is measured once."""
+    notes = []
+    explorer.busy.observe(lambda change: notes.append(change["new"]), "value")
+    explorer.null.value = "contribution"
+    null = explorer.rule.pvalues
+    assert isinstance(null, ContributionNull) and null.largest == 0.1 and null.header["max_k"] == 8
+    assert null.smallest_sample == 62 and explorer.statistic.disabled and explorer.message.value == ""
+    assert any("fitting the contribution null on calibration text" in note for note in notes)
+    seen, mean = explorer._fits._contributions, mean_of(explorer)
+    explorer.max_k.value = 4
+    assert explorer.rule.pvalues.header["max_k"] == 4 and explorer._fits._contributions is seen
+    explorer.max_k.value = 8
+    assert explorer.rule.pvalues is null and mean_of(explorer) == mean
+    explorer.alpha.value = 0.01  # fewer than 99 documents
+    assert "62 calibration documents give no p-value below" in explorer.message.value
+
+
+def test_what_each_expert_adds_stands_beside_the_decision(demo, explorer):
+    explorer.alpha.value, explorer.token.value = 0.2, 3
+    assert "the kept ones make" not in explorer.why.value
+    explorer.layer.value = 4
+    measured = measure_token(demo[0], demo[1](SHORT["one"], return_tensors="pt")["input_ids"], 3)
+    rows = re.findall(r"<tr style=\"[^\"]*\">(.+?)</tr>", explorer.why.value)[1:]
+    for row in rows:
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+        expert = int(cells[1])
+        assert cells[-2].endswith(f"</span>{measured.r[4, 0, expert]:.3f}")
+        assert cells[-1] == f"{measured.along[4, 0, expert]:+.3f}"
+    own = set(measured.selected[4, 0].nonzero().flatten().tolist())
+    assert own <= {int(re.findall(r"<td[^>]*>(.*?)</td>", row)[1]) for row in rows}
+
+
+def test_a_token_is_measured_when_its_slider_rests_and_once(explorer, monkeypatch):
+    calls = []
+    monkeypatch.setattr("bhlib.widgets.measure_token", lambda *args: (calls.append(args[2]), measure_token(*args))[1])
+    explorer.layer.value = 4
+    assert calls == [0]
+
+    async def drag():
+        for token in (1, 2, 3):
+            explorer.token.value = token
+            await asyncio.sleep(0.01)
+        assert "token 3" in explorer.why.value and "the kept ones make" not in explorer.why.value
+        assert "when the slider rests" in explorer.busy.value and calls == [0]
+        await asyncio.sleep(1.0)
+        assert "token 3" in explorer.why.value and "the kept ones make" in explorer.why.value
+        explorer.alpha.value, explorer.layer.value = 0.1, 5  # known by now
+        assert "the kept ones make" in explorer.why.value
+        await asyncio.sleep(1.0)
+
+    asyncio.run(drag())
+    assert calls == [0, 3] and explorer.busy.value == ""
+    explorer.passage.value = "two"
+    assert calls == [0, 3, 3] and "the kept ones make" in explorer.why.value
+
+
+def test_compensation_changes_the_loss_and_what_is_generated_and_is_fitted_once(demo, explorer):
+    explorer.alpha.value = 0.005
+    before, notes = shown(explorer), []
+    explorer.busy.observe(lambda change: notes.append(change["new"]), "value")
+    data = {"passage": demo[1](SHORT["one"], return_tensors="pt")["input_ids"]}
+    own, plain = (evaluate(demo[0], data, rule)["loss"].item() for rule in (None, BH(0.005)))
+    losses = {None: plain}
+    for rank, words in ((0, "their mean outputs"), (16, "means and a map of rank 16")):
+        explorer.compensation.value = words
+        losses[rank] = evaluate(demo[0], data, BH(0.005), compensation=explorer._standing_in())["loss"].item()
+        assert (
+            f"<b>{losses[rank]:.3f}</b>" in explorer.loss.value and f"{words} for dropped ones" in explorer.loss.value
+        )
+        assert (
+            f"(difference {losses[rank] - own:+.3f}, with nothing for them {plain - own:+.3f}, " in explorer.loss.value
+        )
+        assert explorer._standing_in().rank == rank and explorer.message.value == explorer.busy.value == ""
+    assert len(set(losses.values())) == 3
+    fits = [note for note in notes if "fitting what stands in for experts on calibration text" in note]
+    assert len(fits) == 2
+    explorer.alpha.value = 0.05
+    assert len([note for note in notes if "fitting" in note]) == 2
+    explorer.button.click()
+    assert "means and a map of rank 16 for dropped ones: " in explorer.bh_text.value
+    explorer.alpha.value, explorer.compensation.value = 0.005, "nothing"
+    assert shown(explorer) == before
+
+
 def test_a_shorter_passage_takes_the_token_along(explorer):
     explorer.layer.value = 2
     explorer.token.value = explorer.token.max
@@ -182,8 +268,6 @@ def test_generate_shows_two_texts(demo, explorer):
 
 
 def test_a_model_that_is_patched_elsewhere_is_reported(demo, explorer):
-    from bhlib import BHRoutingIntegration
-
     with BHRoutingIntegration(demo[0]):
         explorer.alpha.value = 0.5
     assert "is patched already" in explorer.message.value and explorer.busy.value == ""
@@ -232,7 +316,7 @@ def test_every_part_can_be_found_by_its_class(explorer):
 
     walk(explorer.widget)
     parts = (
-        "explorer passage input alpha temperature null statistic method layer min-k max-k "
+        "explorer passage input alpha temperature null statistic method layer min-k max-k compensation "
         "mean loss busy message charts colored token why generate text own-text"
     )
     assert found == {f"bh-{name}" for name in parts.split()}

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bhlib.calibration import collect_router_logits, fit_null, name_of
 from bhlib.cells import model_key, sweep_key
+from bhlib.compensating import fit_ranks
+from bhlib.compensation import Compensation
 from bhlib.discovery import MoELayer, find_moe_layers, input_device
 from bhlib.figures.about import DEMO, About
 from bhlib.figures.runs import Run, observe
@@ -35,6 +37,12 @@ SEQUENCES_PER_PASS = 8
 
 #: One in this many tokens is enough to find the level that gives a mean number of experts.
 THIN = 8
+
+#: Tokens that compensations are fitted on, at most.
+FITTING_TOKENS = 100_000
+
+#: Ranks of the map of a compensation that figures look at.
+RANKS = (0, 4, 8, 16, 32)
 
 #: Router logits of a split take no more than this many bytes, in memory and in a study's folder.
 LOGITS_BYTES = 2**30
@@ -86,6 +94,7 @@ class Study:
         folder: str | Path | None = None,
     ) -> None:
         self.cache = cache
+        self._compensations: dict[int, Compensation] = {}
         self.folder = folder
         self.is_demo = model is None
         self.sequences_per_domain = sequences
@@ -154,6 +163,16 @@ class Study:
     def num_experts(self) -> int:
         """Experts of each layer."""
         return self._layers[0].num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a hidden state."""
+        return self._layers[0].router.weight.shape[-1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Numbers between the two matrices of an expert."""
+        return self._layers[0].intermediate_size
 
     @cached_property
     def about(self) -> About:
@@ -330,6 +349,24 @@ class Study:
                 save_file({"logits": collect_router_logits(self.model, text, batch_size=batch_size)}, unfinished)
                 unfinished.replace(path)
         return load_file(path)["logits"]
+
+    def compensation(self, rank: int) -> Compensation:
+        """What stands in for dropped experts, with a map of this rank; those of `RANKS` are fitted once, together."""
+        if rank not in self._compensations:
+            ranks = {rank, *(one for one in RANKS if one <= self.hidden_size)}
+            options = {"batch_size": self.batch_size(self.window), "progress": False}
+            self._compensations = fit_ranks(self.model, self.fitting_text, sorted(ranks), **options)
+        return self._compensations[rank]
+
+    @cached_property
+    def fitting_text(self) -> dict[str, Tensor]:
+        """Text to fit compensations on: all of the calibration split, or `FITTING_TOKENS` spread over each domain.
+
+        A mean per expert and a map take more of it than a null.
+        """
+        text = self.text.sequences("calibration", self.window)
+        most = max(1, FITTING_TOKENS // (len(text) * self.window))
+        return {domain: sequences[:: -(-len(sequences) // most)] for domain, sequences in text.items()}
 
     def bounded(self, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A text, or every second, third, ... sequence of each of its domains if all logits exceed `LOGITS_BYTES`."""

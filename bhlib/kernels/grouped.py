@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bhlib.kernels.launch import quick
+from bhlib.kernels.missing import add_up, to_few
 from bhlib.kernels.pairs import Tiles, tile_pairs
 
 
@@ -66,6 +67,7 @@ def grouped_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     plan: Plan | None = None,
+    missing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Experts' forward over the filled slots.
 
@@ -79,12 +81,14 @@ def grouped_forward(
     top_k_weights : Tensor [tokens, slots], contiguous
     plan : Plan, optional
         By default `choose_plan`.
+    missing : tuple of Tensor, optional
+        What stands in for dropped experts (`bhlib.compensation.LayerCompensation`), in the dtype of `hidden_states`.
 
     Returns
     -------
     Tensor [tokens, hidden], in the dtype of `hidden_states`
         Sum over the filled slots of weight times ``down(silu(gate) * up)``: float32 sums, rounded where a model in the
-        dtype rounds: after the activation, after the weighted expert, and after the sum.
+        dtype rounds: after the activation, after the weighted expert, and after the sum, in which is what is `missing`.
     """
     num_tokens, hidden = hidden_states.shape
     slots = top_k_index.shape[1]
@@ -97,6 +101,9 @@ def grouped_forward(
     _launch(_gate_up, plan.gate_up, hidden_states, gate_up_proj, activated, tiles, plan.rows, SLOTS=slots)
     outputs = hidden_states.new_empty(len(tiles.expert) * plan.rows, hidden)
     _launch(_down, plan.down, activated, down_proj, outputs, tiles, plan.rows, top_k_weights)
+    if missing is not None:
+        means, down, up = missing
+        return add_up(outputs, tiles, top_k_index, top_k_weights, to_few(hidden_states, down), means, up)
     total = torch.empty_like(hidden_states)
     block = min(2048, triton.next_power_of_2(hidden))
     _add_slots[(num_tokens, triton.cdiv(hidden, block))](

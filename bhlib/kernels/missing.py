@@ -1,92 +1,115 @@
-"""What stands in for dropped experts, added to the experts' output in one launch."""
+"""A token's experts added up, with what stands in for those that were dropped.
+
+The map leads through a few dimensions: `to_few` brings the hidden states to these. `add_up` does the rest where the
+outputs of the experts are added up anyway, so that no pass over the tokens is made for it: a slot is a row in any case,
+of the products or of the table of means, which the cache holds.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bhlib.kernels import on_device
 from bhlib.kernels.launch import quick
-
-#: Up to this many tokens a program takes one, to spread them; of more it takes as many as a product needs.
-FEW_TOKENS = 64
+from bhlib.kernels.pairs import Tiles
 
 
-def add_missing(
-    output: Tensor, hidden_states: Tensor, index: Tensor, weights: Tensor, means: Tensor, down: Tensor, up: Tensor
-) -> Tensor:
-    """The twin of ``output + LayerCompensation(means, down, up).missing(hidden_states, index, weights)``.
+def to_few(hidden_states: Tensor, down: Tensor) -> Tensor:
+    """``hidden_states @ down.T`` [tokens, rank], float32: a product so narrow that it is read, not multiplied.
 
     Parameters
     ----------
-    output : Tensor [tokens, hidden], bfloat16 or float16 (or float32), on a CUDA device
-        Of a layer's experts.
-    hidden_states, index, weights, means, down, up
-        As there, all in the dtype of `output` but for the index.
+    hidden_states : Tensor [tokens, hidden], contiguous
+    down : Tensor [rank, hidden], contiguous
+    """
+    (num_tokens, hidden), rank = hidden_states.shape, len(down)
+    few = torch.empty(num_tokens, rank, dtype=torch.float32, device=hidden_states.device)
+    if rank:
+        _to_few[(triton.cdiv(num_tokens, 16),)](
+            hidden_states, down, few, num_tokens,
+            HIDDEN=hidden, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)),
+            BLOCK=min(512, triton.next_power_of_2(hidden)), num_warps=4,
+        )  # fmt: skip
+    return few
+
+
+def add_up(
+    outputs: Tensor, tiles: Tiles, index: Tensor, weights: Tensor, few: Tensor, means: Tensor, up: Tensor
+) -> Tensor:
+    """What the experts of each token gave, and what stands in for the dropped ones: [tokens, hidden].
+
+    Parameters
+    ----------
+    outputs : Tensor [places, hidden], contiguous
+        Of each pair, weighted, at its place among the tiles.
+    tiles : Tiles
+    index, weights : Tensor [tokens, slots], contiguous
+        Slots with ``num_experts + 1 + e`` stand for the dropped expert e (`bhlib.rules.routing.mark_dropped`).
+    few : Tensor [tokens, rank], float32
+        `to_few`.
+    means : Tensor [1 + experts, hidden], up : Tensor [rank, hidden], contiguous
+        As in `bhlib.compensation.LayerCompensation`.
 
     Returns
     -------
-    Tensor [tokens, hidden]
-        Sums are taken in float32, and rounded once; the product with `down` is rounded too.
+    Tensor [tokens, hidden], in the dtype of `outputs`
+        Sums in float32, rounded once.
     """
-    low = torch.nn.functional.linear(hidden_states, down)
-    add = _add_operator if torch.compiler.is_compiling() else _add
-    return add(output.contiguous(), low, index.contiguous(), weights.contiguous(), means, up)
-
-
-def _add(output: Tensor, low: Tensor, index: Tensor, weights: Tensor, means: Tensor, up: Tensor) -> Tensor:
-    (num_tokens, hidden), slots, rank = output.shape, index.shape[1], up.shape[1]
-    out = torch.empty_like(output)
-    rows = 1 if num_tokens <= FEW_TOKENS else 16
-    block = min(256, triton.next_power_of_2(hidden))
-    if num_tokens:
-        with on_device(output.device):
-            _add_missing[(triton.cdiv(num_tokens, rows), triton.cdiv(hidden, block))](
-                output, low, index, weights, means, up, out, num_tokens, hidden,
-                SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank,
-                WIDTH=max(16, triton.next_power_of_2(rank)), ROWS=rows, BLOCK=block, num_warps=4,
-            )  # fmt: skip
-    return out
-
-
-_add_operator = torch.library.custom_op("bhlib::add_missing", _add, mutates_args=())
-
-
-@_add_operator.register_fake
-def _(output, low, index, weights, means, up):
-    return torch.empty_like(output)
+    (num_tokens, slots), hidden, rank = index.shape, outputs.shape[1], few.shape[1]
+    total = outputs.new_empty(num_tokens, hidden)
+    block = min(2048, triton.next_power_of_2(hidden))
+    _add_up[(num_tokens, triton.cdiv(hidden, block))](
+        outputs, tiles.places, index, weights, few, means, up, total, hidden,
+        SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return total
 
 
 @quick
 @triton.jit(do_not_specialize=["num_tokens"])
-def _add_missing(
-    output_ptr, low_ptr, index_ptr, weights_ptr, means_ptr, up_ptr, out_ptr, num_tokens, hidden,
-    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _to_few(
+    hidden_ptr, down_ptr, few_ptr, num_tokens,
+    HIDDEN: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
+    inner = tl.arange(0, WIDTH)
+    columns = tl.arange(0, BLOCK)
+    inside, within = token < num_tokens, inner < RANK
+    total = tl.zeros([16, WIDTH], tl.float32)
+    for start in range(0, HIDDEN, BLOCK):
+        there = (start + columns < HIDDEN)[None, :]
+        x = tl.load(hidden_ptr + token[:, None] * HIDDEN + start + columns, mask=inside[:, None] & there, other=0.0)
+        down = tl.load(down_ptr + inner[:, None] * HIDDEN + start + columns, mask=within[:, None] & there, other=0.0)
+        total = tl.dot(x, down.T, total)
+    few_ptrs = few_ptr + token[:, None] * RANK + inner[None, :]
+    tl.store(few_ptrs, total, mask=inside[:, None] & within[None, :])
+
+
+@quick
+@triton.jit
+def _add_up(
+    rows_ptr, places_ptr, index_ptr, weights_ptr, few_ptr, means_ptr, up_ptr, out_ptr, hidden,
+    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside, within = token < num_tokens, columns < hidden
-    place = token[:, None] * hidden + columns[None, :]
-    total = tl.load(output_ptr + place, mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
+    within = columns < hidden
+    total = tl.zeros([BLOCK], tl.float32)
+    missing = tl.zeros([BLOCK], tl.float32)
+    mass = 0.0
     for slot in tl.static_range(SLOTS):
-        row = tl.load(index_ptr + token * SLOTS + slot, mask=inside, other=0) - NUM_EXPERTS
-        marked = row > 0
-        weight = tl.load(weights_ptr + token * SLOTS + slot, mask=marked, other=0.0).to(tl.float32)
-        mean_ptrs = means_ptr + row[:, None] * hidden + columns[None, :]
-        mean = tl.load(mean_ptrs, mask=marked[:, None] & within[None, :], other=0.0).to(tl.float32)
-        total += weight[:, None] * mean
+        pair = token * SLOTS + slot
+        expert = tl.load(index_ptr + pair).to(tl.int64)
+        is_kept = (expert >= 0) & (expert < NUM_EXPERTS)
+        is_dropped = expert > NUM_EXPERTS
+        place = tl.load(places_ptr + pair, mask=is_kept, other=0).to(tl.int64)
+        total += tl.load(rows_ptr + place * hidden + columns, mask=is_kept & within, other=0.0).to(tl.float32)
+        weight = tl.load(weights_ptr + pair, mask=is_dropped, other=0.0).to(tl.float32)
+        mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * hidden + columns
+        missing += weight * tl.load(mean_ptrs, mask=is_dropped & within, other=0.0).to(tl.float32)
         mass += weight
-    if RANK:
-        inner = tl.arange(0, WIDTH)
-        low_ptrs = low_ptr + token[:, None] * RANK + inner[None, :]
-        low = tl.load(low_ptrs, mask=inside[:, None] & (inner < RANK)[None, :], other=0.0)
-        up_ptrs = up_ptr + columns[:, None].to(tl.int64) * RANK + inner[None, :]
-        up = tl.load(up_ptrs, mask=within[:, None] & (inner < RANK)[None, :], other=0.0)
-        if ROWS == 1:
-            mapped = tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=1)[None, :]
-        else:
-            mapped = tl.dot(low, up.T)
-        total += mass[:, None] * mapped
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & within[None, :])
+    for inner in range(0, RANK):
+        few = tl.load(few_ptr + token * RANK + inner) * mass
+        missing += few * tl.load(up_ptr + inner * hidden + columns, mask=within, other=0.0).to(tl.float32)
+    out = (total + missing).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * hidden + columns, out, mask=within)

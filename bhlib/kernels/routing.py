@@ -31,7 +31,7 @@ def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> Ker
     Parameters
     ----------
     pvalues : PValueMaker
-        A maker whose p-values fall as the logit rises (`ranks_by_logit`): the kernel sorts logits.
+        A maker whose null is shared by all experts.
     thresholds : Tensor [experts] or [levels, experts], float32
         ``pvalues.critical_statistics(critical_values(...), layer)``, for one level or for several.
     num_experts : int
@@ -42,7 +42,7 @@ def cut_table(pvalues: PValueMaker, thresholds: Tensor, num_experts: int) -> Ker
         With cuts of the shape of `thresholds`. None if the maker has no such form, or the kernel does not know its
         statistic.
     """
-    if not pvalues.ranks_by_logit or num_experts > MOST_EXPERTS:
+    if not pvalues.shared or num_experts > MOST_EXPERTS:
         return None
     forms = [pvalues.kernel_form(num_experts, row) for row in thresholds.view(-1, num_experts)]
     first = forms[0]

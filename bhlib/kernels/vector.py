@@ -35,27 +35,36 @@ def vector_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     plan: VectorPlan = VectorPlan(),  # noqa: B008 (immutable)
+    missing: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Experts' forward over the filled slots of a few tokens; see `bhlib.kernels.grouped.grouped_forward`."""
     num_tokens, hidden = hidden_states.shape
     slots = top_k_index.shape[1]
     num_experts, _, intermediate = down_proj.shape
+    # Without something that stands in, rank -1: what is passed in its place is not read.
+    means, to_few, from_few = missing or (hidden_states, hidden_states, hidden_states)
+    rank = len(to_few) if missing else -1
     activated = hidden_states.new_empty(num_tokens * slots, intermediate)
+    few = hidden_states.new_empty(num_tokens, max(rank, 1), dtype=torch.float32)
     total = torch.empty_like(hidden_states)
-    gate_up_blocks, gate_up, down_blocks, down = _cut(hidden, intermediate, num_experts, slots, plan)
-    _gate_up_vector[(gate_up_blocks, num_tokens * slots)](
-        hidden_states, gate_up_proj, top_k_index, activated, **gate_up
+    gate_up_blocks, gate_up, down_blocks, down = _cut(hidden, intermediate, num_experts, slots, rank, plan)
+    _gate_up_vector[(gate_up_blocks, num_tokens * (slots + (rank > 0)))](
+        hidden_states, gate_up_proj, top_k_index, activated, to_few, few, **gate_up
     )
-    _down_vector[(down_blocks, num_tokens)](activated, down_proj, top_k_index, top_k_weights, total, **down)
+    _down_vector[(down_blocks, num_tokens)](
+        activated, down_proj, top_k_index, top_k_weights, total, means, few, from_few, **down
+    )
     return total
 
 
 @functools.cache
-def _cut(hidden: int, intermediate: int, num_experts: int, slots: int, plan: VectorPlan) -> tuple[int, dict, int, dict]:
+def _cut(
+    hidden: int, intermediate: int, num_experts: int, slots: int, rank: int, plan: VectorPlan
+) -> tuple[int, dict, int, dict]:
     """Blocks of rows and constants of the two kernels."""
-    shape = {"HIDDEN": hidden, "INTERMEDIATE": intermediate, "NUM_EXPERTS": num_experts, "SLOTS": slots}
+    shape = {"HIDDEN": hidden, "INTERMEDIATE": intermediate, "NUM_EXPERTS": num_experts, "SLOTS": slots, "RANK": rank}
     return (
-        triton.cdiv(intermediate, plan.gate_up_rows),
+        triton.cdiv(max(intermediate, rank), plan.gate_up_rows),
         shape | {
             "ROWS": plan.gate_up_rows,
             "INNER": min(plan.gate_up_inner, triton.next_power_of_2(hidden)),
@@ -63,6 +72,7 @@ def _cut(hidden: int, intermediate: int, num_experts: int, slots: int, plan: Vec
         },
         triton.cdiv(hidden, plan.down_rows),
         shape | {
+            "WIDTH": triton.next_power_of_2(max(rank, 1)),
             "ROWS": plan.down_rows,
             "INNER": min(plan.down_inner, triton.next_power_of_2(intermediate)),
             "num_warps": plan.down_warps,
@@ -77,15 +87,23 @@ def _gate_up_vector(
     matrices_ptr,
     index_ptr,
     out_ptr,
+    to_few_ptr,
+    few_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    RANK: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """``silu(gate @ x) * (up @ x)`` of one slot for some rows of gate and up."""
+    """``silu(gate @ x) * (up @ x)`` of one slot for some rows of gate and up; behind the slots, what `to_few` gives."""
     pair = tl.program_id(1)
+    if RANK > 0:
+        num_pairs = tl.num_programs(1) // (SLOTS + 1) * SLOTS
+        if pair >= num_pairs:
+            _few_vector(pair - num_pairs, hidden_ptr, to_few_ptr, few_ptr, HIDDEN, RANK, ROWS, INNER)
+            return
     expert = tl.load(index_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
@@ -107,6 +125,22 @@ def _gate_up_vector(
     tl.store(out_ptrs, activated.to(out_ptr.dtype.element_ty), mask=row < INTERMEDIATE)
 
 
+@triton.jit
+def _few_vector(
+    token, hidden_ptr, to_few_ptr, few_ptr,
+    HIDDEN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Some of the few dimensions that a token's hidden state is brought to (`bhlib.kernels.missing`)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, INNER], tl.float32)
+    for start in tl.static_range(0, HIDDEN, INNER):
+        inner = start + tl.arange(0, INNER)
+        x = tl.load(hidden_ptr + token.to(tl.int64) * HIDDEN + inner, mask=inner < HIDDEN, other=0.0).to(tl.float32)
+        ptrs = to_few_ptr + row[:, None] * HIDDEN + inner[None, :]
+        total += x[None, :] * tl.load(ptrs, mask=(row < RANK)[:, None] & (inner < HIDDEN)[None, :], other=0.0)
+    tl.store(few_ptr + token.to(tl.int64) * RANK + row, tl.sum(total, axis=1), mask=row < RANK)
+
+
 @quick
 @triton.jit
 def _down_vector(
@@ -115,17 +149,38 @@ def _down_vector(
     index_ptr,
     weights_ptr,
     out_ptr,
+    means_ptr,
+    few_ptr,
+    from_few_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    RANK: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """Sum over a token's filled slots of ``weight * (down @ activated)``, for some rows of down."""
+    """Sum over a token's filled slots of ``weight * (down @ activated)`` for some rows of down, and what is missing."""
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, INNER], tl.float32)
+    missing = tl.zeros([ROWS], tl.float32)
+    if RANK >= 0:  # first, so that what it reads comes while the products are made
+        mass = 0.0
+        for slot in tl.static_range(SLOTS):
+            expert = tl.load(index_ptr + token * SLOTS + slot).to(tl.int64)
+            dropped = expert > NUM_EXPERTS
+            weight = tl.load(weights_ptr + token * SLOTS + slot, mask=dropped, other=0.0).to(tl.float32)
+            mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * HIDDEN + row
+            missing += weight * tl.load(mean_ptrs, mask=dropped & (row < HIDDEN), other=0.0).to(tl.float32)
+            mass += weight
+        if RANK > 0:
+            inner = tl.arange(0, WIDTH)
+            few = tl.load(few_ptr + token * RANK + inner, mask=inner < RANK, other=0.0) * mass
+            ptrs = from_few_ptr + inner[None, :] * HIDDEN + row[:, None]
+            rows = tl.load(ptrs, mask=(row < HIDDEN)[:, None] & (inner < RANK)[None, :], other=0.0).to(tl.float32)
+            missing += tl.sum(rows * few[None, :], axis=1)
     for slot in tl.static_range(SLOTS):
         pair = token * SLOTS + slot
         expert = tl.load(index_ptr + pair).to(tl.int64)
@@ -138,5 +193,5 @@ def _down_vector(
             matrix_ptrs = matrices_ptr + (expert * HIDDEN + row)[:, None] * INTERMEDIATE + inner[None, :]
             matrix = tl.load(matrix_ptrs, mask=within[None, :] & (row < HIDDEN)[:, None], other=0.0)
             total += x[None, :] * matrix.to(tl.float32)
-    out = tl.sum(total, axis=1)
+    out = tl.sum(total, axis=1) + missing
     tl.store(out_ptr + token * HIDDEN + row, out.to(out_ptr.dtype.element_ty), mask=row < HIDDEN)

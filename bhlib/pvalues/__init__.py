@@ -9,8 +9,7 @@ A p-value maker is an object that is called like a function::
 small where an expert stands out. Three steps are public, so that a rule can skip the one that it does not need:
 
 ``statistic_of(router_logits)``
-    the statistic, strictly increasing in the logit within one token; ``tested(router_logits, layer)`` is the same, plus
-    what a null that knows the norms of the experts' outputs adds for each expert;
+    the statistic, strictly increasing in the logit within one token;
 ``survival(statistics, layer)``
     the p-value of a statistic, never increasing in it;
 ``critical_statistics(critical_p, layer)``
@@ -27,7 +26,7 @@ null that is about something measured, what an expert contributes, is `Contribut
 
 from bhlib.pvalues.conformal import ConformalNull
 from bhlib.pvalues.contribution import ContributionNull
-from bhlib.pvalues.fitted import FittedNull, ResolutionWarning, check_norms_fit
+from bhlib.pvalues.fitted import FittedNull, ResolutionWarning
 from bhlib.pvalues.kde import KDENull
 from bhlib.pvalues.maker import KernelForm, PValueMaker
 from bhlib.pvalues.names import NULLS, NullEntry, each_statistic, fitted_nulls, make_pvalues, null_looks
@@ -53,7 +52,6 @@ __all__ = [
     "TableNull",
     "TokenGaussian",
     "check_logits",
-    "check_norms_fit",
     "check_temperature",
     "each_statistic",
     "fitted_nulls",

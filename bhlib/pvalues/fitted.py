@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from bhlib.pvalues.maker import KernelForm, PValueMaker
 from bhlib.pvalues.statistics import STATISTICS, check_exclude_top, check_statistic
 
 FORMAT = 1  # version of the calibration file
-LOG_NORMS = "log_norms"  # the one tensor that is no part of a layer's null
 
 
 class ResolutionWarning(UserWarning):
@@ -50,9 +48,7 @@ class FittedNull(PValueMaker):
         What the file's header holds: null, statistic, exclude_top, model_name, num_layers, num_experts, per_expert,
         sample_sizes ([layers] or [layers][experts]), seed, what the subclass adds, and the levels of ``alpha_for``.
     tensors : dict of Tensor
-        What the file holds, on the CPU, named ``"what.layer"``; and ``"log_norms"``, if there are any.
-    log_norms : Tensor [layers, experts], float32, or None
-        Added to each expert's statistic before it is looked up (`with_norms`).
+        What the file holds, on the CPU, named ``"what.layer"``.
     """
 
     #: Names of the tensors of a layer, which ``tensors`` holds as ``"part.layer"``.
@@ -70,7 +66,6 @@ class FittedNull(PValueMaker):
         self.num_layers: int = header["num_layers"]
         self.num_experts: int = header["num_experts"]
         self.shared = not header["per_expert"]
-        self.log_norms = self.tensors.get(LOG_NORMS)
         self._on_device: dict = {}
 
     def __getstate__(self) -> dict:
@@ -170,38 +165,6 @@ class FittedNull(PValueMaker):
         """
         raise NotImplementedError
 
-    def with_norms(self, log_norms: Tensor) -> Self:
-        """The same null, asked about weight times norm: experts whose outputs are large get smaller p-values.
-
-        Parameters
-        ----------
-        log_norms : Tensor [layers, experts]
-            Logarithm of the mean norm of each expert's output where it is selected, relative to its layer's mean, as
-            ``bhlib.calibrate(..., norms=True)`` measures it. It is added to the log-probability: the sum is, up to a
-            constant of the layer, the log of what the expert adds to the layer's output on average.
-
-        Returns
-        -------
-        FittedNull
-            Without levels for ``alpha_for``, which were those of other p-values.
-
-        Raises
-        ------
-        ValueError
-            If the statistic is not ``"log_prob"``, or there is no finite number for each layer and expert.
-
-        Notes
-        -----
-        The null stays that of the log-probability. It is made of experts that were *not* selected, of whose outputs
-        means over tokens that select them say nothing. So p-values compare with an unselected expert of average size:
-        uniform for each expert under no hypothesis, a score on the scale of one. A null fitted to the sum was tried: on
-        the demo it lost more than this one without norms, since its tail, which decides, is that of the few experts
-        with the largest norms.
-        """
-        check_log_norms(log_norms, self.statistic, self.num_layers, self.num_experts)
-        header = {key: value for key, value in self.header.items() if key != "levels"}
-        return type(self)(self.tensors | {LOG_NORMS: log_norms.float().cpu().clone()}, header)
-
     def alpha_for(self, mean_experts: float) -> float:
         """The level at which BH with these p-values gives tokens this many experts on average, from 1 to 8 each.
 
@@ -258,24 +221,6 @@ class FittedNull(PValueMaker):
                 f"{self.num_experts} experts; calibrate on the model that you route"
             )
         return STATISTICS[self.statistic](router_logits, self.exclude_top, top)
-
-    @property
-    def ranks_by_logit(self) -> bool:
-        return self.shared and self.log_norms is None
-
-    def tested(self, router_logits: Tensor, layer: int | None = None) -> Tensor:
-        statistics = self.statistic_of(router_logits)
-        if self.log_norms is None:
-            return statistics
-        return statistics.add_(self._log_norms_on(statistics.device)[self._check_layer(layer)])
-
-    def _log_norms_on(self, device: torch.device) -> Tensor:
-        """`log_norms`, moved to the device once."""
-        assert self.log_norms is not None
-        if (LOG_NORMS, device) not in self._on_device:
-            with torch.inference_mode(False):  # as for the tables below
-                self._on_device[LOG_NORMS, device] = self.log_norms.to(device)
-        return self._on_device[LOG_NORMS, device]
 
     def kernel_form(self, num_experts: int, thresholds: Tensor) -> KernelForm:
         return KernelForm(self.statistic, self.exclude_top, thresholds)
@@ -358,30 +303,9 @@ class FittedNull(PValueMaker):
         sizes = self.smallest_sample
         return (
             f"{type(self).__name__}({self.statistic} without top {self.exclude_top}, {self.num_layers} layers, "
-            f"{'shared by' if self.shared else 'one for each of'} {self.num_experts} experts"
-            f"{'' if self.log_norms is None else ' with the norms of their outputs'}, "
+            f"{'shared by' if self.shared else 'one for each of'} {self.num_experts} experts, "
             f"{sizes:,} values or more each, fitted on {self.model_name!r}, seed {self.header['seed']})"
         )
-
-
-def check_norms_fit(statistic: str) -> None:
-    """Raise unless norms of outputs can be added to a statistic."""
-    if statistic != "log_prob":
-        raise ValueError(
-            f"norms of outputs go with the statistic 'log_prob', to which their logarithm adds up, got {statistic!r}"
-        )
-
-
-def check_log_norms(log_norms: Tensor, statistic: str, num_layers: int, num_experts: int) -> None:
-    """Raise unless a tensor can be `FittedNull.log_norms` of a null of so many layers and experts."""
-    check_norms_fit(statistic)
-    if not log_norms.is_floating_point() or log_norms.shape != (num_layers, num_experts):
-        raise ValueError(
-            f"log_norms is {kind_of(log_norms)}, not torch.float32 [{num_layers}, {num_experts}], a number for each "
-            f"layer and expert"
-        )
-    if not log_norms.isfinite().all():
-        raise ValueError("log_norms has values that are NaN or infinite; 0 is the mean of a layer")
 
 
 def _columns(samples, num_experts: int, per_expert: bool) -> list[list[np.ndarray]]:

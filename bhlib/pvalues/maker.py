@@ -38,9 +38,7 @@ class PValueMaker:
     statistic : str
         Which statistic of the logits.
     shared : bool
-        True if the null does not depend on the expert, so that within one token p falls as the statistic rises.
-    ranks_by_logit : bool
-        True if p falls as the logit rises within one token: the null is shared, and so is the statistic.
+        True if the null does not depend on the expert, so that within one token p falls as the logit rises.
     num_layers : int or None
         How many layers it was fitted on; None if it needs no calibration, and ``layer`` is then ignored.
     whole_token : bool
@@ -59,15 +57,7 @@ class PValueMaker:
 
     def __call__(self, router_logits: Tensor, layer: int | None = None) -> Tensor:
         """P-values [..., num_experts], float32, of ``router_logits`` [..., num_experts] of any float dtype."""
-        return self.survival(self.tested(router_logits, layer), layer)
-
-    @property
-    def ranks_by_logit(self) -> bool:
-        return self.shared
-
-    def tested(self, router_logits: Tensor, layer: int | None = None) -> Tensor:
-        """What ``survival`` is asked about: `statistic_of`, and what a fitted null knows of each expert besides."""
-        return self.statistic_of(router_logits)
+        return self.survival(self.statistic_of(router_logits), layer)
 
     def statistic_of(self, router_logits: Tensor, top: Tensor | None = None) -> Tensor:
         """The statistic, float32: of every expert, or of the ``top`` alone.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bhlib.procedures import is_whole
 from bhlib.pvalues.contribution import ContributionNull
-from bhlib.pvalues.fitted import FORMAT, LOG_NORMS, FittedNull, check_log_norms, kind_of
+from bhlib.pvalues.fitted import FORMAT, FittedNull, kind_of
 from bhlib.pvalues.names import fitted_nulls
 from bhlib.pvalues.statistics import STATISTICS
 from bhlib.pvalues.table import TableNull
@@ -140,16 +140,10 @@ def _check_tables(null: type[FittedNull], tensors: dict[str, Tensor], header: di
     if num_layers > len(tensors):  # before anything of the announced size is made
         raise _damaged(path, f"its header announces {num_layers:,} layers, but it holds {len(tensors)} tables")
     wanted = {f"{part}.{layer}" for layer in range(num_layers) for part in null.parts}
-    layered = {name: tensor for name, tensor in tensors.items() if name != LOG_NORMS}
-    if wanted != layered.keys():
-        odd = ", ".join(sorted(wanted ^ layered.keys()))
+    if wanted != tensors.keys():
+        odd = ", ".join(sorted(wanted ^ tensors.keys()))
         raise _damaged(path, f"the header and the tables disagree on {odd}")
-    if LOG_NORMS in tensors:
-        try:
-            check_log_norms(tensors[LOG_NORMS], header["statistic"], num_layers, header["num_experts"])
-        except ValueError as error:
-            raise _damaged(path, str(error)) from None
-    for name, tensor in layered.items():
+    for name, tensor in tensors.items():
         if tensor.ndim == 0 or len(tensor) != columns:
             raise _damaged(path, f"{name} is {kind_of(tensor)}, but {columns} rows are announced")
     if len(header["sample_sizes"]) != num_layers:

@@ -10,26 +10,40 @@ for the rules that always keep the best-scored experts, `count`.
 """
 
 from bhlib.rules.base import Forms, Level, PrefixRule, ProbabilityRule, Routing, Rule, TopK
+from bhlib.rules.batch import OEA, BatchBH, BatchRule, BatchThreshold
 from bhlib.rules.bh import BH
+from bhlib.rules.budgets import AllocMoE, SeqTopK
+from bhlib.rules.folding import ExFold, Halving
 from bhlib.rules.functional import benjamini_hochberg_routing, compare_max_k, topk_routing
+from bhlib.rules.importance import ACE, MoDES
 from bhlib.rules.names import FAMILIES, RuleFamily, families_of, register
 from bhlib.rules.replay import Replay
 from bhlib.rules.rivals import EntropyK, KeepMass, MinP, StaticPerLayer, Threshold, TopP, WeightRatio
 
 __all__ = [
+    "ACE",
     "BH",
     "FAMILIES",
+    "AllocMoE",
+    "OEA",
+    "BatchBH",
+    "BatchRule",
+    "BatchThreshold",
     "EntropyK",
+    "ExFold",
     "Forms",
+    "Halving",
     "KeepMass",
     "Level",
     "MinP",
+    "MoDES",
     "PrefixRule",
     "ProbabilityRule",
     "Replay",
     "Routing",
     "Rule",
     "RuleFamily",
+    "SeqTopK",
     "StaticPerLayer",
     "Threshold",
     "TopK",

@@ -286,7 +286,7 @@ class Rule:
         if own_k:
             is_prefix = self.is_prefix and self.max_k <= own_k and log_norms is None
             options: dict[str, Any] = {"weighting": weighting, "temperature": temperature, "is_prefix": is_prefix}
-            weights, experts, exact_weights = mark_dropped(weights, experts, router_logits, own_k, **options)
+            weights, experts, exact_weights = mark_dropped(experts, router_logits, own_k, **options)
             return Forms(weights.to(dtype), experts, counts, exact_weights if exact else None)
         return Forms(weights.to(dtype), experts, counts, weights if exact else None)
 
@@ -305,6 +305,19 @@ class Rule:
 
     def rewind(self) -> None:
         """Forget earlier passes; called whenever the rule is put into a model. Most rules remember none."""
+
+    def begin_pass(self, shape: tuple[int, int], past: Any, valid: Tensor | None) -> None:
+        """Called before each forward pass, of a rule that overrides it and `end_pass`. Most rules look at one token.
+
+        Parameters
+        ----------
+        shape : (int, int)
+            Sequences and tokens of each; the rows that a call routes are these, sequence by sequence.
+        past : int or Tensor [], int64
+            Tokens of a cache that the pass goes on with.
+        valid : Tensor [batch, length], bool, or None
+            False for padding, by the attention mask; None without a mask.
+        """
 
     def end_pass(self) -> None:
         """Called after each forward pass of the model that comes to its end. Most rules have no use for it."""

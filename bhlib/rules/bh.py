@@ -45,9 +45,6 @@ class BH(Rule):
     by comparing the k-th largest statistic with the statistic whose p-value is the k-th critical value. The
     decisions are the same as with p-values (tested), and no p-value is computed.
 
-    Experts are ranked by their p-values. For a null of the logits alone that is the model's own order; a null that
-    knows the norms of the experts' outputs has one of its own, and may keep an expert outside the model's top-k.
-
     `max_k` truncates after the procedure has run on all experts: a token for which 12 are significant gets its
     best `max_k`.
     """
@@ -97,17 +94,11 @@ class BH(Rule):
         return tuple(min(weight * alpha / (1 - alpha + weight * alpha), 1 - 2**-53) for alpha in alphas)
 
     def select(self, router_logits: Tensor, scores: Tensor, layer: int | None) -> tuple[Tensor, Tensor]:
-        if self.pvalues.ranks_by_logit:
+        if self.pvalues.shared:
             order = torch.topk(scores, self.max_k, dim=-1).indices
             # On a CPU in pieces that stay in its cache: twice as fast.
             size = _CACHED_TOKENS if router_logits.device.type == "cpu" else max(len(router_logits), 1)
             counts = torch.cat(list(self._num_significant(router_logits, layer, size)))
-        elif self.has_thresholds:
-            tested = self.pvalues.tested(router_logits, layer)
-            ordered, ranking = tested.sort(dim=-1, descending=True, stable=True)
-            threshold, rank = self._ranked_thresholds(router_logits.shape[-1], layer, router_logits.device)
-            passed = by_token(threshold, len(ordered)) if threshold.dim() == 2 else threshold
-            order, counts = ranking[:, : self.max_k], _step_up(ordered >= passed, rank)
         else:
             pvals = self.pvalues(router_logits, layer)
             parts = zip(self.layer_levels(layer), self._by_level(pvals), strict=True)
@@ -120,7 +111,7 @@ class BH(Rule):
 
     @property
     def is_prefix(self) -> bool:  # type: ignore[override]
-        return self.pvalues.ranks_by_logit
+        return self.pvalues.shared
 
     def check_model(self, num_layers: int, num_experts: int) -> None:
         super().check_model(num_layers, num_experts)
@@ -134,7 +125,7 @@ class BH(Rule):
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
         if self.has_thresholds:
             self._ranked_thresholds(num_experts, layer, device)
-        if not self.pvalues.ranks_by_logit:
+        if not self.pvalues.shared:
             self.pvalues(torch.zeros(1, num_experts, device=device), layer)  # what it keeps of the layer on the device
         self.kernel_cuts(num_experts, layer, device)
 
@@ -213,7 +204,7 @@ class BH(Rule):
         Returns
         -------
         Tensor [experts] or, for several levels, [levels, experts]
-            The expert with the k-th largest statistic (`pvalues.tested`) passes at entry k - 1 or above. The
+            The expert with the k-th largest statistic (`pvalues.statistic_of`) passes at entry k - 1 or above. The
             procedure keeps all up to the last one that passes.
 
         Raises
@@ -236,7 +227,8 @@ class BH(Rule):
         thresholds = by_token(threshold, len(router_logits)).split(size) if several else (threshold,) * len(pieces)
         for piece, passed in zip(pieces, thresholds, strict=True):
             statistic = self.pvalues.statistic_of(piece, top=ascending(piece.float()).flip(-1))
-            yield _step_up(statistic >= passed, rank)
+            # Step-up: the largest k whose k-th largest statistic passes the k-th threshold.
+            yield (rank * (statistic >= passed)).amax(dim=-1).long()
 
     def _by_level(self, values: Tensor) -> tuple[Tensor, ...]:
         """What stands for the tokens of a batch [tokens, ...], parted by their level."""
@@ -273,8 +265,3 @@ class BH(Rule):
     def _own_layer(self, layer: int | None) -> int | None:
         """The layer, or None if all are decided alike."""
         return None if self.layer_weights is None and self.pvalues.num_layers is None else layer
-
-
-def _step_up(passes: Tensor, rank: Tensor) -> Tensor:
-    """The largest k whose k-th largest statistic passes the k-th threshold [tokens], of `passes` [tokens, experts]."""
-    return (rank * passes).amax(dim=-1).long()

@@ -15,6 +15,7 @@ import numpy as np
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, YELLOW, Look, free_look
 from bhlib.rules.base import Rule, TopK
 from bhlib.rules.bh import BH
+from bhlib.rules.budgets import AllocMoE, SeqTopK
 from bhlib.rules.rivals import MinP, Threshold, TopP, WeightRatio
 
 
@@ -115,5 +116,17 @@ for _family in (
     RuleFamily("entropy", Look(PINK, "h")),
     RuleFamily("weight ratio", Look(SKY, "<"), WeightRatio),
     RuleFamily("static per layer", Look(YELLOW, ">", "--")),
+    RuleFamily("SeqTopK", Look(RED, "*", ":"), SeqTopK, is_rival=False, command="seq-top-k"),
+    RuleFamily("Alloc-MoE", Look(ORANGE, "s", "--"), AllocMoE, is_rival=False),
+    RuleFamily("MoDES", Look(PINK, "o", "--"), is_rival=False),
+    RuleFamily("ACE", Look(SKY, "D", "--"), is_rival=False),
+    RuleFamily("halving", Look(BLACK, "<", ":"), is_rival=False),
+    RuleFamily("ExFold", Look(BLACK, "P", "--"), is_rival=False),
+    RuleFamily("LDA", Look(BLACK, "X", "-."), is_rival=False),
+    # Of a batch, whose size they have to be told where a text is measured: see the figure `batch_bytes`.
+    RuleFamily("OEA", Look(RED, "*", "--"), None, is_rival=False),
+    RuleFamily("BH, batch weights", Look(BLUE, "D", "-."), None, is_rival=False),
+    RuleFamily("BH, free experts", Look(SKY, "v", ":"), None, is_rival=False),
+    RuleFamily("batch threshold", Look(GREEN, "P", "-."), None, is_rival=False),
 ):
     register(_family)

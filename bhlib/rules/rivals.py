@@ -219,6 +219,10 @@ class KeepMass(Rule):
     top_k: int = 8
 
     def __post_init__(self) -> None:
+        if type(self.rule).begin_pass is not Rule.begin_pass:
+            raise ValueError(
+                f"{self.rule!r} has to be told of passes, and cannot stand inside {type(self).__name__}: use it alone."
+            )
         object.__setattr__(self, "min_k", self.rule.min_k)
         object.__setattr__(self, "max_k", self.rule.max_k)
         object.__setattr__(self, "level_name", self.rule.level_name)

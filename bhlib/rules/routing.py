@@ -47,7 +47,6 @@ class Forms(NamedTuple):
 
 
 def mark_dropped(
-    weights: Tensor,
     experts: Tensor,
     router_logits: Tensor,
     own_k: int,
@@ -63,8 +62,8 @@ def mark_dropped(
 
     Parameters
     ----------
-    weights, experts : Tensor [tokens, slots]
-        What a rule has decided about these logits; the number of experts in an empty slot.
+    experts : Tensor [tokens, slots]
+        What a rule has selected on these logits; the number of experts in an empty slot.
     router_logits : Tensor [tokens, experts]
     own_k : int
         Experts per token of the model's own routing.
@@ -77,14 +76,15 @@ def mark_dropped(
     -------
     weights, experts : Tensor [tokens, slots]
         `own_k` slots, and, unless `is_prefix`, those of the rule for experts that are not among the model's own. The
-        weights of these are the model's: where its convention divides by a sum, by that of its own top-k, whatever was
-        dropped, so that what is kept and what stands in fit together.
+        weights are the model's: where its convention divides by a sum, by that of its own top-k, whatever was dropped
+        or is beside it, so that what is kept and what stands in fit together.
     exact : Tensor [tokens, slots]
         The weights of what was kept, 0 elsewhere.
     """
     convention, num_experts = find_weighting(weighting), router_logits.shape[-1]
-    scores, own = convention.scores(router_logits, temperature).topk(own_k, dim=-1)
-    marked = convention.weights(scores, torch.ones_like(own, dtype=torch.bool))
+    scores = convention.scores(router_logits, temperature)
+    top, own = scores.topk(own_k, dim=-1)
+    marked = convention.weights(top, torch.ones_like(own, dtype=torch.bool))
     same = own[:, :, None] == experts[:, None, :]
     kept = same.any(dim=2)
     index = torch.where(kept, own, own + (num_experts + 1))
@@ -92,6 +92,9 @@ def mark_dropped(
     if not is_prefix:
         others = ~same.any(dim=1) & (experts < num_experts)
         index = torch.cat([index, torch.where(others, experts, num_experts)], dim=1)
-        beside = weights * others
+        together = torch.cat([top, scores.gather(-1, experts.clamp(max=num_experts - 1))], dim=1)
+        weights = convention.weights(together, torch.ones_like(together, dtype=torch.bool))
+        # The best expert is in both: by it, one sum is exchanged for the other.
+        beside = weights[:, own_k:] * (marked[:, :1] / weights[:, :1]) * others
         marked, exact = torch.cat([marked, beside], dim=1), torch.cat([exact, beside], dim=1)
     return marked, index, exact
