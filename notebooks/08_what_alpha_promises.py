@@ -79,6 +79,24 @@ print(f"useless: {useless.float().mean():.2f} of all experts, {useless[seen.sele
 # %% [markdown]
 # A good tenth of all experts matters for a token. Of the eight that the model computes, a third does not.
 #
+# ## How well does the router rank?
+#
+# Every rule here goes down the router's ranking of a token's experts, and stops somewhere. So before asking where to stop, ask how
+# good the ranking is: how well do the router's scores order the experts of one token by what these add? Left, $r$ by rank, and
+# what it would be in the best order; then Spearman's correlation within a token, with $r$ layer by layer, and with other measures of
+# what an expert adds. For KL and loss one expert at a time is left out, or added if the model does not select it, and the rest of the
+# network is computed anew. This is a part of the test split; nothing was chosen by it.
+
+# %%
+figures.draw_router_ranking(pd.read_csv("../figures/router_ranking.csv"))
+
+# %% [markdown]
+# By $r$ the router ranks well among all experts, and less well among the eight best, where a rule has to decide; worst in the first
+# layer. With the part of the contribution that points along the output the correlation over all experts is lower: what the model does
+# not select may point anywhere. The change of the prediction (KL) follows the ranking, too. The *loss* hardly does: whether a
+# token's next word becomes more probable with one expert more is next to chance, and only many tokens together tell what experts
+# are worth. So a truth by loss, expert by expert, is out of reach for a router, and the hypotheses below are about $r$ and KL.
+#
 # ## Which unit?
 #
 # 64 experts of thousands of tokens are many pairs. But what are they a sample *of*? Tokens of one document resemble each
@@ -186,6 +204,38 @@ loss.tried.round(3)
 # What none of these promises covers: a single token; a text of another kind than the calibration documents; and, for the first
 # two, what happens to later layers when earlier ones compute fewer experts, since contributions were measured in the model as
 # it is. The loss is measured with the rule in place, and so includes it.
+#
+# ## What each ingredient adds
+#
+# A promise says how bad a rule may be. How *good* it is, at the same number of experts, is another matter, and what a rule is made of
+# should be credited part by part. There are four parts, and one can leave out any of them:
+#
+# | ingredient | without it | with it |
+# |---|---|---|
+# | null per layer | one null for all layers: a cut on it is a threshold on the probability | a null fitted to each layer's log-probabilities |
+# | norms | the statistic is the weight | weight times norm of the output, guessed from the token's logits (`bhlib.fit_norms`); with "mean norms" one number for each expert |
+# | layer weights | none | a weight per layer on the odds of the level, chosen at each number of experts, if it helps on calibration documents that were held out |
+# | step-up | a fixed cut on the p-values | BH on the same p-values, with the same weights |
+#
+# Everything is fitted and chosen on the calibration split; the title says which split was measured. The upper tables have every
+# combination, against static top-k and against the plain threshold, at the number of experts that was really spent. Below, each
+# ingredient is added to every rule that can have it: a line below zero says that it helped that rule.
+
+# %%
+ablations = pd.read_csv("../figures/ablations.csv")
+figures.draw_ablations(ablations)
+
+# %% [markdown]
+# In numbers: of the rules that have an ingredient, which share is better for it, with the whole interval below zero, and which worse?
+
+# %%
+added = ablations[ablations["against"].str.startswith("without")]
+added = added.assign(better=added["joint_high"] < 0, worse=added["joint_low"] > 0)
+added.groupby(["against", "wanted_k"])[["better", "worse"]].mean().unstack().round(2)
+
+# %% [markdown]
+# A rule with three ingredients that is far below the threshold says nothing about any one of them; its difference from the same rule
+# without that one does. So BH with a null per layer is compared with a cut on that null before the step-up gets any credit.
 #
 # ## Exercises
 #

@@ -122,10 +122,11 @@ def test_a_cut_on_one_null_for_all_layers_is_a_threshold_on_the_probability(stud
 
 
 def test_experts_as_good_as_the_models_own_are_read_from_the_curve():
-    rules = pd.DataFrame({"mean_k": [3.0, 5.0], "loss": [2.04, 2.02]})
-    assert ablations._as_good(rules, 2.0, "top-8") == pytest.approx(6.5)
-    assert np.isnan(ablations._as_good(rules, 1.0, "top-8")) == np.False_
-    assert np.isnan(ablations._as_good(rules.assign(loss=[2.002, 2.001]), 2.0, "top-8"))
+    rules = pd.DataFrame({"mean_k": [6.0, 7.0], "loss": [2.04, 2.02]})
+    assert ablations._as_good(rules, 2.0, "top-8") == pytest.approx(7.5)
+    assert ablations._as_good(rules.assign(loss=[2.02, 2.005]), 2.0, "top-8") == pytest.approx(6 + 2 / 3)
+    assert np.isnan(ablations._as_good(rules.assign(loss=[2.009, 2.005]), 2.0, "top-8"))  # fewer than six
+    assert np.isnan(ablations._as_good(rules.assign(mean_k=[3.0, 5.0]), 2.0, "top-8"))  # somewhere between 5 and 8
 
 
 def test_another_split_is_looked_at_by_name(study, monkeypatch):

@@ -125,19 +125,25 @@ def _without(ingredient: str, fact: pd.Series) -> str | None:
 
 
 def _as_good(rules: pd.DataFrame, loss_of_own: float, own: str) -> float:
-    """Mean number of experts at which a family is as good as the model's own top-k; NaN beyond what was measured."""
+    """Mean number of experts at which a family is as good as the model's own top-k, on straight lines between rules.
+
+    NaN beyond what was measured, and where two neighbours are further apart than 1.5 experts.
+    """
     curve = pd.concat([rules, pd.DataFrame({"mean_k": [float(own.removeprefix("top-"))], "loss": [loss_of_own]})])
-    curve = curve.sort_values("loss")
-    return float(np.interp((1 + AS_GOOD) * loss_of_own, curve["loss"], curve["mean_k"], right=np.nan))
+    curve, at = curve.sort_values("loss"), (1 + AS_GOOD) * loss_of_own
+    found = float(np.interp(at, curve["loss"], curve["mean_k"], right=np.nan))
+    number = int(np.searchsorted(curve["loss"], at).clip(1, len(curve) - 1))
+    apart = abs(curve["mean_k"].iloc[number] - curve["mean_k"].iloc[number - 1])
+    return found if apart <= 1.5 else np.nan
 
 
 @figure("ablations", compute_ablations, slow=True)
 def draw_ablations(table: pd.DataFrame) -> Figure:
     """Above, every combination against static top-k and the threshold; below, what each ingredient adds to a rule."""
     families = list(table["family"].unique())
-    fig = Picture(figsize=(11.0, 3.6 + 0.26 * len(families)), layout="constrained")
-    above, below = fig.subfigures(2, 1, height_ratios=(1.0 + 0.26 * len(families), 3.0))
-    static, threshold = above.subplots(1, 2, width_ratios=(1, 1))
+    fig = Picture(figsize=(12.6, 4.2 + 0.26 * len(families)), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=(1.0 + 0.26 * len(families), 3.4))
+    static, threshold = above.subplots(1, 2, width_ratios=(1, 1.2))
     for axes, rival, labels in ((static, STATIC, True), (threshold, PLAIN, False)):
         _draw_table(axes, table[table["against"] == rival], families, labels)
         axes.set_title(
@@ -146,9 +152,10 @@ def draw_ablations(table: pd.DataFrame) -> Figure:
     panels = below.subplots(1, len(INGREDIENTS), sharey=True)
     for axes, ingredient in zip(panels, INGREDIENTS, strict=True):
         _draw_added(axes, table[table["against"] == f"without {ingredient}"], ingredient)
+    bars = table[table["against"].str.startswith("without")]
+    panels[0].set_ylim(1100 * min(bars["joint_low"].min(), -1e-3), 1100 * max(bars["joint_high"].max(), 1e-3))
     panels[0].set_ylabel("loss minus that of the same rule\nwithout it (nats / 1000)")
-    below.supxlabel("experts per token and layer (mean)", fontsize=9)
-    below.legend(handles=_legend(), fontsize=8, loc="outside lower center", ncols=6)
+    below.legend(handles=_legend(), fontsize=8, loc="outside lower center", ncols=4)
     units = f"{table['units'].iloc[0]} documents"
     fig.suptitle(
         f"{sample_caption(table, table['split'].iloc[0])}; at the same mean number of experts; everything fitted and "
@@ -190,7 +197,7 @@ COLORS = {(False, False): BLACK, (True, False): BLUE, (False, True): ORANGE, (Tr
 def _draw_added(axes: Axes, part: pd.DataFrame, ingredient: str) -> None:
     """What one ingredient adds to each rule that can have it."""
     families = list(part["family"].unique())
-    step = 0.5 * np.diff(np.unique(part["wanted_k"])).min() / len(families)
+    step = 0.5 * np.diff(np.unique(part["wanted_k"])).min(initial=1) / max(1, len(families))
     for number, family in enumerate(families):
         rows = part[part["family"] == family].sort_values("wanted_k")
         first = rows.iloc[0]
@@ -199,9 +206,10 @@ def _draw_added(axes: Axes, part: pd.DataFrame, ingredient: str) -> None:
         axes.errorbar(x, *joint_bars(rows), color=color, linestyle=line, marker=marker, markersize=4, capsize=1.5,
                       linewidth=1)  # fmt: skip
     axes.axhline(0, color=BLACK, linewidth=1)
-    axes.set_yscale("symlog", linthresh=2, linscale=1.5)
-    signed_ticks(axes, [-40, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 40])
+    axes.set_yscale("symlog", linthresh=5, linscale=1.5)
+    signed_ticks(axes, [-40, -20, -10, -5, -2, 0, 2, 5, 10, 20, 40])
     axes.set_xticks(sorted(part["wanted_k"].unique()))
+    axes.set_xlabel("experts per token and layer (mean)", fontsize=8)
     axes.set_title(f"what it adds: {ingredient}", fontsize=8)
 
 
@@ -219,9 +227,9 @@ def _style(row: pd.Series, ingredient: str) -> tuple[str, str, str]:
 
 
 def _legend() -> list[Line2D]:
-    names = {"nothing": BLACK, "null per layer": BLUE, "norms": ORANGE, "both": GREEN, DEFAULT: RED}
-    handles = [Line2D([], [], color=color, label=f"added to: {name}" if name != DEFAULT else name)
-               for name, color in names.items()]  # fmt: skip
-    handles.append(Line2D([], [], color=BLACK, linestyle="--", label="and to layer weights"))
-    handles.append(Line2D([], [], color=BLACK, linestyle="", marker="s", markersize=4, label="and to the step-up"))
+    names = {"added to: threshold": BLACK, "null per layer": BLUE, "norms": ORANGE, "both": GREEN, DEFAULT: RED}
+    names["mean norms (triangles: to null per layer)"] = PINK
+    handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
+    handles.append(Line2D([], [], color=BLACK, linestyle="--", label="and layer weights"))
+    handles.append(Line2D([], [], color=BLACK, linestyle="", marker="s", markersize=4, label="and the step-up"))
     return handles
