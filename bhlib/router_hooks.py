@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bhlib import kernels
-from bhlib.compensation import Compensation, LayerCompensation
+from bhlib.compensation import Compensation
 from bhlib.discovery import MoELayer, implementation_of, linear_logits
 from bhlib.experts import is_twin
 from bhlib.hooks import NewForward
@@ -105,11 +105,10 @@ class CompensatedForward(NewForward):
         routing = top_k_index, top_k_weights
         if not self.is_in_place:  # whoever wrapped it meanwhile still calls it
             return self.own(hidden_states, *routing)
-        part = self.compensation.layer(self.layer.index, hidden_states)
-        is_known = isinstance(part, LayerCompensation)  # to the kernels
-        if is_known and self.by_kernels and kernels.inputs_fit(self.layer.experts, hidden_states):
+        if self.by_kernels and kernels.inputs_fit(self.layer.experts, hidden_states):
             from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
 
+            part = self.compensation.layer(self.layer.index, hidden_states)
             return experts_forward(self.layer.experts, hidden_states, *routing, missing=part)
         return self.complete(self.layer.experts, (hidden_states, *routing), self.own(hidden_states, *routing))
 

@@ -1,6 +1,7 @@
 """The figure of what stands in for dropped experts: published rules with and without compensation, at counted cost."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,10 +14,12 @@ from bhlib.evaluation import sweep
 from bhlib.figures.about import about_of
 from bhlib.figures.drawing import ONE, Picture, error_bars, interval_caption, sample_caption
 from bhlib.figures.families import AtMean, bh, fitted_families, rivals, weighted_families
+from bhlib.figures.ingredients import fit_each, norms_of
 from bhlib.figures.recent import recent, thin_text
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
 from bhlib.looks import BLACK
+from bhlib.norms import OutputNorms
 from bhlib.rival_fits import fit_alignment, fit_folding
 from bhlib.rules import ExFold, Halving, Rule, TopK, families_of
 
@@ -28,8 +31,23 @@ COSTS = (3.0, 4.0, 5.0, 6.0)
 #: Rank of the map.
 RANK = 16
 
-#: What stands in for dropped experts, by the rank of its map; None for nothing.
-STAND_INS: dict[str, int | None] = {"nothing": None, "means": 0, f"means and a map of rank {RANK}": RANK}
+
+class StandIn(NamedTuple):
+    """What stands in for dropped experts: the rank of its map, None for nothing; and whether norms choose these."""
+
+    rank: int | None
+    by_norms: bool = False
+
+
+STAND_INS = {
+    "nothing": StandIn(None),
+    "means": StandIn(0),
+    f"means and a map of rank {RANK}": StandIn(RANK),
+    "the same, chosen by norms,": StandIn(RANK, by_norms=True),
+}
+
+#: What is measured with experts that are chosen by weight times norm (`bhlib.norms`): rules that look at weights.
+BY_NORMS = ("BH", "BH, fitted null", "fixed cut, fitted null", "threshold")
 
 #: Over how many of the best experts halving normalizes: twice the model's own, as published.
 REFERENCE = 2
@@ -43,8 +61,10 @@ def costs_of(study: Study) -> tuple[float, ...]:
     return tuple(cost * study.top_k / 8 for cost in COSTS)
 
 
-def mean_for(compensation: Compensation | None, cost: float, study: Study) -> float:
-    """The mean number of experts that leaves so much for what stands in for the others."""
+def mean_for(compensation: Compensation | None, norms: OutputNorms | None, cost: float, study: Study) -> float:
+    """The mean number of experts that leaves so much for what stands in for the others, and for choosing them."""
+    if norms is not None:
+        cost -= norms.cost(study.hidden_size, study.intermediate_size)
     if compensation is None:
         return cost
     sizes = study.top_k, study.intermediate_size
@@ -59,19 +79,28 @@ def _families(study: Study) -> dict[str, AtMean]:
     return some | weighted_families(study) | rivals(study) | recent(study)
 
 
-def _rules(study: Study, compensation: Compensation | None) -> Iterator[tuple[str, str, Rule]]:
+def _rules(
+    study: Study, compensation: Compensation | None, norms: OutputNorms | None = None
+) -> Iterator[tuple[str, str, Rule]]:
     """Family, name and rule of everything that is measured with a compensation, or with none."""
     for k in range(min(2, study.top_k - 1), study.top_k):
         yield "static top-k", f"static top-k, {k}", TopK(k)
-    for name, make in _families(study).items():
-        means = (
-            study.mean_ks if name == "static per layer" else [mean_for(compensation, c, study) for c in costs_of(study)]
-        )
-        for mean in means:
+    families = _families(study)
+    if norms is not None:
+        families = {name: (families | _fitted_to(study, norms))[name] for name in BY_NORMS}
+    logits = study.thin_logits if norms is None else norms.shown(study.thin_logits)
+    for name, make in families.items():
+        wanted = [mean_for(compensation, norms, cost, study) for cost in costs_of(study)]
+        for mean in study.mean_ks if name == "static per layer" else wanted:
             try:
-                yield name, f"{name}, {mean:.3f} experts", make(study.thin_logits, mean)
+                yield name, f"{name}, {mean:.3f} experts", make(logits, mean)
             except ValueError as reason:
                 tqdm.write(f"{name}, {mean:.2f} experts, is left out: {reason}")
+
+
+def _fitted_to(study: Study, norms: OutputNorms) -> dict[str, AtMean]:
+    """Rules with a null that is fitted to what they are shown."""
+    return fitted_families(study, fit_each(study, norms.shown(study.calibration_logits)))
 
 
 def _corrected(study: Study) -> Iterator[tuple[str, str, Rule, Compensation | None]]:
@@ -91,19 +120,21 @@ def _measured(study: Study) -> tuple[pd.DataFrame, dict[tuple[str, str], list[st
     parts, names = [], {}
     options = {"cache": study.cache, "batch_size": 2 * study.batch_size(study.length)}
 
-    def measure(stands_in: str, found: list[tuple[str, str, Rule]], compensation: Compensation | None) -> None:
+    def measure(stands_in: str, found: list[tuple[str, str, Rule]], **more: Compensation | OutputNorms | None) -> None:
         rules = {f"{name}; {stands_in}": rule for _, name, rule in found}
-        with_it = {} if compensation is None else {"compensation": compensation}
-        parts.append(sweep(study.model, rules, study.whole_test, **options, **with_it))
+        given = {name: value for name, value in more.items() if value is not None}
+        parts.append(sweep(study.model, rules, study.whole_test, **options, **given))
         for (family, *_), rule in zip(found, rules, strict=True):
             names.setdefault((family, stands_in), []).append(rule)
 
     parts.append(sweep(study.model, {study.own: TopK(study.top_k)}, study.whole_test, **options))
-    for stands_in, rank in STAND_INS.items():
+    for stands_in, (rank, by_norms) in STAND_INS.items():
         compensation = None if rank is None else study.compensation(rank)
-        measure(stands_in, list(_rules(study, compensation)), compensation)
+        norms = norms_of(study) if by_norms else None
+        found = list(_rules(study, compensation, norms))
+        measure(stands_in, found, compensation=compensation, norms=norms)
     for family, name, rule, compensation in _corrected(study):
-        measure("its own", [(family, name, rule)], compensation)
+        measure("its own", [(family, name, rule)], compensation=compensation)
     return with_documents(pd.concat(parts, ignore_index=True), study.whole_test_documents), names
 
 
@@ -114,7 +145,7 @@ def compute_compensated(study: Study) -> pd.DataFrame:
     -------
     pandas.DataFrame
         The rows of `bhlib.comparisons.percent_at_cost`, with ``stands_in`` after ``family`` and ``mean_k`` after
-        ``cost`` (of a rule's own row). ``stands_in`` is "nothing", "means", "means and a map of rank 16", or "its own"
+        ``cost`` (of a rule's own row). ``stands_in`` is a name in `STAND_INS`, or "its own"
         for rivals that make up for what they drop in their own way. Levels, compensations, and what rivals are fitted
         with are of the calibration split.
     """

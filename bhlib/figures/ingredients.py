@@ -85,7 +85,7 @@ def rules_of_ingredients(study: Study) -> tuple[Entry, ...]:
     on calibration documents that were held out, there are none, and the rule is the one without.
     """
     found: list[Entry] = []
-    mean, guess = (_norms(study, near) for near in (0, min(NEAR, study.num_experts // 2)))
+    mean, guess = norms_of(study, 0), norms_of(study)
     nulls = {(own, norms): _null(study, own, norms) for own in (False, True) for norms in (None, mean, guess)}
     for k in study.mean_ks:
         found += _at(study, Entry(DEFAULT, ("step-up",), k, BH(max_k=study.top_k)))
@@ -99,10 +99,12 @@ def rules_of_ingredients(study: Study) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-def _norms(study: Study, near: int) -> OutputNorms:
-    total = sum(map(len, study.calibration.values()))
+def norms_of(study: Study, near: int | None = None) -> OutputNorms:
+    """What is guessed of the norms of the outputs, from the `NEAR` largest logits if not told else."""
+    total = sum(map(len, study.fitting_text.values()))
     batch_size = min(study.batch_size(study.window), max(1, total // 10))  # some batches are held out
-    return fit_norms(study.model, study.calibration, near=near, batch_size=batch_size)
+    near = min(NEAR, study.num_experts // 2) if near is None else near
+    return fit_norms(study.model, study.fitting_text, near=near, batch_size=batch_size)
 
 
 def _cut(study: Study, null: FittedNull) -> BH:
