@@ -142,7 +142,7 @@ mean = table.groupby("rule", sort=False)[["cost", "loss"]].mean()
 mean.assign(percent=100 * (mean["loss"] / mean["loss"]["top-8"] - 1))[["cost", "percent"]].round(2)
 
 # %% [markdown]
-# Eighteen short sequences are no comparison: the figure `compensated` makes it on the whole test split, with intervals over
+# Eighteen short sequences are no comparison: the figure `compensated` makes it on part of the test split, with intervals over
 # documents, for every rule with each of the three: `figures.make_figures(only=["compensated"])`, which wants a GPU.
 #
 # ## Does the text stay the same?

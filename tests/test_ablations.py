@@ -39,7 +39,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(study):
-    return figures.compute_ablations(study)
+    return figures.compute_ablations(study, layer_weights=True)
 
 
 def test_every_combination_is_there_at_every_number_of_experts(study, table):
@@ -78,7 +78,7 @@ def test_rows_are_what_comparisons_of_the_stored_sweep_say(study, table, monkeyp
     )
     monkeypatch.setattr(ablations, "summarize_ablations", lambda frame, *_: seen.update(frame=frame))
     with pytest.raises(AttributeError, match="assign"):  # of None: nothing is made of the sweep here
-        figures.compute_ablations(study)
+        figures.compute_ablations(study, layer_weights=True)
     frame, ks = seen["frame"], study.mean_ks
     cut, step_up, norms = (
         [f"null per layer{more}, k = {k:g}" for k in ks] for more in ("", " + step-up", " + mean norms")
@@ -99,7 +99,7 @@ def test_rows_are_what_comparisons_of_the_stored_sweep_say(study, table, monkeyp
 def test_weights_that_do_not_help_are_left_out(study, table):
     weighted = table[table["layer_weights"] != "no"]
     assert set(weighted["family"]) == {name for name in table["family"] if "layer weights" in name}
-    entries = [entry for entry in ingredients.rules_of_ingredients(study) if entry.helped is not None]
+    entries = [entry for entry in ingredients.rules_of_ingredients(study, True) if entry.helped is not None]
     assert entries and {entry.helped for entry in entries} <= {True, False}
     assert all((getattr(entry.rule, "layer_weights", None) is None) != entry.helped for entry in entries)
     fell_back = table[(table["layer_weights"] == "no help") & (table["against"] == "without layer weights")]
@@ -131,7 +131,7 @@ def test_experts_as_good_as_the_models_own_are_read_from_the_curve():
 
 def test_another_split_is_looked_at_by_name(study, monkeypatch):
     monkeypatch.setattr(ablations, "summarize_ablations", lambda frame, *_: frame)
-    validation = figures.compute_ablations(study, "validation", max_sequences=4)
+    validation = figures.compute_ablations(study, "validation", max_sequences=4, layer_weights=True)
     assert validation["split"].eq("validation").all()
     assert validation.groupby("rule").size().eq(8).all() and validation["document"].max() < 3
 

@@ -24,7 +24,9 @@ STATIC = "static top-k"
 AS_GOOD = 0.005
 
 
-def compute_ablations(study: Study, split: str = "test", max_sequences: int | None = None) -> pd.DataFrame:
+def compute_ablations(
+    study: Study, split: str = "test", max_sequences: int | None = None, layer_weights: bool = False
+) -> pd.DataFrame:
     """What each ingredient adds, on every sequence of the test split.
 
     Everything was fitted and chosen on the calibration split (`bhlib.figures.ingredients`); to look at another one
@@ -36,6 +38,9 @@ def compute_ablations(study: Study, split: str = "test", max_sequences: int | No
     split : str
     max_sequences : int, optional
         Of each domain; all by default.
+    layer_weights : bool
+        Whether weights of the layers are among the ingredients. To choose them at each number of experts takes 20
+        searches over calibration text, longer than all the rest.
 
     Returns
     -------
@@ -54,7 +59,7 @@ def compute_ablations(study: Study, split: str = "test", max_sequences: int | No
     documents = study.text.documents(split, study.length, max_sequences)
     if split == "test" and max_sequences is None:
         text, documents = study.whole_test, study.whole_test_documents
-    entries = rules_of_ingredients(study)
+    entries = rules_of_ingredients(study, layer_weights)
     options = {"cache": study.cache, "batch_size": 2 * study.batch_size(study.length)}
     parts = []
     for norms in dict.fromkeys(entry.norms for entry in entries):

@@ -25,6 +25,9 @@ __all__ = ["compute_batch_bytes", "draw_batch_bytes", "mixed_sequences", "unique
 #: Sequences that are decoded side by side.
 BATCHES = (8, 16, 32, 512)
 
+#: Batches of each size that are measured, at most: more take more time than they tell.
+PASSES = 16
+
 #: Levels of each family, from few experts to many.
 ALPHAS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 3e-3)
 #: Of a token: what a batch misses grows with its tokens, and its threshold with the root of their number.
@@ -128,12 +131,12 @@ def measure(model: nn.Module, ids: Tensor, rule: Rule, batch: int, device: torch
 
 
 def compute_batch_bytes(study: Study) -> pd.DataFrame:
-    """Loss and loaded experts of every rule at every size of a batch, on the whole test split."""
+    """Loss and loaded experts of every rule at every size of a batch, on sequences spread over the test split."""
     return measure_batches(study, "test")
 
 
 def measure_batches(study: Study, split: str, most: int | None = None) -> pd.DataFrame:
-    """`compute_batch_bytes` on a split, or on some sequences of it.
+    """`compute_batch_bytes` on a split: on `PASSES` batches of each size, or on this many sequences.
 
     Sequences are `Study.window` tokens long, or shorter where a pass over a batch would have more than 8 times
     `Study.tokens_per_pass` tokens. Sizes for which there are too few sequences are left out.
@@ -157,7 +160,7 @@ def measure_batches(study: Study, split: str, most: int | None = None) -> pd.Dat
     for batch in BATCHES:
         length = min(study.window, max(2, 8 * study.tokens_per_pass // batch))
         text, documents = study.text.sequences(split, length), study.text.documents(split, length)
-        ids, facts = mixed_sequences(text, documents, most)
+        ids, facts = mixed_sequences(text, documents, most or PASSES * batch)
         if len(ids) >= batch:
             parts.append(_one_size(study, ids[: len(ids) // batch * batch], facts, batch))
     if not parts:

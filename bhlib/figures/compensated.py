@@ -116,18 +116,18 @@ def _corrected(study: Study) -> Iterator[tuple[str, str, Rule, Compensation | No
 
 
 def _measured(study: Study) -> tuple[pd.DataFrame, dict[tuple[str, str], list[str]]]:
-    """All rules on the whole test split, and the names of each family's by what stands in."""
+    """All rules on `Study.test`, and the names of each family's by what stands in."""
     parts, names = [], {}
     options = {"cache": study.cache, "batch_size": 2 * study.batch_size(study.length)}
 
     def measure(stands_in: str, found: list[tuple[str, str, Rule]], **more: Compensation | OutputNorms | None) -> None:
         rules = {f"{name}; {stands_in}": rule for _, name, rule in found}
         given = {name: value for name, value in more.items() if value is not None}
-        parts.append(sweep(study.model, rules, study.whole_test, **options, **given))
+        parts.append(sweep(study.model, rules, study.test, **options, **given))
         for (family, *_), rule in zip(found, rules, strict=True):
             names.setdefault((family, stands_in), []).append(rule)
 
-    parts.append(sweep(study.model, {study.own: TopK(study.top_k)}, study.whole_test, **options))
+    parts.append(sweep(study.model, {study.own: TopK(study.top_k)}, study.test, **options))
     for stands_in, (rank, by_norms) in STAND_INS.items():
         compensation = None if rank is None else study.compensation(rank)
         norms = norms_of(study) if by_norms else None
@@ -135,11 +135,11 @@ def _measured(study: Study) -> tuple[pd.DataFrame, dict[tuple[str, str], list[st
         measure(stands_in, found, compensation=compensation, norms=norms)
     for family, name, rule, compensation in _corrected(study):
         measure("its own", [(family, name, rule)], compensation=compensation)
-    return with_documents(pd.concat(parts, ignore_index=True), study.whole_test_documents), names
+    return with_documents(pd.concat(parts, ignore_index=True), study.test_documents), names
 
 
 def compute_compensated(study: Study) -> pd.DataFrame:
-    """Loss above the model's own top-k at counted cost, of every rule with each thing that stands in; whole test split.
+    """Loss above the model's own top-k at counted cost, of every rule with each thing that stands in; `Study.test`.
 
     Returns
     -------

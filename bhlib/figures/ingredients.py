@@ -77,12 +77,13 @@ class Entry(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def rules_of_ingredients(study: Study) -> tuple[Entry, ...]:
+def rules_of_ingredients(study: Study, layer_weights: bool = True) -> tuple[Entry, ...]:
     """A rule for each combination and each of `Study.mean_ks`, and those beside: the default `BH`, and `MEAN_NORMS`.
 
     Weights of the layers are chosen for the cut (`bhlib.tuning.tune_layer_weights`) at each number of experts. The
     step-up takes the same ones, at a level of its own: what it adds is then its own doing. Where weights did not help
-    on calibration documents that were held out, there are none, and the rule is the one without.
+    on calibration documents that were held out, there are none, and the rule is the one without. To choose them takes
+    longer than all the rest: without `layer_weights` nothing has any.
     """
     found: list[Entry] = []
     mean, guess = norms_of(study, 0), norms_of(study)
@@ -90,7 +91,7 @@ def rules_of_ingredients(study: Study) -> tuple[Entry, ...]:
     for k in study.mean_ks:
         found += _at(study, Entry(DEFAULT, ("step-up",), k, BH(max_k=study.top_k)))
         for parts in combinations():
-            if "step-up" in parts:
+            if "step-up" in parts or ("layer weights" in parts and not layer_weights):
                 continue
             norms, own = guess if "norms" in parts else None, "null per layer" in parts
             found += _cut_and_step_up(study, parts, k, nulls[own, norms], norms)
