@@ -119,7 +119,7 @@ def make_figures(
         If the CSV of a figure that is not computed here is missing.
     """
     folder, study = Path(folder), study or Study()
-    specs, named = chosen(only), only is not None
+    specs, named = _without_absent(folder, only), only is not None
     _check_present(folder, [spec for spec in specs if not spec.is_computed(named)])
     folder.mkdir(parents=True, exist_ok=True)
     for spec in each_figure(specs, "figures"):
@@ -195,8 +195,20 @@ def _present(folder: str | Path, only: Iterable[str] | None) -> list[FigureSpec]
     specs = chosen(only)
     if only is None and StudyFolder(folder).is_there:
         return [spec for spec in specs if (Path(folder) / f"{spec.name}.csv").exists()]
+    specs = _without_absent(Path(folder), only)
     _check_present(Path(folder), specs)
     return specs
+
+
+def _without_absent(folder: Path, only: Iterable[str] | None) -> list[FigureSpec]:
+    """The figures of these names; or all but those that are computed by name alone and have not been yet."""
+    specs = chosen(only)
+    if only is not None:
+        return specs
+    absent = [s.name for s in specs if s.slow and s.compute is not None and not (folder / f"{s.name}.csv").exists()]
+    for name in absent:
+        tqdm.write(f"{name}: left out (it takes long, and is computed only if it is named: --only {name})")
+    return [spec for spec in specs if spec.name not in absent]
 
 
 def _check_present(folder: Path, specs: list[FigureSpec]) -> None:
