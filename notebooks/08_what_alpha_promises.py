@@ -220,8 +220,8 @@ loss.tried.round(3)
 # Everything is fitted and chosen on the calibration split; the title says which split was measured. The upper tables have every
 # combination, against static top-k and against the plain threshold, at the number of experts that was really spent. Below, each
 # ingredient is added to every rule that can have it: a line below zero says that it helped that rule. Weights of the layers take
-twenty searches, longer than all the rest (`compute_ablations(study, layer_weights=True)`), and norms were measured up to k = 5: what
-was not measured is left empty. The figure `whole_test_split` has weights that were chosen at one number of experts.
+# twenty searches, longer than all the rest (`compute_ablations(study, layer_weights=True)`), and norms were measured up to k = 5: what
+# was not measured is left empty. The figure `whole_test_split` has weights that were chosen at one number of experts.
 
 # %%
 ablations = pd.read_csv("../figures/ablations.csv")
