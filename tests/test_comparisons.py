@@ -130,6 +130,7 @@ def test_rules_are_compared_at_counted_cost():
     pd.testing.assert_frame_equal(same, matched_compute(frame.drop(columns="cost")))
     near = matched_difference(frame, ["rule"], ["top-3", "top-4", "top-5"]).iloc[0]["difference"]
     assert near == pytest.approx(1 / 3 - 1 / 3.5, abs=2e-3)
+    frame["accuracy"] = 0.5
     assert "cost" in summarize(frame) and "cost" not in summarize(frame.assign(cost=frame["mean_k"]))
 
 

@@ -114,8 +114,10 @@ def compute_router_ranking(study: Study) -> pd.DataFrame:
     (text, documents), (short, of_short) = of_test(study.window // 2), of_test(study.window // 8)
     seen = measure_contributions(study.model, text, documents=documents, max_tokens=TOKENS * some)
     rows = _by_output(seen)
+    there = study.num_layers * sum(len(ids) * (ids.shape[1] - 1) for ids in short.values())
     for among, number, ranks in (("all", ALL_CHANGED, study.num_experts), ("top-k", CHANGED, study.top_k)):
-        changed = one_changed(study.model, short, num_tokens=number * some, ranks=ranks, documents=of_short)
+        number = min(number * some, there)
+        changed = one_changed(study.model, short, num_tokens=number, ranks=ranks, documents=of_short)
         rows += _by_effect(changed, among)
     columns = ["kind", "measure", "among", "layer", "rank", "value", "low", "high", "tokens", "documents"]
     return pd.DataFrame(rows)[columns]
