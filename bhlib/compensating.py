@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bhlib.calibration import collect_router_logits
 from bhlib.compensation import Compensation, LayerCompensation
 from bhlib.discovery import MoELayer, find_moe_layers, implementation_of, name_of
 from bhlib.experts import pairwise_forward
-from bhlib.layer_passes import LayerPass, watch_layers
+from bhlib.layer_passes import LayerPass, watch_text
 from bhlib.levels import level_for_mean_experts
 from bhlib.rules import Rule, Threshold
-from bhlib.text_pass import Piece, batches, check_plain, check_texts, run_batch
+from bhlib.text_pass import Piece, check_plain, check_texts
 
 #: Strengths of the ridge that are tried, as multiples of the mean square of a feature: the largest leave nothing.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3)
@@ -139,20 +138,12 @@ def fit_ranks(
     keep.check_model(len(layers), layers[0].num_experts)
     features = layers[0].num_experts + (hidden if any(ranks) else 0)
     parts = [[Products(features, hidden, layer.router.weight.device) for _ in range(2)] for layer in layers]
-    done, valid = 0, None
 
-    def take(layer: MoELayer, seen: LayerPass) -> None:
-        seen = seen if valid is None else seen.at(valid.flatten().nonzero().flatten())
-        is_held_out = done % HELD_OUT == HELD_OUT - 1
+    def take(layer: MoELayer, seen: LayerPass, number: int) -> None:
+        is_held_out = number % HELD_OUT == HELD_OUT - 1
         parts[layer.index][is_held_out].add(*explain_missing(layer, seen, keep, any(ranks)))
 
-    total = sum(len(text.ids) for text in texts)
-    with tqdm(total=total, unit="seq", desc="experts", disable=not progress) as bar, watch_layers(layers, take):
-        for batch in batches(texts, batch_size):
-            valid = None if batch.mask is None else batch.mask.bool()
-            run_batch(model, batch)
-            done += 1
-            bar.update(len(batch.ids))
+    done = watch_text(model, layers, texts, batch_size, take, progress)
     if done < HELD_OUT:
         raise ValueError(
             f"the text has {done} batches of {batch_size} sequences, and one in {HELD_OUT} is held out to choose "

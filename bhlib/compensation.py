@@ -10,19 +10,15 @@ dropped experts of a token together. Where nothing is dropped nothing is added, 
 A routing says which experts were dropped, and with which weights (`bhlib.rules.routing.mark_dropped`).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
-#: Version of the file format.
-FORMAT = 1
+from bhlib.layer_files import load_layers, save_layers
 
 
 class LayerCompensation(NamedTuple):
@@ -135,13 +131,7 @@ class Compensation:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {
-            f"{part}.{index}": getattr(layer, part).contiguous()
-            for index, layer in enumerate(self.layers)
-            for part in LayerCompensation._fields
-        }
-        header = {"format": FORMAT, "kind": "compensation", "model_name": self.model_name, "layers": self.num_layers}
-        save_file(tensors, path, metadata={"bhlib": json.dumps(header, sort_keys=True)})
+        save_layers(path, "compensation", LayerCompensation._fields, self.layers, model_name=self.model_name)
 
     def __repr__(self) -> str:
         return (
@@ -160,22 +150,10 @@ def load_compensation(path: str | Path) -> Compensation:
     ValueError
         If the file holds no compensation, or is damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("bhlib", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): save the compensation again.") from error
-    if header.get("kind") != "compensation" or header.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no compensation of format {FORMAT}: write one with Compensation.save(path).")
-    wanted = {f"{part}.{index}" for index in range(header["layers"]) for part in LayerCompensation._fields}
-    if wanted != tensors.keys():
-        raise ValueError(f"{path} is damaged: {sorted(wanted ^ tensors.keys())} do not fit its header.")
-    layers = [
-        LayerCompensation(*(tensors[f"{part}.{index}"] for part in LayerCompensation._fields))
-        for index in range(header["layers"])
-    ]
-    return Compensation(layers, header["model_name"])
+    found, header = load_layers(
+        path, "compensation", LayerCompensation._fields, "write one with Compensation.save(path)"
+    )
+    return Compensation([LayerCompensation(*parts) for parts in found], header["model_name"])
 
 
 def _listed(facts: dict[str, int]) -> str:

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bhlib.compensation import Compensation
 from bhlib.discovery import MoELayer, name_of
-from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_layers, whole_layers
+from bhlib.layer_passes import LayerPass, expert_output, scores_of, watch_text, whole_layers
 from bhlib.norms import LayerNorms, OutputNorms, nearest
 from bhlib.pvalues import check_logits
-from bhlib.text_pass import batches, check_texts, run_batch
+from bhlib.text_pass import check_texts
 
 #: Strengths of the ridge that are tried, as multiples of the mean square of a logit's excess: the last one leaves the
 #: constant alone.
@@ -125,21 +124,13 @@ def fit_norms(
         compensation.check_model(name_of(model), len(layers), num_experts, hidden)
     features = 2 + num_experts if near else 1
     parts = [[Regressions(num_experts, features, layer.router.weight.device) for _ in range(2)] for layer in layers]
-    done, valid = 0, None
 
-    def take(layer: MoELayer, seen: LayerPass) -> None:
-        seen = seen if valid is None else seen.at(valid.flatten().nonzero().flatten())
+    def take(layer: MoELayer, seen: LayerPass, number: int) -> None:
         check_logits(seen.logits)
-        is_held_out = done % HELD_OUT == HELD_OUT - 1
+        is_held_out = number % HELD_OUT == HELD_OUT - 1
         _measure(layer, seen, near, compensation, parts[layer.index][is_held_out])
 
-    total = sum(len(text.ids) for text in texts)
-    with tqdm(total=total, unit="seq", desc="experts", disable=not progress) as bar, watch_layers(layers, take):
-        for batch in batches(texts, batch_size):
-            valid = None if batch.mask is None else batch.mask.bool()
-            run_batch(model, batch)
-            done += 1
-            bar.update(len(batch.ids))
+    done = watch_text(model, layers, texts, batch_size, take, progress)
     if near and done < HELD_OUT:
         raise ValueError(
             f"the text has {done} batches of {batch_size} sequences, and one in {HELD_OUT} is held out to choose "

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from bhlib.discovery import MoELayer, as_scored, find_moe_layers, watch
-from bhlib.text_pass import check_plain
+from bhlib.text_pass import Piece, batches, check_plain, run_batch
 from bhlib.weighting import find_weighting
 
 
@@ -81,6 +82,50 @@ def watch_layers(layers: Sequence[MoELayer], take: Callable[[MoELayer, LayerPass
         for layer in layers:
             hooks.callback(layer.experts.register_forward_hook(partial(leave, layer)).remove)
         yield
+
+
+@torch.no_grad()
+def watch_text(
+    model: nn.Module,
+    layers: Sequence[MoELayer],
+    texts: Sequence[Piece],
+    batch_size: int,
+    take: Callable[[MoELayer, LayerPass, int], None],
+    progress: bool = False,
+) -> int:
+    """Run a model over texts, and call ``take(layer, seen, number)`` for each layer and batch.
+
+    Parameters
+    ----------
+    model, layers
+        The model, not patched, and its layers to watch.
+    texts : sequence of Piece
+        Checked (`bhlib.text_pass.check_texts`).
+    batch_size : int
+        Sequences of a forward pass.
+    take : callable
+        `seen` has a row for each token that is no padding, `number` counts batches from 0.
+    progress : bool
+        Whether to show a bar.
+
+    Returns
+    -------
+    int
+        How many batches there were.
+    """
+    number, valid = 0, None
+
+    def take_real(layer: MoELayer, seen: LayerPass) -> None:
+        take(layer, seen if valid is None else seen.at(valid.flatten().nonzero().flatten()), number)
+
+    total = sum(len(text.ids) for text in texts)
+    with tqdm(total=total, unit="seq", desc="experts", disable=not progress) as bar, watch_layers(layers, take_real):
+        for batch in batches(texts, batch_size):
+            valid = None if batch.mask is None else batch.mask.bool()
+            run_batch(model, batch)
+            number += 1
+            bar.update(len(batch.ids))
+    return number
 
 
 def expert_output(layer: MoELayer, hidden: Tensor, expert: int | Tensor) -> Tensor:

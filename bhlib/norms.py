@@ -17,19 +17,15 @@ the demo nearly as much as a linear function of the hidden state. Most of it is 
 with the next largest logit as the edge, so that nothing jumps where an expert comes or goes.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-#: Version of the file format.
-FORMAT = 1
+from bhlib.layer_files import load_layers, save_layers
 
 
 class LayerNorms(NamedTuple):
@@ -146,14 +142,8 @@ class OutputNorms:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
-        tensors = {
-            f"{part}.{index}": getattr(layer, part).contiguous()
-            for index, layer in enumerate(self.layers)
-            for part in LayerNorms._fields
-        }
-        header = {"format": FORMAT, "kind": "norms", "model_name": self.model_name, "near": self.near}
-        header["layers"] = self.num_layers
-        save_file(tensors, path, metadata={"bhlib": json.dumps(header, sort_keys=True)})
+        about: dict[str, Any] = {"model_name": self.model_name, "near": self.near}
+        save_layers(path, "norms", LayerNorms._fields, self.layers, **about)
 
     def __repr__(self) -> str:
         guess = f"from the {self.near} largest logits" if self.near else "one for each"
@@ -173,20 +163,8 @@ def load_norms(path: str | Path) -> OutputNorms:
     ValueError
         If the file holds no norms, or is damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("bhlib", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): save the norms again.") from error
-    if header.get("kind") != "norms" or header.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no norms of format {FORMAT}: write them with OutputNorms.save(path).")
-    wanted = {f"{part}.{index}" for index in range(header["layers"]) for part in LayerNorms._fields}
-    if wanted != tensors.keys():
-        raise ValueError(f"{path} is damaged: {sorted(wanted ^ tensors.keys())} do not fit its header.")
-    layers = [
-        LayerNorms(*(tensors[f"{part}.{index}"] for part in LayerNorms._fields)) for index in range(header["layers"])
-    ]
+    found, header = load_layers(path, "norms", LayerNorms._fields, "write them with OutputNorms.save(path)")
+    layers = [LayerNorms(*parts) for parts in found]
     experts, near = len(layers[0].constant), header["near"]
     shapes = ((experts,), (experts,), (experts if near else 0, experts))
     for index, layer in enumerate(layers):

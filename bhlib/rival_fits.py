@@ -18,9 +18,9 @@ from bhlib.compensating import explain_missing
 from bhlib.discovery import MoELayer, find_moe_layers, input_device, name_of
 from bhlib.evaluation import sweep
 from bhlib.expert_loop import is_plain
-from bhlib.layer_passes import LayerPass, expert_output, watch_layers
+from bhlib.layer_passes import LayerPass, expert_output, watch_layers, watch_text
 from bhlib.rules import AllocMoE, Rule, StaticPerLayer
-from bhlib.text_pass import batches, check_plain, check_texts, run_batch
+from bhlib.text_pass import batches, check_plain, check_texts
 
 #: ExFold's, as published: added to the energy of an output that another is projected on; bounds of the projection.
 FOLDING_RIDGE, FOLDING_BOUND = 1e-3, 4.0
@@ -205,7 +205,7 @@ def fit_folding(
     num = layers[0].num_experts
     sums = [torch.zeros(3, num * num, dtype=torch.float64, device=layer.router.weight.device) for layer in layers]
 
-    def take(layer: MoELayer, seen: LayerPass) -> None:
+    def take(layer: MoELayer, seen: LayerPass, _: int) -> None:
         outputs = _each_output(layer, seen)
         products = outputs @ outputs.mT
         squares = outputs.square().sum(dim=-1)
@@ -214,9 +214,7 @@ def fit_folding(
         for row, part in enumerate((products, squares[:, None, :], squares[:, :, None])):
             sums[layer.index][row].index_add_(0, pairs, (part * weight).expand_as(products).flatten().double())
 
-    with watch_layers(layers, take):
-        for batch in batches(texts, batch_size):
-            run_batch(model, batch)
+    watch_text(model, layers, texts, batch_size, take)
     products, targets, sources = (part.view(-1, num, num).cpu() for part in torch.stack(sums, dim=1))
     scales = (products / (targets + FOLDING_RIDGE)).clamp(-FOLDING_BOUND, FOLDING_BOUND)
     losses = (sources - 2 * scales * products + scales.square() * targets).clamp(min=0) / sources
@@ -228,10 +226,7 @@ def _each_output(layer: MoELayer, seen: LayerPass) -> Tensor:
     """What each of a token's experts makes of it, not weighted: float32 [tokens, top_k, hidden]."""
     tokens, slots = seen.experts.shape
     hidden = seen.hidden.repeat_interleave(slots, dim=0)
-    index = seen.experts.reshape(-1, 1)
-    return (
-        layer.experts.forward(hidden, index, torch.ones_like(index, dtype=hidden.dtype)).float().view(tokens, slots, -1)
-    )
+    return expert_output(layer, hidden, seen.experts.flatten()).view(tokens, slots, -1)
 
 
 # -- LDA -------------------------------------------------------------------------------------------------------
@@ -260,7 +255,7 @@ def fit_alignment(
         for name in rules
     }
 
-    def take(layer: MoELayer, seen: LayerPass) -> None:
+    def take(layer: MoELayer, seen: LayerPass, _: int) -> None:
         for name, rule in rules.items():
             features, missing = explain_missing(layer, seen, rule, False)
             drops = (features != 0).any(dim=1)
@@ -269,9 +264,7 @@ def fit_alignment(
             parts = (torch.ones_like(own), own, own.square(), less, less.square())
             sums[name][layer.index] += torch.stack([part.sum(dim=0) for part in parts])
 
-    with watch_layers(layers, take):
-        for batch in batches(texts, batch_size):
-            run_batch(model, batch)
+    watch_text(model, layers, texts, batch_size, take)
     fitted = {}
     for name, of_layers in sums.items():
         parts = [

@@ -21,6 +21,7 @@ FLOORS = [
     "expert_loop",  # the experts one after the other, on a CPU
     "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
+    "layer_files",  # one file of what was fitted to each layer
     "compensation",  # what stands in for dropped experts
     "norms",  # how large the outputs of experts are
     "alignment",  # a rival of the compensation: the output, stretched and shifted

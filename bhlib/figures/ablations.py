@@ -154,21 +154,25 @@ def draw_ablations(table: pd.DataFrame) -> Figure:
         axes.set_title(
             f"loss minus {'that of ' if rival == STATIC else 'that of the '}{rival}, nats / 1000", fontsize=8
         )
-    panels = below.subplots(1, len(INGREDIENTS), sharey=True)
-    for axes, ingredient in zip(panels, INGREDIENTS, strict=True):
-        _draw_added(axes, table[table["against"] == f"without {ingredient}"], ingredient)
+    added = {one: table[table["against"] == f"without {one}"] for one in INGREDIENTS}
+    added = {ingredient: part for ingredient, part in added.items() if len(part)}
+    panels = below.subplots(1, len(added), sharey=True, squeeze=False)[0]
+    for axes, (ingredient, part) in zip(panels, added.items(), strict=True):
+        _draw_added(axes, part, ingredient)
     bars = table[table["against"].str.startswith("without")]
     panels[0].set_ylim(1100 * min(bars["joint_low"].min(), -1e-3), 1100 * max(bars["joint_high"].max(), 1e-3))
     panels[0].set_ylabel("loss minus that of the same rule\nwithout it (nats / 1000)")
-    below.legend(handles=_legend(), fontsize=8, loc="outside lower center", ncols=4)
+    below.legend(handles=_legend(table), fontsize=8, loc="outside lower center", ncols=4)
     units = f"{table['units'].iloc[0]} documents"
+    without = "in brackets: weights of the layers did not help on calibration text and were left out; "
+    without = without if (table["layer_weights"] == "no help").any() else ""
     fig.suptitle(
         f"{sample_caption(table, table['split'].iloc[0])}; at the same mean number of experts; everything fitted and "
         "chosen on calibration text\n"
         f"± half of the 95 % bootstrap interval over {units} that holds for all of a table at once; bars: for all "
         "that are compared with the same rule\n"
-        f"in brackets: weights of the layers did not help on calibration text and were left out; last column: mean "
-        f"number of experts at which the loss is {100 * AS_GOOD:g} % above {about_of(table).own}",
+        f"{without}last column: mean number of experts at which the loss is {100 * AS_GOOD:g} % above "
+        f"{about_of(table).own}",
         fontsize=8,
     )
     return fig
@@ -231,10 +235,12 @@ def _style(row: pd.Series, ingredient: str) -> tuple[str, str, str]:
     return COLORS[null, norms], "--" if weights else "-", "s" if step_up else "o"
 
 
-def _legend() -> list[Line2D]:
+def _legend(table: pd.DataFrame) -> list[Line2D]:
     names = {"added to: threshold": BLACK, "null per layer": BLUE, "norms": ORANGE, "both": GREEN, DEFAULT: RED}
-    names["mean norms (triangles: to null per layer)"] = PINK
+    if (table["statistic"] == "weight × mean norm").any():
+        names["mean norms (triangles: to null per layer)"] = PINK
     handles = [Line2D([], [], color=color, label=name) for name, color in names.items()]
-    handles.append(Line2D([], [], color=BLACK, linestyle="--", label="and layer weights"))
+    if (table["layer_weights"] != "no").any():
+        handles.append(Line2D([], [], color=BLACK, linestyle="--", label="and layer weights"))
     handles.append(Line2D([], [], color=BLACK, linestyle="", marker="s", markersize=4, label="and the step-up"))
     return handles

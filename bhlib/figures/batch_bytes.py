@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bhlib import comparisons
 from bhlib.evaluation import score_tokens
 from bhlib.figures.about import NotForThisModel, about_of
-from bhlib.figures.drawing import ONE, Picture, error_bars, interval_caption
+from bhlib.figures.drawing import Picture, error_bars
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
 from bhlib.looks import BLACK
@@ -240,12 +240,13 @@ def draw_batch_bytes(table: pd.DataFrame) -> Figure:
         for axes in (above, against):
             axes.axhline(0, color=BLACK, linewidth=0.8)
             axes.axvline(0.6 * own["unique"], color=BLACK, linewidth=0.8, linestyle=":")
-        above.set_title(f"batch of {size}\n{own['sequences']} sequences of {own['length']} tokens", fontsize=8)
+        sample = f"{own['sequences']} sequences of {own['length']} tokens\nof {own['units']} documents"
+        above.set_title(f"batch of {size}\n{sample}", fontsize=8)
         against.set_xlabel("experts loaded per layer (mean)")
     panels[0, 0].set_ylabel(f"loss above {about.own} (nats per token)")
     panels[1, 0].set_ylabel("loss minus OEA with as many\nloaded experts (nats / 1000)")
     what = f"{about.name}, {table['split'].iloc[0]} split; a batch mixes domains and documents"
     text = f"{what}; dotted: 40 % fewer experts than {about.own}"
-    fig.suptitle(f"{text}\n{interval_caption(table, ONE)}", fontsize=8)
+    fig.suptitle(f"{text}\nbars: 95 % bootstrap interval over documents, for each point by itself", fontsize=8)
     fig.legend(fontsize=8, loc="outside lower center", ncols=6)
     return fig

@@ -15,10 +15,10 @@ from bhlib.figures.drawing import ONE, Picture, error_bars, interval_caption, la
 from bhlib.figures.families import by_level
 from bhlib.figures.registry import figure
 from bhlib.figures.study import RANKS, Study
-from bhlib.layer_passes import LayerPass, watch_layers
+from bhlib.layer_passes import LayerPass, watch_text
 from bhlib.looks import BLUE, GREEN, ORANGE
 from bhlib.rules import Threshold
-from bhlib.text_pass import batches, check_texts, run_batch
+from bhlib.text_pass import check_texts
 
 __all__ = ["compute_missing_part", "draw_missing_part"]
 
@@ -46,7 +46,7 @@ def compute_missing_part(study: Study) -> pd.DataFrame:
     sums: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
     kept: list[float] = []
 
-    def take(layer: MoELayer, seen: LayerPass) -> None:
+    def take(layer: MoELayer, seen: LayerPass, _: int) -> None:
         features, missing = explain_missing(layer, seen, rule, True)
         dropped, hidden = features.split([layer.num_experts, missing.shape[1]], dim=1)
         rows = [seen.output.float(), missing.float()]
@@ -57,9 +57,7 @@ def compute_missing_part(study: Study) -> pd.DataFrame:
         sums[layer.index].append(energy.view(-1, study.window, len(rows)).sum(dim=1).double().cpu())
         kept.append(float(study.top_k - (dropped != 0).sum(dim=1).float().mean()))
 
-    with watch_layers(layers, take):
-        for batch in batches(check_texts(study.validation, None), study.batch_size(study.window)):
-            run_batch(study.model, batch)
+    watch_text(study.model, layers, check_texts(study.validation, None), study.batch_size(study.window), take)
     documents = study.validation_documents
     domain = np.repeat(list(documents), [len(numbers) for numbers in documents.values()])
     drawn = resample(domain, np.concatenate([*documents.values()]))
