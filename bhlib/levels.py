@@ -21,8 +21,8 @@ from bhlib.weighting import probabilities
 
 def mean_experts(rule: Rule, router_logits: Tensor) -> float:
     """Mean number of experts that a rule gives to tokens with these logits [layers, tokens, experts]."""
-    counts = [rule(logits, layer).counts.double().mean() for layer, logits in enumerate(router_logits)]
-    return float(sum(counts) / len(counts))
+    counts = [rule(logits, layer).counts.sum() for layer, logits in enumerate(router_logits)]
+    return int(sum(counts)) / router_logits.shape[:-1].numel()
 
 
 def level_for_mean_experts(family: Callable[[float], Rule], router_logits: Tensor, mean_k: float) -> float:

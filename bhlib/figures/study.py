@@ -330,10 +330,10 @@ class Study:
         """Router logits [layers, tokens, experts] on `validation` (`bounded`): what nulls are tested on."""
         return self._logits("validation", self.validation)
 
-    @property
+    @cached_property
     def thin_logits(self) -> Tensor:
-        """Some of `calibration_logits`: enough to find levels on, which looks at them many times."""
-        return self.calibration_logits[:, ::THIN]
+        """Some of `calibration_logits`, on `device`: enough to find levels on, which looks at them many times."""
+        return self.calibration_logits[:, ::THIN].to(self.device)
 
     def _logits(self, split: str, text: Mapping[str, Tensor]) -> Tensor:
         """Router logits on a text (`bounded`), collected once for all processes if there is a `cache`."""
