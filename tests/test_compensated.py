@@ -8,7 +8,7 @@ import torch
 from bhlib import RoutingPatch, figures, find_moe_layers
 from bhlib.agreement import text_agreement
 from bhlib.comparisons import percent_at_cost, with_documents
-from bhlib.figures import compensated
+from bhlib.figures import stand_ins, written
 from bhlib.figures.families import by_level
 from bhlib.figures.recent import recent
 from bhlib.layer_passes import expert_output, watch_layers
@@ -23,16 +23,17 @@ def study():
     study.sequences_per_domain, study.window = 1, 64
     study.test = {domain: study.test[domain][:, :64] for domain in ("manuals", "python")}
     study.whole_test = study.test
+    study.whole_test_documents = study.test_documents
     study.calibration = {domain: study.calibration[domain] for domain in study.test}
     study.fitting_text = study.text.sequences("calibration", 64, 5)
     return study
 
 
 def test_a_mean_leaves_room_for_what_stands_in(study):
-    assert compensated.mean_for(None, None, 4.0, study) == 4
+    assert stand_ins.mean_for(None, None, 4.0, study) == 4
     for rank in (0, 16):
         one = study.compensation(rank)
-        mean = compensated.mean_for(one, None, 4.0, study)
+        mean = stand_ins.mean_for(one, None, 4.0, study)
         assert mean + one.cost(mean, 8, study.intermediate_size) == pytest.approx(4) and study.compensation(rank) is one
 
 
@@ -48,7 +49,7 @@ def test_recent_rivals_give_the_mean_that_is_wanted(study):
 @pytest.fixture(scope="module")
 def table(study):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compensated, "COSTS", (3.0, 5.0))
+        patch.setattr(stand_ins, "COSTS", (3.0, 5.0))
         return figures.compute_compensated(study)
 
 
@@ -57,7 +58,7 @@ def test_published_rules_are_compared_with_and_without(table):
     both = [
         name
         for name in table["family"].unique()
-        if {(name, one) for one, made in compensated.STAND_INS.items() if not made.by_norms} <= pairs
+        if {(name, one) for one, made in stand_ins.STAND_INS.items() if not made.by_norms} <= pairs
     ]
     assert len(both) >= 10 and {"BH", "BH, fitted null", "static top-k", "SeqTopK", "Alloc-MoE", "MoDES", "ACE"} <= {
         *both
@@ -170,3 +171,16 @@ def test_a_curve_that_does_not_reach_says_so():
         percent_at_cost(made_up(), {"a": ["a 2"]}, "own", (3,))
     with pytest.raises(ValueError, match="the rule 'b' is not in this table"):
         percent_at_cost(made_up(), {"a": ["a 2", "b"]}, "own", (3,))
+
+
+def test_what_is_written_with_and_without(study):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stand_ins, "COSTS", (4.0,))
+        patch.setattr(written, "LENGTH", 6)
+        table = figures.compute_written(study)
+    documents = sum(len(set(map(int, study.whole_test_documents[domain]))) for domain in study.whole_test)
+    assert len(table) == len(stand_ins.STAND_INS) * len(written.MEASURES) and (table["units"] == documents).all()
+    assert table["cost"].between(3, 5).all()
+    shares = table[table["measure"].isin(["same", "top1_agreement"])]
+    assert shares["value"].between(0.01, 1).all() and (table["low"] <= table["value"]).all()
+    figures.draw_written(table)

@@ -1,7 +1,6 @@
 """The figure of what stands in for dropped experts: published rules with and without compensation, at counted cost."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,9 +13,10 @@ from bhlib.evaluation import sweep
 from bhlib.figures.about import about_of
 from bhlib.figures.drawing import ONE, Picture, error_bars, interval_caption, sample_caption
 from bhlib.figures.families import AtMean, bh, fitted_families, rivals, weighted_families
-from bhlib.figures.ingredients import fit_each, norms_of
+from bhlib.figures.ingredients import fit_each
 from bhlib.figures.recent import recent, thin_text
 from bhlib.figures.registry import figure
+from bhlib.figures.stand_ins import STAND_INS, costs_of, fitted, mean_for
 from bhlib.figures.study import Study
 from bhlib.looks import BLACK
 from bhlib.norms import OutputNorms
@@ -24,27 +24,6 @@ from bhlib.rival_fits import fit_alignment, fit_folding
 from bhlib.rules import ExFold, Halving, Rule, TopK, families_of
 
 __all__ = ["compute_compensated", "draw_compensated"]
-
-#: Counted costs that rules are given levels for, where the model's own top-k is 8; others in proportion.
-COSTS = (3.0, 4.0, 5.0, 6.0)
-
-#: Rank of the map.
-RANK = 16
-
-
-class StandIn(NamedTuple):
-    """What stands in for dropped experts: the rank of its map, None for nothing; and whether norms choose these."""
-
-    rank: int | None
-    by_norms: bool = False
-
-
-STAND_INS = {
-    "nothing": StandIn(None),
-    "means": StandIn(0),
-    f"means and a map of rank {RANK}": StandIn(RANK),
-    "the same, chosen by norms,": StandIn(RANK, by_norms=True),
-}
 
 #: What is measured with experts that are chosen by weight times norm (`bhlib.norms`): rules that look at weights.
 BY_NORMS = ("BH", "BH, fitted null", "fixed cut, fitted null", "threshold")
@@ -56,26 +35,10 @@ REFERENCE = 2
 WITHIN = 0.5
 
 
-def costs_of(study: Study) -> tuple[float, ...]:
-    """`COSTS`, in the model's own experts."""
-    return tuple(cost * study.top_k / 8 for cost in COSTS)
-
-
-def mean_for(compensation: Compensation | None, norms: OutputNorms | None, cost: float, study: Study) -> float:
-    """The mean number of experts that leaves so much for what stands in for the others, and for choosing them."""
-    if norms is not None:
-        cost -= norms.cost(study.hidden_size, study.intermediate_size)
-    if compensation is None:
-        return cost
-    sizes = study.top_k, study.intermediate_size
-    none, one = compensation.cost(0, *sizes), compensation.cost(1, *sizes)
-    return (cost - none) / (1 + one - none)
-
-
 def _families(study: Study) -> dict[str, AtMean]:
     """Rules that can have any mean number of experts, in the order of tables."""
-    fitted = fitted_families(study, study.fit_null(statistic="log_prob"))
-    some = {"BH": bh(study), "BH, fitted null": fitted["BH, fitted null"]}
+    on_null = fitted_families(study, study.fit_null(statistic="log_prob"))
+    some = {"BH": bh(study), "BH, fitted null": on_null["BH, fitted null"]}
     return some | weighted_families(study) | rivals(study) | recent(study)
 
 
@@ -116,30 +79,31 @@ def _corrected(study: Study) -> Iterator[tuple[str, str, Rule, Compensation | No
 
 
 def _measured(study: Study) -> tuple[pd.DataFrame, dict[tuple[str, str], list[str]]]:
-    """All rules on `Study.test`, and the names of each family's by what stands in."""
+    """All rules on `Study.whole_test`, and the names of each family's by what stands in."""
     parts, names = [], {}
     options = {"cache": study.cache, "batch_size": 2 * study.batch_size(study.length)}
 
     def measure(stands_in: str, found: list[tuple[str, str, Rule]], **more: Compensation | OutputNorms | None) -> None:
         rules = {f"{name}; {stands_in}": rule for _, name, rule in found}
         given = {name: value for name, value in more.items() if value is not None}
-        parts.append(sweep(study.model, rules, study.test, **options, **given))
+        parts.append(sweep(study.model, rules, study.whole_test, **options, **given))
         for (family, *_), rule in zip(found, rules, strict=True):
             names.setdefault((family, stands_in), []).append(rule)
 
-    parts.append(sweep(study.model, {study.own: TopK(study.top_k)}, study.test, **options))
-    for stands_in, (rank, by_norms) in STAND_INS.items():
-        compensation = None if rank is None else study.compensation(rank)
-        norms = norms_of(study) if by_norms else None
+    parts.append(sweep(study.model, {study.own: TopK(study.top_k)}, study.whole_test, **options))
+    for stands_in, one in STAND_INS.items():
+        compensation, norms = fitted(study, one)
         found = list(_rules(study, compensation, norms))
         measure(stands_in, found, compensation=compensation, norms=norms)
     for family, name, rule, compensation in _corrected(study):
         measure("its own", [(family, name, rule)], compensation=compensation)
-    return with_documents(pd.concat(parts, ignore_index=True), study.test_documents), names
+    return with_documents(pd.concat(parts, ignore_index=True), study.whole_test_documents), names
 
 
 def compute_compensated(study: Study) -> pd.DataFrame:
-    """Loss above the model's own top-k at counted cost, of every rule with each thing that stands in; `Study.test`.
+    """Loss above the model's own top-k at counted cost, of every rule with each thing that stands in.
+
+    On all of the test split.
 
     Returns
     -------
