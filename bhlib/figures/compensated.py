@@ -147,7 +147,7 @@ def draw_compensated(table: pd.DataFrame) -> Figure:
             axes.plot(best.index, best, color=BLACK, linewidth=6, alpha=0.15, label="least of all without")
         _draw_families(axes, shown)
         axes.axhline(WITHIN, color=BLACK, linewidth=0.8, linestyle=":")
-        axes.set(xlabel="counted cost (experts per token and layer)", xlim=(limits.min() - 0.3, limits.max() + 0.3))
+        axes.set(xlabel="counted cost (experts)", xlim=(limits.min() - 0.3, limits.max() + 0.3))
         axes.set_title(f"{stands_in} stands in" if stands_in == "nothing" else f"{stands_in} stand in", fontsize=8)
     shown = measured[measured["cost"].between(limits.min() - 0.3, limits.max() + 0.3)]
     panels[0].set(yscale="log", ylabel=f"loss above that of {own} (%)")

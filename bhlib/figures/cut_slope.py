@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bhlib.comparisons import matched_difference, with_documents
 from bhlib.evaluation import sweep
-from bhlib.figures.drawing import ALL, Picture, interval_caption, joint_bars, sample_caption
+from bhlib.figures.drawing import ALL, Picture, interval_caption, joint_bars, sample_caption, signed_ticks
 from bhlib.figures.families import bh, by_level
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
@@ -98,6 +98,8 @@ def draw_cut_slope(table: pd.DataFrame) -> Figure:
         default = table[(table["wanted_k"] == k) & table["slope"].isna()]
         axes.axhline(1000 * default["difference"].iloc[0], xmin=0.96, color=color, linewidth=2)
     axes.axhline(0, color=BLACK, linewidth=0.8)
+    axes.set_yscale("symlog", linthresh=3, linscale=1.5)
+    signed_ticks(axes, [-3, -2, -1, 0, 1, 2, 3, 10, 30, 100])
     axes.axvspan(0, table["slope"].max() + 0.05, color=SKY, alpha=0.12, label="what BH can do")
     axes.set_xlim(table["slope"].min() - 0.05, table["slope"].max() + 0.05)
     axes.set(

@@ -76,7 +76,7 @@ def _prompts(study: Study) -> tuple[Tensor, np.ndarray]:
 @figure("written", compute_written, slow=True)
 def draw_written(table: pd.DataFrame) -> Figure:
     """Agreement with the model's own text against counted cost: a panel per measure, a line for what stands in."""
-    fig = Picture(figsize=(9.6, 2.9), layout="constrained")
+    fig = Picture(figsize=(9.6, 3.1), layout="constrained")
     panels = fig.subplots(1, len(MEASURES), sharex=True)
     for axes, (measure, label) in zip(panels, MEASURES.items(), strict=True):
         _draw_measure(axes, table[table["measure"] == measure], label)
@@ -87,7 +87,10 @@ def draw_written(table: pd.DataFrame) -> Figure:
         fontsize=8,
     )
     handles, labels = panels[0].get_legend_handles_labels()
-    fig.legend(handles, labels, fontsize=7.5, loc="outside lower center", ncols=4)
+    fig.legend(
+        handles, labels, title="in the place of dropped experts:", title_fontsize=8, fontsize=8,
+        loc="outside lower center", ncols=4,
+    )  # fmt: skip
     return fig
 
 
@@ -95,7 +98,7 @@ def _draw_measure(axes: Axes, rows: pd.DataFrame, label: str) -> None:
     for number, (name, color) in enumerate(zip(STAND_INS, COLORS, strict=False)):
         part = rows[rows["stands_in"] == name].sort_values("cost")
         axes.errorbar(part["cost"] + 0.03 * (number - 1.5), *error_bars(part), color=color, marker="o", markersize=3.5,
-                      capsize=1.5, linewidth=1, label=f"{name} in the place of dropped experts")  # fmt: skip
+                      capsize=1.5, linewidth=1, label=name)  # fmt: skip
     axes.set_title(label, fontsize=8)
     axes.set_xlabel("counted cost (experts)", fontsize=8)
     axes.set_ylim(bottom=0)
