@@ -365,7 +365,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         module = SimpleNamespace(gate_up_proj=gate_up, down_proj=down)
         for missing in (None, stand_in(24, 2)):
             experts_forward(module, hidden, *routed(num_tokens, 3, 9), missing)
-    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots _to_few _add_up"
+    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots _add_up"
     assert launched == {name: [hidden.device] for name in names.split()}
 
 
