@@ -305,7 +305,7 @@ class Rule:
         own_k: int = 0,
         norms: LayerGuess | None = None,
     ) -> Forms | None:
-        """`forms` of one launch of the routing kernel; None if it knows not the rule, the weighting or the device."""
+        """`forms` of one launch of the routing kernel; None if it has none for the rule, weights or device."""
         if own_k and norms is None and self.max_k > own_k:
             return None
         code, num_experts = find_weighting(weighting).kernel, router_logits.shape[-1]
