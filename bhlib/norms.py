@@ -60,6 +60,25 @@ class LayerNorms(NamedTuple):
         )
 
 
+class LayerGuess(NamedTuple):
+    """What a rule is given of one layer: the guess, and how it is made.
+
+    Attributes
+    ----------
+    norms : LayerNorms
+        On the device of the logits.
+    near : int
+        How many of a token's largest logits it looks at.
+    """
+
+    norms: LayerNorms
+    near: int
+
+    def log_norms(self, router_logits: Tensor) -> Tensor:
+        """Router logits [tokens, experts] in any float dtype -> log norms of the same shape, float32."""
+        return self.norms.predicted(router_logits.detach(), self.near)  # what is selected has no gradient
+
+
 def nearest(router_logits: Tensor, near: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `near` largest logits of each token, as far as they are above the next one.
 
@@ -99,8 +118,12 @@ class OutputNorms:
 
     def __call__(self, router_logits: Tensor, layer: int) -> Tensor:
         """Router logits of a layer [..., experts] in any float dtype -> log norms of the same shape, float32."""
-        flat = router_logits.detach().reshape(-1, self.num_experts)  # what is selected has no gradient
-        return self._layer_on(layer, flat.device).predicted(flat, self.near).view(router_logits.shape)
+        flat = router_logits.reshape(-1, self.num_experts)
+        return self.layer(layer, flat.device).log_norms(flat).view(router_logits.shape)
+
+    def layer(self, index: int, device: torch.device) -> LayerGuess:
+        """The guess of a layer, on a device."""
+        return LayerGuess(self._layer_on(index, device), self.near)
 
     def shown(self, router_logits: Tensor) -> Tensor:
         """What rules look at: logits of all layers [layers, tokens, experts] with their log norms added.

@@ -352,7 +352,7 @@ class RoutingPatch:
             exact=self.collect_stats,
             fused=self.kernels,
             own_k=layer.top_k if self.compensates else 0,
-            log_norms=None if self.norms is None else self.norms(router_logits, layer.index),
+            norms=None if self.norms is None else self.norms.layer(layer.index, router_logits.device),
         )
 
     def _weighting(self, layer: MoELayer) -> str:

@@ -20,10 +20,10 @@ FLOORS = [
     "weighting",  # router logits -> scores; scores of the kept experts -> weights
     "expert_loop",  # the experts one after the other, on a CPU
     "kernels",  # routing and experts by Triton, on a CUDA device
-    "rules",  # p-values -> experts and weights; the rival rules
     "layer_files",  # one file of what was fitted to each layer
-    "compensation",  # what stands in for dropped experts
     "norms",  # how large the outputs of experts are
+    "rules",  # p-values -> experts and weights; the rival rules
+    "compensation",  # what stands in for dropped experts
     "alignment",  # a rival of the compensation: the output, stretched and shifted
     "levels",  # the level at which a rule gives this many experts
     "experts",  # the experts' forward pass over selected pairs only

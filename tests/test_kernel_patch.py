@@ -18,7 +18,8 @@ from transformers import CompileConfig  # noqa: E402
 from bhlib import BHRoutingIntegration, RoutingPatch  # noqa: E402
 from bhlib.compensation import Compensation, LayerCompensation  # noqa: E402
 from bhlib.discovery import name_of  # noqa: E402
-from bhlib.rules import BH, TopK  # noqa: E402
+from bhlib.norms import LayerNorms, OutputNorms  # noqa: E402
+from bhlib.rules import BH, Threshold, TopK  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -76,6 +77,37 @@ def test_what_stands_in_for_dropped_experts_comes_by_kernels_too(model, rank):
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=2e-3)
     with BHRoutingIntegration(model, alpha=0.05, max_k=3, kernels=True):
         assert not torch.allclose(logits_of(model, ids), expected, rtol=1e-2, atol=2e-3), "nothing was added"
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_norms_are_guessed_by_the_kernel_that_routes(model, compensated):
+    """The same decisions as without kernels, the same statistics, and one graph for the compiler."""
+    ids, generator = tokens(1, 4).to(DEVICE), torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    norms = OutputNorms([LayerNorms(draw(8), draw(8), draw(8, 8)) for _ in range(2)], 3, name_of(model))
+    options = {"norms": norms}
+    if compensated:
+        means = [torch.cat([torch.zeros(1, 32), draw(8, 32)]) for _ in range(2)]
+        layers = [LayerCompensation(table, draw(2, 32), draw(2, 32)) for table in means]
+        options["compensation"] = Compensation(layers, name_of(model))
+    for rule in (BH(0.2, max_k=4), Threshold(0.1, max_k=4)):
+        with RoutingPatch(model, rule, kernels=False, **options) as plain:
+            expected = logits_of(model, ids)
+        with RoutingPatch(model, rule, kernels=True, **options) as patch:
+            assert rule.kernel_cuts(8, 0, ids.device) is not None
+            got = logits_of(model, ids)
+            found, wanted = (one.records.to_frame() for one in (patch, plain))
+            assert found["experts"].equals(wanted["experts"]) and found["count"].equals(wanted["count"])
+            assert patch.get_routing_stats() == plain.get_routing_stats()
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            assert torch.equal(logits_of(compiled, ids), got)
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=2e-3)
+        with RoutingPatch(model, rule, kernels=False, **options | {"norms": None}) as without:
+            logits_of(model, ids)
+        assert not without.records.to_frame()["experts"].equals(wanted["experts"]), "the norms change nothing"
 
 
 @pytest.mark.parametrize("collect_stats", [False, True])

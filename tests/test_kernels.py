@@ -26,11 +26,12 @@ from bhlib.kernels.forward import experts_forward  # noqa: E402
 from bhlib.kernels.grouped import PLANS, Plan, grouped_forward  # noqa: E402
 from bhlib.kernels.launch import QuickKernel  # noqa: E402
 from bhlib.kernels.pairs import most_tiles, tile_pairs  # noqa: E402
-from bhlib.kernels.routing import bh_route, cut_table  # noqa: E402
+from bhlib.kernels.routing import _cut, bh_route, cut_table  # noqa: E402
 from bhlib.kernels.vector import vector_forward  # noqa: E402
+from bhlib.norms import LayerGuess, LayerNorms  # noqa: E402
 from bhlib.procedures import critical_values  # noqa: E402
 from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
-from bhlib.rules import BH  # noqa: E402
+from bhlib.rules import BH, Threshold  # noqa: E402
 from bhlib.rules.routing import mark_dropped  # noqa: E402
 from bhlib.weighting import WEIGHTINGS  # noqa: E402
 
@@ -231,6 +232,95 @@ def test_compiled_code_takes_a_moved_level_as_it_is(exact):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("level", [0.05, (0.02, 0.3)])
+def test_a_threshold_is_the_same_cut_for_every_rank(level):
+    logits, rule = spread_logits(TOKENS // 2 * 2, 60), Threshold(level)
+    sure = clear_threshold(rule, logits)
+    found, expected = rule.fused(logits), rule(logits)
+    assert sure.float().mean() > 0.9 and rule.kernel_cuts(60, None, logits.device) is not None
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got[sure], wanted[sure], rtol=1e-5, atol=1e-7)
+    moved = rule.at(0.9).fused(logits)
+    assert torch.equal(moved.counts, torch.ones_like(moved.counts))  # `min_k`
+
+
+# norms of outputs, guessed in the launch
+
+
+def guess(num_experts, near, seed=3):
+    """A guess in which every part counts."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = num_experts if near else 0
+    parts = (torch.randn(shape, generator=generator) for shape in (num_experts, num_experts, (rows, num_experts)))
+    scales = 0.4, 0.2, 0.1
+    return LayerGuess(LayerNorms(*((scale * part).to(DEVICE) for scale, part in zip(scales, parts, strict=True))), near)
+
+
+def clear_threshold(rule, shown, margin=1e-5):
+    probs = shown.float().softmax(-1)
+    return ((probs - rule.level_for(probs)).abs() > margin).all(dim=-1)
+
+
+def check_guess(rule, logits, norms, clear, **options):
+    """The same forms as in plain torch wherever neither an order nor a decision is a matter of rounding."""
+    options = {"dtype": torch.float32, "exact": True, "norms": norms} | options
+    assert rule.kernel_cuts(logits.shape[-1], 0, logits.device) is not None
+    found, expected = (rule.forms(logits, 0, fused=fused, **options) for fused in (True, False))
+    shown = logits + norms.log_norms(logits)
+    gaps = shown.sort(dim=-1).values.diff(dim=-1).amin(dim=-1)
+    sure = clear(rule, shown).to(logits.device) & (gaps > 1e-5)
+    assert sure.float().mean() > 0.8
+    for got, wanted in zip(found, expected, strict=True):
+        rtol = 2e-5 if got.dtype != torch.float16 else 1e-3  # the same number may be rounded either way
+        torch.testing.assert_close(got[sure], wanted[sure], rtol=rtol, atol=1e-7)
+    assert not torch.equal(rule(logits, 0).experts, rule(shown, 0).experts), "the norms change nothing"
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "near", "weighting"),
+    [(8, 3, "normalized"), (60, 16, "softmax_selected"), (64, 0, "softmax"), (64, 63, "softmax"), (100, 5, "softmax")],
+)
+def test_norms_are_guessed_as_in_torch(num_experts, near, weighting):
+    logits = spread_logits(TOKENS, num_experts, scale=3, dtype=torch.float16).contiguous()
+    norms = guess(num_experts, near)
+    check_guess(BH(0.2, max_k=6), logits, norms, clear_cut, weighting=weighting, temperature=1.3)
+    check_guess(Threshold(0.05, max_k=6), logits, norms, clear_threshold, weighting=weighting)
+
+
+@pytest.mark.parametrize("statistic", ["log_prob", "logit", "centered", "standardized"])
+def test_every_statistic_is_one_of_weight_times_norm(statistic):
+    logits = spread_logits(64, 64)
+    values, _ = null_values(logits.cpu(), statistic)
+    null = KDENull.fit([values.flatten().numpy()], model_name="noise", num_experts=64, statistic=statistic)
+    check_guess(BH(0.5, pvalues=null), logits[:TOKENS], guess(64, 16), clear_cut)
+
+
+@pytest.mark.parametrize(
+    ("near", "own_k", "max_k", "weighting"), [(0, 8, 3, "normalized"), (16, 8, 8, "softmax"), (5, 3, 9, "normalized")]
+)
+def test_with_norms_what_is_dropped_is_marked_and_what_is_beside_comes_behind(near, own_k, max_k, weighting):
+    logits, norms = spread_logits(TOKENS, 64), guess(64, near)
+    options = {"own_k": own_k, "weighting": weighting, "dtype": torch.float16}
+    check_guess(Threshold(0.03, max_k=max_k), logits, norms, clear_threshold, **options)
+    check_guess(BH(0.3, max_k=max_k), logits, norms, clear_cut, **options)
+    forms = BH(0.3, min_k=3, max_k=max_k).forms(logits, 0, fused=True, norms=norms, **options)
+    assert forms.experts.shape == (TOKENS, own_k + max_k) and (forms.experts[:, :own_k] > 64).any()
+    assert own_k > 3 or (forms.experts[:, own_k:] < 64).any()
+
+
+@pytest.mark.parametrize(("near", "own_k"), [(0, 0), (16, 8)])
+def test_norms_of_many_tokens(near, own_k, monkeypatch):
+    """A program then takes several."""
+    monkeypatch.setattr("bhlib.kernels.routing.ONE_EACH", 2)
+    _cut.cache_clear()
+    try:
+        logits = spread_logits(18, 64)
+        assert _cut(18, 64, near > 0)[2] > 1
+        check_guess(Threshold((0.02, 0.1)), logits, guess(64, near), clear_threshold, own_k=own_k)
+    finally:
+        _cut.cache_clear()
+
+
 def test_no_tokens():
     weights, experts, counts = kernel_route(BH(), spread_logits(0, 64))
     assert weights.shape == experts.shape == (0, 8) and counts.shape == (0,)
@@ -365,7 +455,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         module = SimpleNamespace(gate_up_proj=gate_up, down_proj=down)
         for missing in (None, stand_in(24, 2)):
             experts_forward(module, hidden, *routed(num_tokens, 3, 9), missing)
-    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots _to_few _add_up"
+    names = "_route _gate_up_vector _down_vector _count_loads _list_pairs _gate_up _down _add_slots _add_up"
     assert launched == {name: [hidden.device] for name in names.split()}
 
 

@@ -18,7 +18,7 @@ from bhlib.explain import explain
 from bhlib.fitting_norms import Regressions, features_of
 from bhlib.layer_passes import expert_output, watch_layers
 from bhlib.levels import level_for_mean_experts
-from bhlib.norms import LayerNorms, OutputNorms
+from bhlib.norms import LayerGuess, LayerNorms, OutputNorms
 from bhlib.procedures import reject
 from bhlib.pvalues import DirichletNull
 from bhlib.rules import BH, Replay, Threshold, TopK, TopP
@@ -303,14 +303,17 @@ def test_zeros_change_nothing():
     for rule in RULES.values():
         plain, with_zeros = rule(logits, 0), rule(logits, 0, log_norms=torch.zeros_like(logits))
         assert all(torch.equal(one, other) for one, other in zip(plain, with_zeros, strict=True))
-        fused = rule.fused(logits, 0, log_norms=torch.zeros_like(logits))
+        fused = rule.fused(
+            logits, 0, norms=LayerGuess(LayerNorms(*torch.zeros(2, EXPERTS), torch.zeros(0, EXPERTS)), 0)
+        )
         assert all(torch.equal(one, other) for one, other in zip(plain, fused, strict=True))
 
 
 def test_what_is_dropped_is_marked_among_the_models_own():
     rule, logits = Threshold(0.05), random_numbers(50, EXPERTS, scale=2)
-    log_norms = random_numbers(50, EXPERTS, seed=1)
-    forms = rule.forms(logits, 0, dtype=torch.float32, own_k=8, log_norms=log_norms, exact=True)
+    norms = LayerGuess(LayerNorms(*random_numbers(2, EXPERTS, seed=1), random_numbers(EXPERTS, EXPERTS, seed=2)), 4)
+    log_norms = norms.log_norms(logits)
+    forms = rule.forms(logits, 0, dtype=torch.float32, own_k=8, norms=norms, exact=True)
     _, experts, _ = rule._route(logits, 0, "softmax", 1.0, EXPERTS, log_norms)
     expected = mark_dropped(experts, logits, 8, weighting="softmax", temperature=1.0, is_prefix=False)
     assert all(torch.equal(a, b) for a, b in zip((forms.weights, forms.experts, forms.exact), expected, strict=True))

@@ -370,4 +370,5 @@ def test_rivals_compute_what_the_kernels_compute(results):
 def test_a_short_run(tmp_path):
     table = bench_speed(tmp_path, ["router"], quick=True)
     assert table["error"].isna().all() and (table["median_us"] > 0).all()
-    assert set(table["name"]) == {"softmax + topk", "BH, torch", "BH, kernel", "an empty kernel"}
+    by_norms = {"BH, norms, torch", "BH, norms, kernel"}
+    assert set(table["name"]) == {"softmax + topk", "BH, torch", "BH, kernel", "an empty kernel"} | by_norms

@@ -44,6 +44,9 @@ __all__ = [
 #: What the kernels are compiled for: bfloat16 products came with Ampere.
 OLDEST_CAPABILITY = (8, 0)
 
+#: Experts of a layer that the kernels can tell apart: a byte holds the number of one.
+MOST_EXPERTS = 256
+
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -85,7 +88,7 @@ def module_fits(module: nn.Module) -> bool:
         is_plain(module)
         and type(module)._apply_gate is moe._default_apply_gate
         and type(module.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
-        and module.num_experts <= 256
+        and module.num_experts <= MOST_EXPERTS
         and all(
             matrices.is_contiguous() and matrices.shape[2] % 8 == 0  # rows start at multiples of 16 bytes
             for matrices in (module.gate_up_proj, module.down_proj)

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bhlib.kernels.few import room_for_few
 from bhlib.kernels.launch import quick
-from bhlib.kernels.missing import add_up, to_few
+from bhlib.kernels.missing import add_up
 from bhlib.kernels.pairs import Tiles, tile_pairs
 
 
@@ -95,15 +96,15 @@ def grouped_forward(
     num_experts, _, intermediate = down_proj.shape
     num_pairs = num_tokens * slots
     plan = plan or choose_plan(num_pairs, num_experts)
-    tiles = tile_pairs(top_k_index, num_experts, plan.rows)
+    few = None if missing is None else room_for_few(hidden_states, missing[1])
+    tiles = tile_pairs(top_k_index, num_experts, plan.rows, few=few)
 
     activated = hidden_states.new_empty(num_pairs, intermediate)
     _launch(_gate_up, plan.gate_up, hidden_states, gate_up_proj, activated, tiles, plan.rows, SLOTS=slots)
     outputs = hidden_states.new_empty(len(tiles.expert) * plan.rows, hidden)
     _launch(_down, plan.down, activated, down_proj, outputs, tiles, plan.rows, top_k_weights)
-    if missing is not None:
-        means, down, up = missing
-        return add_up(outputs, tiles, top_k_index, top_k_weights, to_few(hidden_states, down), means, up)
+    if missing is not None and few is not None:
+        return add_up(outputs, tiles, top_k_index, top_k_weights, few.out, missing[0], missing[2])
     total = torch.empty_like(hidden_states)
     block = min(2048, triton.next_power_of_2(hidden))
     _add_slots[(num_tokens, triton.cdiv(hidden, block))](

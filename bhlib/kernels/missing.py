@@ -1,36 +1,16 @@
 """A token's experts added up, with what stands in for those that were dropped.
 
-The map leads through a few dimensions: `to_few` brings the hidden states to these. `add_up` does the rest where the
-outputs of the experts are added up anyway, so that no pass over the tokens is made for it: a slot is a row in any case,
-of the products or of the table of means, which the cache holds.
+Both are done where the outputs of the experts are added up anyway, so that no pass over the tokens is made for it: a
+slot is a row in any case, of the products or of the table of means, which the cache holds. The map leads through a few
+dimensions (`bhlib.kernels.few`); from there, what a program reads of it serves several tokens.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bhlib.kernels.launch import quick
 from bhlib.kernels.pairs import Tiles
-
-
-def to_few(hidden_states: Tensor, down: Tensor) -> Tensor:
-    """``hidden_states @ down.T`` [tokens, rank], float32: a product so narrow that it is read, not multiplied.
-
-    Parameters
-    ----------
-    hidden_states : Tensor [tokens, hidden], contiguous
-    down : Tensor [rank, hidden], contiguous
-    """
-    (num_tokens, hidden), rank = hidden_states.shape, len(down)
-    few = torch.empty(num_tokens, rank, dtype=torch.float32, device=hidden_states.device)
-    if rank:
-        _to_few[(triton.cdiv(num_tokens, 16),)](
-            hidden_states, down, few, num_tokens,
-            HIDDEN=hidden, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)),
-            BLOCK=min(512, triton.next_power_of_2(hidden)), num_warps=4,
-        )  # fmt: skip
-    return few
 
 
 def add_up(
@@ -46,7 +26,7 @@ def add_up(
     index, weights : Tensor [tokens, slots], contiguous
         Slots with ``num_experts + 1 + e`` stand for the dropped expert e (`bhlib.rules.routing.mark_dropped`).
     few : Tensor [tokens, rank], float32
-        `to_few`.
+        ``hidden_states @ down.T``.
     means : Tensor [1 + experts, hidden], up : Tensor [rank, hidden], contiguous
         As in `bhlib.compensation.LayerCompensation`.
 
@@ -57,59 +37,57 @@ def add_up(
     """
     (num_tokens, slots), hidden, rank = index.shape, outputs.shape[1], few.shape[1]
     total = outputs.new_empty(num_tokens, hidden)
-    block = min(2048, triton.next_power_of_2(hidden))
-    _add_up[(num_tokens, triton.cdiv(hidden, block))](
-        outputs, tiles.places, index, weights, few, means, up, total, hidden,
-        SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank, BLOCK=block, num_warps=4,
+    rows, block, warps = _cut(num_tokens, hidden, rank)
+    _add_up[(triton.cdiv(num_tokens, rows) * triton.cdiv(hidden, block),)](
+        outputs, tiles.places, index, weights, few, means, up, total, num_tokens,
+        HIDDEN=hidden, SLOTS=slots, NUM_EXPERTS=len(means) - 1, RANK=rank,
+        ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return total
 
 
+def _cut(num_tokens: int, hidden: int, rank: int) -> tuple[int, int, int]:
+    """Tokens and columns of a program, and its warps: with a map, several tokens that share what they read of it."""
+    if not rank:
+        rows, block, warps = 1, 2048, 4
+    else:  # 256 columns of a warp: then a row of the map is laid out as the rows that it is added to
+        rows = 1 if num_tokens <= 64 else 4
+        block, warps = (256, 1) if num_tokens <= 1024 else (1024, 4)
+    return rows, min(block, triton.next_power_of_2(hidden)), warps
+
+
 @quick
 @triton.jit(do_not_specialize=["num_tokens"])
-def _to_few(
-    hidden_ptr, down_ptr, few_ptr, num_tokens,
-    HIDDEN: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
-    inner = tl.arange(0, WIDTH)
-    columns = tl.arange(0, BLOCK)
-    inside, within = token < num_tokens, inner < RANK
-    total = tl.zeros([16, WIDTH], tl.float32)
-    for start in range(0, HIDDEN, BLOCK):
-        there = (start + columns < HIDDEN)[None, :]
-        x = tl.load(hidden_ptr + token[:, None] * HIDDEN + start + columns, mask=inside[:, None] & there, other=0.0)
-        down = tl.load(down_ptr + inner[:, None] * HIDDEN + start + columns, mask=within[:, None] & there, other=0.0)
-        total = tl.dot(x, down.T, total)
-    few_ptrs = few_ptr + token[:, None] * RANK + inner[None, :]
-    tl.store(few_ptrs, total, mask=inside[:, None] & within[None, :])
-
-
-@quick
-@triton.jit
 def _add_up(
-    rows_ptr, places_ptr, index_ptr, weights_ptr, few_ptr, means_ptr, up_ptr, out_ptr, hidden,
-    SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    rows_ptr, places_ptr, index_ptr, weights_ptr, few_ptr, means_ptr, up_ptr, out_ptr, num_tokens,
+    HIDDEN: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    within = columns < hidden
-    total = tl.zeros([BLOCK], tl.float32)
-    missing = tl.zeros([BLOCK], tl.float32)
-    mass = 0.0
+    blocks: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
+    # Neighbouring programs share tokens: together they read whole rows.
+    token = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside, within = token < num_tokens, (columns < HIDDEN)[None, :]
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
     for slot in tl.static_range(SLOTS):
         pair = token * SLOTS + slot
-        expert = tl.load(index_ptr + pair).to(tl.int64)
+        expert = tl.load(index_ptr + pair, mask=inside, other=NUM_EXPERTS).to(tl.int64)
         is_kept = (expert >= 0) & (expert < NUM_EXPERTS)
         is_dropped = expert > NUM_EXPERTS
         place = tl.load(places_ptr + pair, mask=is_kept, other=0).to(tl.int64)
-        total += tl.load(rows_ptr + place * hidden + columns, mask=is_kept & within, other=0.0).to(tl.float32)
         weight = tl.load(weights_ptr + pair, mask=is_dropped, other=0.0).to(tl.float32)
-        mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * hidden + columns
-        missing += weight * tl.load(mean_ptrs, mask=is_dropped & within, other=0.0).to(tl.float32)
         mass += weight
-    for inner in range(0, RANK):
-        few = tl.load(few_ptr + token * RANK + inner) * mass
-        missing += few * tl.load(up_ptr + inner * hidden + columns, mask=within, other=0.0).to(tl.float32)
-    out = (total + missing).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * hidden + columns, out, mask=within)
+        row_ptrs = tl.where(is_kept, rows_ptr + place * HIDDEN, means_ptr + (expert - NUM_EXPERTS) * HIDDEN)
+        there = (is_kept | is_dropped)[:, None] & within
+        row = tl.load(row_ptrs[:, None] + columns[None, :], mask=there, other=0.0).to(tl.float32)
+        total += row * tl.where(is_kept, 1.0, weight)[:, None]
+    # On tensor cores, all that was added up so far would have to be brought into their layout.
+    for first in range(0, RANK, 16):
+        for step in tl.static_range(min(RANK, 16)):
+            inner = first + step
+            few = tl.load(few_ptr + token * RANK + inner, mask=inside & (inner < RANK), other=0.0) * mass
+            up = tl.load(up_ptr + inner * HIDDEN + columns[None, :], mask=within & (inner < RANK), other=0.0)
+            total += few[:, None] * up.to(tl.float32)
+    out_ptrs = out_ptr + token[:, None] * HIDDEN + columns[None, :]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & within)

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bhlib.kernels.few import Few, few_block
 from bhlib.kernels.launch import quick
 
 _STEP = 128  # pairs that a program looks at together
+_NO_FEW = {"HIDDEN": 0, "RANK": 0, "RANK_WIDTH": 0, "FEW_ROWS": 0, "FEW_STEP": 0}
 _FEW_CHUNKS = 32  # up to this many, every program adds up the loads of those before it: one kernel less
 
 
@@ -55,7 +57,9 @@ def choose_chunk(num_pairs: int) -> int:
     return 64 if num_pairs <= 32_768 else 512
 
 
-def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: int | None = None) -> Tiles:
+def tile_pairs(
+    top_k_index: Tensor, num_experts: int, block_rows: int, chunk: int | None = None, few: Few | None = None
+) -> Tiles:
     """List the filled slots by expert.
 
     Parameters
@@ -68,6 +72,8 @@ def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: in
         Most rows of a tile.
     chunk : int, optional
         Pairs of a program, a power of two; by default `choose_chunk`.
+    few : Few, optional
+        A product that is made meanwhile: to list pairs leaves most of the device idle.
 
     Returns
     -------
@@ -88,7 +94,8 @@ def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: in
         _count_loads[(num_chunks,)](top_k_index, loads, num_pairs, **shape)
     if num_chunks > _FEW_CHUNKS:
         _add_loads[(num_experts,)](loads, num_chunks, WIDTH=width, BLOCK=min(1024, triton.next_power_of_2(num_chunks)))
-    _list_pairs[(num_chunks,)](
+    few_programs, few_constants = (0, _NO_FEW) if few is None else few.cut()
+    _list_pairs[(few_programs + num_chunks,)](
         top_k_index,
         loads,
         pairs,
@@ -100,9 +107,12 @@ def tile_pairs(top_k_index: Tensor, num_experts: int, block_rows: int, chunk: in
         num_pairs,
         num_chunks,
         num_tiles,
+        *((None, None, None) if few is None else few),
+        len(top_k_index),
         **shape,
         FEW_CHUNKS=0 if num_chunks > _FEW_CHUNKS else triton.next_power_of_2(num_chunks),
         BLOCK_ROWS=block_rows,
+        **few_constants,
     )
     return Tiles(pairs, places, expert, first, last, used)
 
@@ -157,7 +167,7 @@ def _add_loads(loads_ptr, num_chunks, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @quick
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _list_pairs(
     index_ptr,
     loads_ptr,
@@ -170,15 +180,32 @@ def _list_pairs(
     num_pairs,
     num_chunks,
     num_tiles,
+    hidden_ptr,
+    down_ptr,
+    few_ptr,
+    num_tokens,
     NUM_EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     FEW_CHUNKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_WIDTH: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
+    FEW_STEP: tl.constexpr,
 ):
-    """Give each pair of a chunk its row, and write a share of the tiles."""
+    """Give each pair of a chunk its row, and write a share of the tiles; the first programs make the few dimensions."""
     chunk = tl.program_id(0)
+    if RANK > 0:
+        few_programs = (num_tokens + FEW_ROWS - 1) // FEW_ROWS
+        if chunk < few_programs:
+            few_block(
+                chunk, hidden_ptr, down_ptr, few_ptr, num_tokens, HIDDEN, RANK, RANK_WIDTH, FEW_ROWS, FEW_STEP
+            )  # fmt: skip
+            return
+        chunk -= few_programs
     columns = tl.arange(0, WIDTH)
     if FEW_CHUNKS == 1:
         loads = _chunk_loads(index_ptr, chunk, num_pairs, NUM_EXPERTS, WIDTH, CHUNK, STEP)

@@ -18,7 +18,10 @@ from bhlib.kernels.launch import quick
 
 
 class VectorPlan(NamedTuple):
-    """Rows of a matrix that a program takes, inner step and warps, for the gate-up and for the down product."""
+    """Rows of a matrix that a program takes, inner step and warps, for the gate-up and for the down product.
+
+    And the columns of what stands in for dropped experts that a program makes beside the gate-up product.
+    """
 
     gate_up_rows: int = 4
     gate_up_inner: int = 2048
@@ -26,6 +29,7 @@ class VectorPlan(NamedTuple):
     down_rows: int = 4
     down_inner: int = 1024
     down_warps: int = 2
+    missing_columns: int = 128
 
 
 def vector_forward(
@@ -41,19 +45,17 @@ def vector_forward(
     num_tokens, hidden = hidden_states.shape
     slots = top_k_index.shape[1]
     num_experts, _, intermediate = down_proj.shape
-    # Without something that stands in, rank -1: what is passed in its place is not read.
-    means, to_few, from_few = missing or (hidden_states, hidden_states, hidden_states)
-    rank = len(to_few) if missing else -1
     activated = hidden_states.new_empty(num_tokens * slots, intermediate)
-    few = hidden_states.new_empty(num_tokens, max(rank, 1), dtype=torch.float32)
+    rank, stands_in = -1, None
+    if missing is not None:
+        rank, stands_in = len(missing[1]), hidden_states.new_empty(num_tokens, hidden, dtype=torch.float32)
     total = torch.empty_like(hidden_states)
     gate_up_blocks, gate_up, down_blocks, down = _cut(hidden, intermediate, num_experts, slots, rank, plan)
-    _gate_up_vector[(gate_up_blocks, num_tokens * (slots + (rank > 0)))](
-        hidden_states, gate_up_proj, top_k_index, activated, to_few, few, **gate_up
-    )
-    _down_vector[(down_blocks, num_tokens)](
-        activated, down_proj, top_k_index, top_k_weights, total, means, few, from_few, **down
-    )
+    _gate_up_vector[(gate_up_blocks, num_tokens * (slots + (rank >= 0)))](
+        hidden_states, gate_up_proj, top_k_index, activated,
+        top_k_weights, *(missing or (None, None, None)), stands_in, **gate_up,
+    )  # fmt: skip
+    _down_vector[(down_blocks, num_tokens)](activated, down_proj, top_k_index, top_k_weights, total, stands_in, **down)
     return total
 
 
@@ -63,16 +65,17 @@ def _cut(
 ) -> tuple[int, dict, int, dict]:
     """Blocks of rows and constants of the two kernels."""
     shape = {"HIDDEN": hidden, "INTERMEDIATE": intermediate, "NUM_EXPERTS": num_experts, "SLOTS": slots, "RANK": rank}
+    columns = min(plan.missing_columns, triton.next_power_of_2(hidden))
     return (
-        triton.cdiv(max(intermediate, rank), plan.gate_up_rows),
+        max(triton.cdiv(intermediate, plan.gate_up_rows), triton.cdiv(hidden, columns) if rank >= 0 else 0),
         shape | {
+            "COLUMNS": columns,
             "ROWS": plan.gate_up_rows,
             "INNER": min(plan.gate_up_inner, triton.next_power_of_2(hidden)),
             "num_warps": plan.gate_up_warps,
         },
         triton.cdiv(hidden, plan.down_rows),
         shape | {
-            "WIDTH": triton.next_power_of_2(max(rank, 1)),
             "ROWS": plan.down_rows,
             "INNER": min(plan.down_inner, triton.next_power_of_2(intermediate)),
             "num_warps": plan.down_warps,
@@ -87,23 +90,33 @@ def _gate_up_vector(
     matrices_ptr,
     index_ptr,
     out_ptr,
+    weights_ptr,
+    means_ptr,
     to_few_ptr,
-    few_ptr,
+    from_few_ptr,
+    missing_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """``silu(gate @ x) * (up @ x)`` of one slot for some rows of gate and up; behind the slots, what `to_few` gives."""
+    """``silu(gate @ x) * (up @ x)`` of one slot for some rows of gate and up; in front of them, what stands in."""
     pair = tl.program_id(1)
-    if RANK > 0:
-        num_pairs = tl.num_programs(1) // (SLOTS + 1) * SLOTS
-        if pair >= num_pairs:
-            _few_vector(pair - num_pairs, hidden_ptr, to_few_ptr, few_ptr, HIDDEN, RANK, ROWS, INNER)
+    if RANK >= 0:
+        num_tokens = tl.num_programs(1) // (SLOTS + 1)
+        if pair < num_tokens:
+            # In parts so small that it needs no more registers than the products, or fewer programs would run at once.
+            if tl.program_id(0) * COLUMNS < HIDDEN:
+                _missing_vector(
+                    pair.to(tl.int64), hidden_ptr, index_ptr, weights_ptr, means_ptr, to_few_ptr, from_few_ptr,
+                    missing_ptr, HIDDEN, NUM_EXPERTS, SLOTS, RANK, COLUMNS, ROWS // 2, INNER // 2,
+                )  # fmt: skip
             return
+        pair -= num_tokens
     expert = tl.load(index_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= NUM_EXPERTS):
         return
@@ -126,19 +139,43 @@ def _gate_up_vector(
 
 
 @triton.jit
-def _few_vector(
-    token, hidden_ptr, to_few_ptr, few_ptr,
-    HIDDEN: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+def _missing_vector(
+    token, hidden_ptr, index_ptr, weights_ptr, means_ptr, to_few_ptr, from_few_ptr, missing_ptr,
+    HIDDEN: tl.constexpr, NUM_EXPERTS: tl.constexpr, SLOTS: tl.constexpr, RANK: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Some of the few dimensions that a token's hidden state is brought to (`bhlib.kernels.missing`)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, INNER], tl.float32)
-    for start in tl.static_range(0, HIDDEN, INNER):
-        inner = start + tl.arange(0, INNER)
-        x = tl.load(hidden_ptr + token.to(tl.int64) * HIDDEN + inner, mask=inner < HIDDEN, other=0.0).to(tl.float32)
-        ptrs = to_few_ptr + row[:, None] * HIDDEN + inner[None, :]
-        total += x[None, :] * tl.load(ptrs, mask=(row < RANK)[:, None] & (inner < HIDDEN)[None, :], other=0.0)
-    tl.store(few_ptr + token.to(tl.int64) * RANK + row, tl.sum(total, axis=1), mask=row < RANK)
+    """Some columns of what stands in for a token's dropped experts.
+
+    Each program brings the hidden state to the few dimensions of the map again: the cache has what that reads, and
+    there is time for it, while the others wait for experts.
+    """
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    within = columns < HIDDEN
+    total = tl.zeros([COLUMNS], tl.float32)
+    mass = 0.0
+    for slot in tl.static_range(SLOTS):
+        expert = tl.load(index_ptr + token * SLOTS + slot).to(tl.int64)
+        dropped = expert > NUM_EXPERTS
+        weight = tl.load(weights_ptr + token * SLOTS + slot, mask=dropped, other=0.0).to(tl.float32)
+        mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * HIDDEN + columns
+        total += weight * tl.load(mean_ptrs, mask=dropped & within, other=0.0).to(tl.float32)
+        mass += weight
+    if RANK > 0:
+        mapped = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(0, RANK, ROWS):
+            row = first + tl.arange(0, ROWS)
+            there = (row < RANK)[:, None]
+            products = tl.zeros([ROWS, INNER], tl.float32)
+            for start in tl.static_range(0, HIDDEN, INNER):
+                inner = start + tl.arange(0, INNER)
+                x = tl.load(hidden_ptr + token * HIDDEN + inner, mask=inner < HIDDEN, other=0.0).to(tl.float32)
+                ptrs = to_few_ptr + row[:, None] * HIDDEN + inner[None, :]
+                products += x[None, :] * tl.load(ptrs, mask=there & (inner < HIDDEN)[None, :], other=0.0)
+            ptrs = from_few_ptr + row[:, None] * HIDDEN + columns[None, :]
+            from_few = tl.load(ptrs, mask=there & within[None, :], other=0.0).to(tl.float32)
+            mapped += tl.sum(products, axis=1)[:, None] * from_few
+        total += tl.sum(mapped, axis=0) * mass
+    tl.store(missing_ptr + token * HIDDEN + columns, total, mask=within)
 
 
 @quick
@@ -149,15 +186,12 @@ def _down_vector(
     index_ptr,
     weights_ptr,
     out_ptr,
-    means_ptr,
-    few_ptr,
-    from_few_ptr,
+    missing_ptr,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
-    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
 ):
@@ -165,22 +199,8 @@ def _down_vector(
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, INNER], tl.float32)
-    missing = tl.zeros([ROWS], tl.float32)
-    if RANK >= 0:  # first, so that what it reads comes while the products are made
-        mass = 0.0
-        for slot in tl.static_range(SLOTS):
-            expert = tl.load(index_ptr + token * SLOTS + slot).to(tl.int64)
-            dropped = expert > NUM_EXPERTS
-            weight = tl.load(weights_ptr + token * SLOTS + slot, mask=dropped, other=0.0).to(tl.float32)
-            mean_ptrs = means_ptr + (expert - NUM_EXPERTS) * HIDDEN + row
-            missing += weight * tl.load(mean_ptrs, mask=dropped & (row < HIDDEN), other=0.0).to(tl.float32)
-            mass += weight
-        if RANK > 0:
-            inner = tl.arange(0, WIDTH)
-            few = tl.load(few_ptr + token * RANK + inner, mask=inner < RANK, other=0.0) * mass
-            ptrs = from_few_ptr + inner[None, :] * HIDDEN + row[:, None]
-            rows = tl.load(ptrs, mask=(row < HIDDEN)[:, None] & (inner < RANK)[None, :], other=0.0).to(tl.float32)
-            missing += tl.sum(rows * few[None, :], axis=1)
+    if RANK >= 0:  # read ahead
+        missing = tl.load(missing_ptr + token * HIDDEN + row, mask=row < HIDDEN, other=0.0)
     for slot in tl.static_range(SLOTS):
         pair = token * SLOTS + slot
         expert = tl.load(index_ptr + pair).to(tl.int64)
@@ -193,5 +213,7 @@ def _down_vector(
             matrix_ptrs = matrices_ptr + (expert * HIDDEN + row)[:, None] * INTERMEDIATE + inner[None, :]
             matrix = tl.load(matrix_ptrs, mask=within[None, :] & (row < HIDDEN)[:, None], other=0.0)
             total += x[None, :] * matrix.to(tl.float32)
-    out = tl.sum(total, axis=1) + missing
+    out = tl.sum(total, axis=1)
+    if RANK >= 0:
+        out += missing
     tl.store(out_ptr + token * HIDDEN + row, out.to(out_ptr.dtype.element_ty), mask=row < HIDDEN)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from bhlib.norms import LayerGuess
 from bhlib.procedures import is_whole
 from bhlib.rules.routing import Forms, Routing, mark_dropped
 from bhlib.weighting import find_weighting, probabilities
@@ -235,17 +236,17 @@ class Rule:
         *,
         weighting: str = "softmax",
         temperature: float = 1.0,
-        log_norms: Tensor | None = None,
+        norms: LayerGuess | None = None,
     ) -> Routing:
-        """The same routing, with the same options, by a kernel where rule and device have one; here, without.
+        """The same routing, with the same options, by a kernel where rule and device have one, else in torch.
 
         A kernel takes sums in another order: weights agree to 1e-5, and a statistic so close to its threshold that
-        rounding decides may fall on the other side. No kernel knows `log_norms`.
+        rounding decides may fall on the other side. With `norms` the logarithms of the norms that they guess are added
+        to the logits that experts are selected by.
         """
-        forms = None
-        if log_norms is None:
-            forms = self._by_kernel(router_logits, layer, weighting, temperature, torch.float32, True)
+        forms = self._by_kernel(router_logits, layer, weighting, temperature, torch.float32, True, norms=norms)
         if forms is None or forms.exact is None:
+            log_norms = None if norms is None else norms.log_norms(router_logits)
             return self(router_logits, layer, weighting=weighting, temperature=temperature, log_norms=log_norms)
         empty = forms.experts == router_logits.shape[-1]
         return Routing(forms.exact, forms.experts.masked_fill(empty, -1), forms.counts)
@@ -261,7 +262,7 @@ class Rule:
         exact: bool = False,
         fused: bool = False,
         own_k: int = 0,
-        log_norms: Tensor | None = None,
+        norms: LayerGuess | None = None,
     ) -> Forms:
         """A call, in the form in which a model takes its answer.
 
@@ -275,13 +276,16 @@ class Rule:
             Whether a kernel may route, as in `fused`.
         own_k : int
             The model's own top-k, if what is dropped of it is to be marked (`bhlib.rules.routing.mark_dropped`).
+        norms : LayerGuess, optional
+            How large the outputs of the experts are (`bhlib.norms`): experts are selected by weight times norm.
         """
         forms = None
-        if fused and log_norms is None:
-            forms = self._by_kernel(router_logits, layer, weighting, temperature, dtype, exact, own_k)
+        if fused:
+            forms = self._by_kernel(router_logits, layer, weighting, temperature, dtype, exact, own_k, norms)
         if forms is not None:
             return forms
         num_experts = router_logits.shape[-1]
+        log_norms = None if norms is None else norms.log_norms(router_logits)
         weights, experts, counts = self._route(router_logits, layer, weighting, temperature, num_experts, log_norms)
         if own_k:
             is_prefix = self.is_prefix and self.max_k <= own_k and log_norms is None
@@ -299,8 +303,46 @@ class Rule:
         dtype: torch.dtype,
         exact: bool,
         own_k: int = 0,
+        norms: LayerGuess | None = None,
     ) -> Forms | None:
-        """`forms` of one launch of a kernel; None where the rule has none, or the device."""
+        """`forms` of one launch of the routing kernel; None if it has none for the rule, weights or device."""
+        if own_k and norms is None and self.max_k > own_k:
+            return None
+        code, num_experts = find_weighting(weighting).kernel, router_logits.shape[-1]
+        if code is None or router_logits.dtype == torch.float64:
+            return None
+        form = self.kernel_cuts(num_experts, layer, router_logits.device)
+        if form is None:
+            return None
+        from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
+
+        statistic, exclude_top, cuts = form
+        if cuts.dim() == 2:
+            tokens_each(len(router_logits), len(cuts))
+        more = exact and (dtype != torch.float32 or own_k > 0)
+        weights, experts, counts, *full = bh_route(
+            router_logits,
+            cuts,
+            statistic=statistic,
+            exclude_top=exclude_top,
+            min_k=self.min_k,
+            max_k=self.max_k,
+            weighting=code,
+            temperature=temperature,
+            weights_dtype=dtype,
+            empty=num_experts,
+            exact=more,
+            own_k=own_k,
+            norms=None if norms is None else norms.norms,
+            near=0 if norms is None else norms.near,
+        )
+        return Forms(weights, experts, counts, full[0] if more else weights if exact else None)
+
+    def kernel_cuts(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[str, int, Tensor] | None:
+        """What the routing kernel compares with what (`bhlib.kernels.routing.cut_table`).
+
+        None if it cannot run on the device, or cannot decide as the rule does: as most rules.
+        """
         return None
 
     def rewind(self) -> None:

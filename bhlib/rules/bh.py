@@ -10,8 +10,7 @@ from torch import Tensor
 from bhlib import kernels
 from bhlib.procedures import ascending, canonical_method, check_alpha, critical_values, reject
 from bhlib.pvalues import DirichletNull, PValueMaker, make_pvalues
-from bhlib.rules.base import Forms, Level, Rule, by_token, each, tokens_each
-from bhlib.weighting import find_weighting
+from bhlib.rules.base import Level, Rule, by_token, each, tokens_each
 
 #: Procedures whose decision compares the k-th smallest p-value with a constant: no p-values are needed then.
 _CONSTANT_CRITICAL_VALUES = ("bh", "by", "hochberg", "bonferroni", "fixed")
@@ -129,52 +128,8 @@ class BH(Rule):
             self.pvalues(torch.zeros(1, num_experts, device=device), layer)  # what it keeps of the layer on the device
         self.kernel_cuts(num_experts, layer, device)
 
-    def _by_kernel(
-        self,
-        router_logits: Tensor,
-        layer: int | None,
-        weighting: str,
-        temperature: float,
-        dtype: torch.dtype,
-        exact: bool,
-        own_k: int = 0,
-    ) -> Forms | None:
-        """Of a statistic and a weighting that the kernel knows."""
-        if own_k and self.max_k > own_k:
-            return None
-        code, num_experts = find_weighting(weighting).kernel, router_logits.shape[-1]
-        if code is None or router_logits.dtype == torch.float64:
-            return None
-        form = self.kernel_cuts(num_experts, layer, router_logits.device)
-        if form is None:
-            return None
-        from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
-
-        statistic, exclude_top, cuts = form
-        if cuts.dim() == 2:
-            tokens_each(len(router_logits), len(cuts))
-        more = exact and (dtype != torch.float32 or own_k > 0)
-        weights, experts, counts, *full = bh_route(
-            router_logits,
-            cuts,
-            statistic=statistic,
-            exclude_top=exclude_top,
-            min_k=self.min_k,
-            max_k=self.max_k,
-            weighting=code,
-            temperature=temperature,
-            weights_dtype=dtype,
-            empty=num_experts,
-            exact=more,
-            own_k=own_k,
-        )
-        return Forms(weights, experts, counts, full[0] if more else weights if exact else None)
-
     def kernel_cuts(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[str, int, Tensor] | None:
-        """What the routing kernel compares with what (`bhlib.kernels.routing.cut_table`); computed once.
-
-        None if it cannot run on the device, or cannot decide as this rule does.
-        """
+        """Of a statistic that the kernel knows; computed once."""
         layer = self._own_layer(layer)
         key = (num_experts, layer, str(device))
         if key not in self._cuts:

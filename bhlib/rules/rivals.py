@@ -2,12 +2,13 @@
 
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from bhlib import kernels
 from bhlib.procedures import is_whole
 from bhlib.rules.base import Level, PrefixRule, ProbabilityRule, Routing, Rule, TopK, by_token, each
 
@@ -68,11 +69,32 @@ class Threshold(_FractionRule):
     """
 
     threshold: Level = 0.05
+    _cuts: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     level_name = "threshold"
 
     def count(self, top: Tensor, probs: Tensor, layer: int | None) -> Tensor:
         return (top >= self.level_for(top)).sum(dim=-1)
+
+    def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:
+        super().prepare(num_experts, layer, device)
+        self.kernel_cuts(num_experts, layer, device)
+
+    def kernel_cuts(self, num_experts: int, layer: int | None, device: torch.device) -> tuple[str, int, Tensor] | None:
+        """The same cut for every rank; computed once."""
+        key = num_experts, str(device)
+        if key not in self._cuts:
+            cuts = None
+            if kernels.run_on(device) and num_experts <= kernels.MOST_EXPERTS:
+                levels = torch.tensor(self.threshold, dtype=torch.float32, device=device)
+                cuts = levels[..., None].expand(*levels.shape, num_experts).contiguous()
+            self._cuts[key] = cuts
+        return None if self._cuts[key] is None else ("prob", 0, self._cuts[key])
+
+    def _prepare_like(self, other: Self) -> None:
+        super()._prepare_like(other)
+        for num_experts, device in other._cuts:
+            self.kernel_cuts(num_experts, None, torch.device(device))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
+from bhlib.compensation import LayerCompensation
 from bhlib.discovery import set_implementation
+from bhlib.norms import LayerGuess, LayerNorms
 from bhlib.rules import BH
 from bhlib.speed.results import Candidate, Results
 from bhlib.speed.timing import captured, in_turn, measure
@@ -24,6 +26,12 @@ GRAPH_TOKENS = 512
 #: Up to this many tokens batched_mm is measured: it copies the weights of every slot.
 BATCHED_TOKENS = 32
 RIVALS_K = (8, 4)
+
+NEAR = 16  # logits that norms are guessed from: the default of `fit_norms`
+
+#: Ranks of the map of what stands in for dropped experts (0 for means alone), measured at this mean number of experts.
+STAND_INS = {"kernels, means": 0, "kernels, means and map": 16}
+STAND_INS_K = 4
 
 
 def exact_counts(num_tokens: int, mean_k: float, max_k: int, seed: int = 0) -> Tensor:
@@ -64,6 +72,30 @@ def full_size_experts(seed: int = 0) -> OlmoeExperts:
     return module.eval()
 
 
+def random_norms(num_experts: int, seed: int = 0) -> LayerGuess:
+    """A guess at the norms of a layer's experts from the `NEAR` largest logits, as large as fitted ones."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (num_experts,), (num_experts,), (num_experts, num_experts)
+    parts = (0.1 * torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+    return LayerGuess(LayerNorms(*(part.cuda() for part in parts)), NEAR)
+
+
+def random_stand_ins(hidden: int, num_experts: int, rank: int, seed: int = 0) -> LayerCompensation:
+    """What stands in for dropped experts, bfloat16, random."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (1 + num_experts, hidden), (rank, hidden), (rank, hidden)
+    means, down, up = (0.02 * torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+    means[0] = 0
+    return LayerCompensation(*(part.to("cuda", torch.bfloat16) for part in (means, down, up)))
+
+
+def marked_routing(num_tokens: int, mean_k: float, num_experts: int = 64, **options: int) -> tuple[Tensor, Tensor]:
+    """`random_routing`, with what is dropped of the slots marked (`bhlib.rules.routing.mark_dropped`)."""
+    index, _ = random_routing(num_tokens, mean_k, num_experts=num_experts, **options)
+    own, weights = random_routing(num_tokens, index.shape[1], num_experts=num_experts, **options)
+    return torch.where(index < num_experts, own, own + num_experts + 1), weights
+
+
 def block_floor(index: Tensor, num_experts: int, hidden: int, intermediate: int, limits: dict[str, float]) -> float:
     """Seconds below which the experts of one layer cannot go: weights of the experts in use, hidden in and out."""
     filled = index[index < num_experts]
@@ -75,12 +107,13 @@ def block_floor(index: Tensor, num_experts: int, hidden: int, intermediate: int,
 def bench_router(
     results: Results, limits: dict[str, float], quick: bool = False, name: str | None = None, max_k: int = 8
 ) -> None:
-    """Softmax and top-k of torch, the rule in plain torch, and the kernel; beside them, a kernel that does nothing."""
+    """Softmax and top-k of torch, the rule in plain torch, and the kernel, both with norms too; and an empty kernel."""
     from bhlib.kernels.routing import bh_route  # imports Triton, which not everybody has
 
     num_experts, repeats = 64, 20  # a graph holds several calls: one alone takes less than starting a graph
     rule = BH(alpha=0.05, max_k=max_k)
     statistic, exclude_top, cuts = rule.kernel_cuts(num_experts, None, torch.device("cuda"))
+    guess = random_norms(num_experts)
     one = torch.zeros(1, device="cuda")
     for tokens in (1, 512, 16_384):
         logits = (ROUTER_STD * torch.randn(tokens, num_experts, device="cuda")).to(torch.bfloat16)
@@ -89,15 +122,19 @@ def bench_router(
             weights, index = torch.topk(torch.softmax(logits, dim=-1, dtype=torch.float32), max_k, dim=-1)
             return weights.to(logits.dtype), index
 
-        def kernel(logits=logits):
+        def kernel(logits=logits, norms=None):
             return bh_route(logits, cuts, statistic=statistic, exclude_top=exclude_top, max_k=max_k,
-                            weights_dtype=logits.dtype)  # fmt: skip
+                            weights_dtype=logits.dtype, norms=norms, near=NEAR if norms else 0)  # fmt: skip
 
         mean_k = float(kernel()[2].float().mean())
         calls = {
             Candidate("softmax + topk", "transformers", max_k): own,
             Candidate("BH, torch", "bhlib", None): lambda logits=logits: rule(logits),
             Candidate("BH, kernel", "bhlib", None): kernel,
+            Candidate("BH, norms, kernel", "bhlib", None): partial(kernel, norms=guess.norms),
+            Candidate("BH, norms, torch", "bhlib", None): lambda logits=logits: rule(
+                logits, log_norms=guess.log_norms(logits)
+            ),
             Candidate("an empty kernel", "neither", None): one.zero_,
         }
         ready = {("eager", candidate): in_turn([call] * repeats) for candidate, call in calls.items()}
@@ -113,6 +150,8 @@ def bench_router(
 def bench_block(results: Results, limits: dict[str, float], quick: bool = False, name: str | None = None) -> None:
     """The experts of one layer: transformers' own implementations at top-8, the kernels at every mean k, and rivals.
 
+    With what stands in for dropped experts too, at one mean k, on the same experts.
+
     Rivals are libraries that skip empty slots too, measured where they are installed: see `find_rivals`.
     """
     from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
@@ -122,12 +161,15 @@ def bench_block(results: Results, limits: dict[str, float], quick: bool = False,
     rivals = find_rivals(results, module)
     candidates = [Candidate(implementation, "transformers", 8) for implementation in IMPLEMENTATIONS]
     candidates += [Candidate("kernels", "bhlib", k) for k in MEAN_K]
+    candidates += [Candidate(name, "bhlib", STAND_INS_K) for name in STAND_INS]
+    parts = {name: random_stand_ins(sizes[1], sizes[0], rank) for name, rank in STAND_INS.items()}
     candidates += [Candidate(rival, "others", k) for rival in rivals for k in RIVALS_K]
     for tokens in (1, 8, 32, 512, 4096, 16_384):
         hidden = torch.randn(tokens, module.hidden_dim, device="cuda", dtype=torch.bfloat16)
         # Few tokens use few experts, which the cache would hold from one call to the next: take turns.
         draws = 16 if tokens == 1 else 4 if tokens <= BATCHED_TOKENS else 1
         routings = {k: [random_routing(tokens, k, seed=seed) for seed in range(draws)] for k in MEAN_K}
+        marked = [marked_routing(tokens, STAND_INS_K, seed=seed) for seed in range(draws)]
         torch.compiler.reset()
         ready = {}
         for mode, candidate in product(("eager", "graph", "compiled"), candidates):
@@ -136,8 +178,10 @@ def bench_block(results: Results, limits: dict[str, float], quick: bool = False,
             if candidate.by == "transformers":
                 forward = _own_forward(module, candidate.name, mode == "compiled")
             else:
-                forward = partial(experts_forward, module) if candidate.by == "bhlib" else rivals[candidate.name]
-            calls = [partial(forward, hidden, *routing) for routing in routings[candidate.k]]
+                ours = partial(experts_forward, module, missing=parts.get(candidate.name))
+                forward = ours if candidate.by == "bhlib" else rivals[candidate.name]
+            drawn = marked if candidate.name in parts else routings[candidate.k]
+            calls = [partial(forward, hidden, *routing) for routing in drawn]
             with results.attempt("block", mode, tokens, candidate):
                 in_turn(calls)()
                 from_host = mode == "eager" or tokens > GRAPH_TOKENS
