@@ -172,7 +172,7 @@ def kernel_forward(
 
     The kernels' results differ from the model's own in rounding; on a CPU only where a slot is empty.
     """
-    if kernels.inputs_fit(module, hidden_states):
+    if kernels.inputs_fit(module, hidden_states, top_k_weights):
         from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
 
         return experts_forward(module, hidden_states, top_k_index, top_k_weights)

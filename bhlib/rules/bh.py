@@ -139,8 +139,8 @@ class BH(Rule):
         exact: bool,
         own_k: int = 0,
     ) -> Forms | None:
-        """Of a statistic and a weighting that the kernel knows."""
-        if own_k and self.max_k > own_k:
+        """Of a statistic and a weighting that the kernel knows, where no gradient is wanted."""
+        if kernels.gradients_wanted(router_logits) or own_k and self.max_k > own_k:
             return None
         code, num_experts = find_weighting(weighting).kernel, router_logits.shape[-1]
         if code is None or router_logits.dtype == torch.float64:
