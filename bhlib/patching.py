@@ -44,6 +44,7 @@ from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
 from bhlib.norms import OutputNorms
 from bhlib.passes import PassNote, PassReader, find_cache, is_packed, shape_of, special_tokens
+from bhlib.penalties import load_balancing_loss
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
@@ -72,7 +73,7 @@ class RoutingPatch:
     runs layers twice, selects the same experts twice, and counts them once. Move the level after ``backward()``. The
     load-balancing loss that transformers adds under ``output_router_logits=True`` does not know the rule: it takes
     the ``num_experts_per_tok`` largest of a token's logits, and so balances the model's own top-k, whatever was
-    selected.
+    selected. `load_balancing_loss` is for what was.
 
     Parameters
     ----------
@@ -536,6 +537,32 @@ class RoutingPatch:
             routing=routing,
             log_norms=log_norms,
         )
+
+    def load_balancing_loss(self, router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+        """How evenly the experts are used that the rule selects: `bhlib.penalties.load_balancing_loss`.
+
+        Parameters
+        ----------
+        router_logits : sequence of Tensor [tokens, experts]
+            By MoE layer: of the model's output, under ``output_router_logits=True``.
+        attention_mask : Tensor [batch, length], optional
+            0 for padding, which is left out.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many logits as layers, or the rule decides about whole passes: give what
+            `records` hold of a pass to `bhlib.penalties.load_balancing_loss` then.
+        """
+        if type(self._rule).end_pass is not Rule.end_pass:
+            raise ValueError(
+                f"{type(self._rule).__name__} decides about a whole forward pass, not from logits alone: use "
+                f"bhlib.penalties.load_balancing_loss with the experts in records.passes."
+            )
+        pairs = zip(self.layers, router_logits, strict=True)
+        with torch.no_grad():
+            experts = [self.route(layer, logits, torch.float32).experts for layer, logits in pairs]
+        return load_balancing_loss(router_logits, experts, attention_mask)
 
     def reset_stats(self) -> None:
         """Forget what was recorded."""

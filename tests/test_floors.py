@@ -18,6 +18,7 @@ FLOORS = [
     "simulations",  # false discovery rate and power by simulation
     "pvalues",  # router logits -> p-values
     "weighting",  # router logits -> scores; scores of the kept experts -> weights
+    "penalties",  # what may be added to the loss in training
     "expert_loop",  # the experts one after the other, on a CPU
     "kernels",  # routing and experts by Triton, on a CUDA device
     "rules",  # p-values -> experts and weights; the rival rules
