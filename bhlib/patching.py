@@ -438,6 +438,13 @@ class RoutingPatch:
             return
         self._rule.end_pass()
         if finished is not None:
+            if not finished.routings:
+                warnings.warn(
+                    f"A forward pass of {type(self._body).__name__} ran none of the routers that were patched, so that "
+                    f"nothing was routed: whoever replaces routers (an adapter, in its modules_to_save) has to do so "
+                    f"before the model is patched.",
+                    stacklevel=2,
+                )
             self.records.end(finished)
             cache = _cache_of(output)
             if cache is not None and isinstance(finished.tokens, PassNote):

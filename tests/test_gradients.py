@@ -44,7 +44,8 @@ def train_once(model, patch=None, *, half=False):
 def assert_same_bits(one, other):
     (loss, gradients), (other_loss, other_gradients) = one, other
     assert torch.equal(loss, other_loss)
-    assert [name for name in gradients if not torch.equal(gradients[name], other_gradients[name])] == []
+    pairs = [(name, gradient, other_gradients[name]) for name, gradient in gradients.items()]
+    assert [name for name, one, two in pairs if (one is not two) and not torch.equal(one, two)] == []
 
 
 # -- where they come -------------------------------------------------------------------------------------------------
@@ -137,11 +138,32 @@ def test_routers_alone_are_trained():
     assert all(gate.grad.any() for gate in gates) and sum(one is not None for one in gradients.values()) == 3
 
 
-def test_adapters_are_trained():
-    adapted = get_peft_model(tiny_olmoe(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    _, gradients = train_once(adapted, BHRoutingIntegration(adapted, 0.01))
-    adapters = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    assert len(adapters) == 3 * 2 * 2 and all("lora" in name and one.any() for name, one in adapters.items())
+ADAPTED = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "routers": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    "experts": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "whole routers": {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+}
+
+
+@pytest.mark.parametrize("what", ADAPTED)
+def test_adapters_are_trained(what):
+    adapted = get_peft_model(tiny_olmoe(), LoraConfig(**ADAPTED[what], init_lora_weights=False))
+    own = train_once(adapted)
+    assert_same_bits(train_once(adapted, RoutingPatch(adapted, TopK(8))), own)
+    patch = BHRoutingIntegration(adapted, 0.01)
+    _, gradients = train_once(adapted, patch)
+    wanted = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert {name for name, gradient in gradients.items() if gradient is not None and gradient.any()} == wanted
+    assert 1 < patch.get_routing_stats()["mean_experts_per_token"] < 8
+
+
+def test_a_router_that_is_replaced_under_the_patch_does_not_go_unnoticed():
+    model = tiny_olmoe()
+    with BHRoutingIntegration(model):
+        adapted = get_peft_model(model, LoraConfig(**ADAPTED["whole routers"]))
+        with pytest.warns(UserWarning, match="ran none of the routers that were patched, .* before the model is"):
+            adapted(input_ids=IDS)
 
 
 # -- that they are right ---------------------------------------------------------------------------------------------
