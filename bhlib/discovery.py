@@ -159,12 +159,13 @@ def name_of(model: nn.Module) -> str:
 
 
 def _find_router(model: nn.Module, name: str, experts: "ExpertsModule", num_experts: int) -> tuple[str, "RouterModule"]:
-    """The router that goes with an experts module, and its dotted name: it stands beside it, or one level above.
+    """The router that goes with an experts module, and its dotted name.
 
-    One level above, if an adapter is wrapped around the experts.
+    It stands beside it, or beside the adapters that are wrapped around it, of which each of its two matrices may have
+    one.
     """
     prefix = name
-    for _ in range(2):
+    for _ in range(3):
         prefix = prefix.rpartition(".")[0]
         beside = {
             child_name: child

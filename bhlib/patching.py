@@ -44,6 +44,7 @@ from bhlib.explain import explain
 from bhlib.hooks import PrivateHooks
 from bhlib.norms import OutputNorms
 from bhlib.passes import PassNote, PassReader, find_cache, is_packed, shape_of, special_tokens
+from bhlib.penalties import load_balancing_loss
 from bhlib.pvalues import PValueMaker, check_logits, check_temperature, make_pvalues
 from bhlib.recorded_passes import RunningPass
 from bhlib.records import MAX_RECORDED_TOKENS, Records
@@ -65,9 +66,14 @@ _patched_routers: WeakKeyDictionary[nn.Module, "weakref.ref[RoutingPatch]"] = We
 class RoutingPatch:
     """Route a model by a rule, or watch what the rule would do.
 
-    In training, gradients flow through the weights of the experts that the rule selected. The load-balancing loss that
-    transformers adds under ``output_router_logits=True`` does not know the rule: it takes the ``num_experts_per_tok``
-    largest of a token's logits, and so balances the model's own top-k, whatever was selected.
+    In training, gradients flow through the weights of the experts that the rule selected, to the router, to those
+    experts and to all below; the decision itself has none. Where gradients are wanted, the Triton kernels, which have
+    no backward, leave the experts to `bhlib.sorted_pairs` in bfloat16, and else to the model's own implementation,
+    which sees the selected ones only; on a CPU the loop has a backward. Routers in training mode are routed by plain
+    torch, so that gradient checkpointing, which runs layers twice, selects the same experts twice; it counts them
+    once. Move the level after ``backward()``. The load-balancing loss that transformers adds under
+    ``output_router_logits=True`` does not know the rule: it takes the ``num_experts_per_tok`` largest of a token's
+    logits, and so balances the model's own top-k, whatever was selected. `load_balancing_loss` is for what was.
 
     Parameters
     ----------
@@ -211,9 +217,8 @@ class RoutingPatch:
         try:
             if rewind:
                 self._rule.rewind()
-            self._is_open = True
+            self._is_open, self._rule_of_pass = True, self._rule
             self._compiles_whole = self._expects_whole_graphs()
-            self._has_gradients = any(parameter.requires_grad for parameter in self.model.parameters())
             self._ticket = torch.zeros(1, device=self.layers[-1].router.weight.device)
             for layer in self.layers:
                 _patched_routers[layer.router] = weakref.ref(self)
@@ -343,6 +348,7 @@ class RoutingPatch:
         if router_logits.device.type == "cpu" and not torch.compiler.is_compiling():  # a device would be waited for
             check_logits(router_logits)
         router_logits = as_scored(router_logits, layer.narrows)
+        self._check_repetition()
         return self._rule.forms(
             router_logits,
             layer.index,
@@ -350,13 +356,29 @@ class RoutingPatch:
             temperature=self.temperature,
             dtype=dtype,
             exact=self.collect_stats,
-            fused=self.kernels,
+            fused=self.kernels and not layer.router.training,  # to decide alike when checkpointing repeats the pass
             own_k=layer.top_k if self.compensates else 0,
             norms=None if self.norms is None else self.norms.layer(layer.index, router_logits.device),
         )
 
     def _weighting(self, layer: MoELayer) -> str:
         return layer.weighting if self.weights == "model" else self.weights
+
+    def _check_repetition(self) -> None:
+        """Raise a RuntimeError if gradient checkpointing repeats a layer, and the rule may decide otherwise now."""
+        if torch.compiler.is_compiling() or not _in_backward():
+            return
+        if self._rule is not self._rule_of_pass:
+            raise RuntimeError(
+                f"The rule was set to {self._rule!r} between a forward pass by {self._rule_of_pass!r} and its backward "
+                f"pass, in which gradient checkpointing runs layers again: set rules and levels after backward()."
+            )
+        if type(self._rule).end_pass is not Rule.end_pass:
+            raise RuntimeError(
+                f"{type(self._rule).__name__} decides about a whole forward pass, and gradient checkpointing runs "
+                f"layers again after its end: train without gradient checkpointing, or by a rule that looks at tokens "
+                f"one by one."
+            )
 
     def check_open(self) -> None:
         """Raise a RuntimeError if the patch was taken back since the forward pass began."""
@@ -368,10 +390,17 @@ class RoutingPatch:
 
     def _can_be_followed(self) -> bool:
         """Whether a compiler that meets the beginning of a pass follows it to its end."""
-        wants_gradients = torch.is_grad_enabled() and self._has_gradients
-        return torch.compiler.is_compiling() and self._compiles_whole and not wants_gradients
+        if not (torch.compiler.is_compiling() and self._compiles_whole):
+            return False
+        return not triton_kernels.gradients_wanted(*self.model.parameters())
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                f"{type(self.model).__name__} was patched before torch.nn.DataParallel copied it to several devices, "
+                f"and its copies would route by the routers of the first: start one process for each device "
+                f"(accelerate launch, torchrun), or show one device only (CUDA_VISIBLE_DEVICES=0)."
+            )
         # For the routers and the end of this pass: a layer may also be compiled alone, in a pass that is not.
         self._is_followed = self._can_be_followed()
         if not self._is_followed:
@@ -393,6 +422,7 @@ class RoutingPatch:
         self._running.add(threading.current_thread())  # before the look whether the patch is open, or it might not wait
         self._local.current = None
         self.check_open()
+        self._rule_of_pass = self._rule
         inputs = self._inputs(args, kwargs)
         if type(self._rule).begin_pass is not Rule.begin_pass:
             self._rule.begin_pass(*shape_of(inputs))
@@ -408,6 +438,13 @@ class RoutingPatch:
             return
         self._rule.end_pass()
         if finished is not None:
+            if not finished.routings:
+                warnings.warn(
+                    f"A forward pass of {type(self._body).__name__} ran none of the routers that were patched, so that "
+                    f"nothing was routed: whoever replaces routers (an adapter, in its modules_to_save) has to do so "
+                    f"before the model is patched.",
+                    stacklevel=2,
+                )
             self.records.end(finished)
             cache = _cache_of(output)
             if cache is not None and isinstance(finished.tokens, PassNote):
@@ -429,7 +466,7 @@ class RoutingPatch:
             current = self._local.current = None  # of a pass that was interrupted
         if current is not None:
             current.add(layer.index, routing, logits)
-        elif torch._C._current_graph_task_id() < 0:  # else gradient checkpointing repeats a pass that has been counted
+        elif not _in_backward():  # else gradient checkpointing repeats a pass that has been counted
             warnings.warn(
                 f"{layer.name!r} was run outside a forward pass of {type(self._body).__name__}: its tokens are routed, "
                 f"but not recorded. Call the model, or patch the part that you call.",
@@ -507,6 +544,32 @@ class RoutingPatch:
             routing=routing,
             log_norms=log_norms,
         )
+
+    def load_balancing_loss(self, router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+        """How evenly the experts are used that the rule selects: `bhlib.penalties.load_balancing_loss`.
+
+        Parameters
+        ----------
+        router_logits : sequence of Tensor [tokens, experts]
+            By MoE layer: of the model's output, under ``output_router_logits=True``.
+        attention_mask : Tensor [batch, length], optional
+            0 for padding, which is left out.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many logits as layers, or the rule decides about whole passes: give what
+            `records` hold of a pass to `bhlib.penalties.load_balancing_loss` then.
+        """
+        if type(self._rule).end_pass is not Rule.end_pass:
+            raise ValueError(
+                f"{type(self._rule).__name__} decides about a whole forward pass, not from logits alone: use "
+                f"bhlib.penalties.load_balancing_loss with the experts in records.passes."
+            )
+        pairs = zip(self.layers, router_logits, strict=True)
+        with torch.no_grad():
+            experts = [self.route(layer, logits, torch.float32).experts for layer, logits in pairs]
+        return load_balancing_loss(router_logits, experts, attention_mask)
 
     def reset_stats(self) -> None:
         """Forget what was recorded."""
@@ -617,6 +680,11 @@ def _is_running(module: nn.Module) -> bool:
     while frame is not None and frame.f_locals.get("self") is not module:
         frame = frame.f_back
     return frame is not None
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running this code: gradient checkpointing, that repeats a part of a forward pass."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 def _forget_compiled_code() -> None:

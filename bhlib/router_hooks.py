@@ -105,7 +105,7 @@ class CompensatedForward(NewForward):
         routing = top_k_index, top_k_weights
         if not self.is_in_place:  # whoever wrapped it meanwhile still calls it
             return self.own(hidden_states, *routing)
-        if self.by_kernels and kernels.inputs_fit(self.layer.experts, hidden_states):
+        if self.by_kernels and kernels.inputs_fit(self.layer.experts, hidden_states, top_k_weights):
             from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
 
             part = self.compensation.layer(self.layer.index, hidden_states)

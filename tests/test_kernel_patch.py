@@ -166,15 +166,33 @@ def test_generation_compiles_once_whatever_the_counts(model, collect_stats):
     assert bh.get_routing_stats()["std_experts_per_token"] > 0.3
 
 
-def test_gradients_take_the_other_path(model):
-    layer = model.model.layers[0].mlp.experts
-    layer.down_proj.requires_grad_(True)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wanted", ["mlp.gate.weight", "layers.0.mlp.experts.down_proj"])
+def test_gradients_take_the_other_path(model, wanted, training):
+    """Those of the routers alone too, of which the experts see no more than their weights."""
+    parameters = [one.requires_grad_() for name, one in model.named_parameters() if name.endswith(wanted)]
+    gradients = []
     try:
-        with RoutingPatch(model, TopK(2), kernels=True):
-            logits_of(model, tokens(1, 3).to(DEVICE)).float().sum().backward()
-        assert layer.down_proj.grad.abs().sum() > 0
+        model.train(training)
+        for use_kernels in (False, True):
+            with BHRoutingIntegration(model, 0.5, max_k=4, kernels=use_kernels):
+                loss = logits_of(model, tokens(1, 4).to(DEVICE)).float().square().mean()
+            gradients.append(torch.autograd.grad(loss, parameters))
     finally:
-        layer.down_proj.requires_grad_(False).grad = None
+        model.eval().requires_grad_(False)
+    assert all(gradient.any() for gradient in gradients[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_routers_in_training_mode_decide_without_kernels(model):
+    """A pass that gradient checkpointing repeats may begin without gradients, and must decide alike."""
+    weights = []
+    for use_kernels in (False, True):
+        with BHRoutingIntegration(model.train(), 0.5, max_k=4, kernels=use_kernels) as bh, torch.no_grad():
+            logits_of(model, tokens(1, 4).to(DEVICE))
+        weights.append(bh.records.passes[0].routings[0].weights)
+    model.eval()
+    assert torch.equal(*weights)
 
 
 def test_wrong_switch(model):

@@ -32,6 +32,7 @@ from bhlib.expert_loop import is_plain
 __all__ = [
     "available",
     "demand",
+    "gradients_wanted",
     "inputs_fit",
     "installed",
     "interpreted",
@@ -101,17 +102,22 @@ def weights_fit(module: nn.Module) -> bool:
     return run_on(module.gate_up_proj.device) and module.gate_up_proj.dtype == module.down_proj.dtype in DTYPES
 
 
-def inputs_fit(module: nn.Module, hidden_states: Tensor) -> bool:
+def inputs_fit(module: nn.Module, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
     """Whether the kernels compute a module that fits on these inputs.
 
-    That is: in half precision on a CUDA device, with no gradient wanted, since the kernels have none. Asked in every
-    forward pass, so it asks nothing that ``torch.compile`` cannot see.
+    That is: in half precision on a CUDA device, with no gradient wanted. Asked in every forward pass, so it asks
+    nothing that ``torch.compile`` cannot see.
     """
     if hidden_states.dtype not in DTYPES or not (hidden_states.is_cuda or interpreted()):
         return False
     gate_up, down = module.gate_up_proj, module.down_proj
-    wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or gate_up.requires_grad or down.requires_grad)
-    return gate_up.dtype == down.dtype == hidden_states.dtype and not wanted
+    fit = gate_up.dtype == down.dtype == hidden_states.dtype
+    return fit and not gradients_wanted(hidden_states, top_k_weights, gate_up, down)
+
+
+def gradients_wanted(*inputs: Tensor) -> bool:
+    """Whether autograd records what is made of these tensors: then kernels, which have no backward, stay away."""
+    return torch.is_grad_enabled() and any(one.requires_grad for one in inputs)
 
 
 def demand(experts: Mapping[str, nn.Module]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from bhlib import kernels
 from bhlib.norms import LayerGuess
 from bhlib.procedures import is_whole
 from bhlib.rules.routing import Forms, Routing, mark_dropped
@@ -305,8 +306,11 @@ class Rule:
         own_k: int = 0,
         norms: LayerGuess | None = None,
     ) -> Forms | None:
-        """`forms` of one launch of the routing kernel; None if it has none for the rule, weights or device."""
-        if own_k and norms is None and self.max_k > own_k:
+        """`forms` of one launch of the routing kernel.
+
+        None if it has none for the rule, weights or device, or a gradient is wanted.
+        """
+        if kernels.gradients_wanted(router_logits) or own_k and norms is None and self.max_k > own_k:
             return None
         code, num_experts = find_weighting(weighting).kernel, router_logits.shape[-1]
         if code is None or router_logits.dtype == torch.float64:
