@@ -50,9 +50,8 @@ class AddUp(torch.autograd.Function):
 
 
 def _add_up(rows: Tensor, places: Tensor, first: Tensor) -> Tensor:
-    # In float32 or wider, with one rounding at the end; a token without pairs gets zeros. Detached, or it would prepare
-    # a backward of its own.
-    return embedding_bag(places, rows.detach(), first, mode="sum")
+    # In float32 whatever the dtype, with one rounding at the end; a token without pairs gets zeros.
+    return embedding_bag(places, rows, first, mode="sum")
 
 
 def inputs_fit(module: "ExpertsModule", hidden_states: Tensor) -> bool:
