@@ -20,9 +20,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from bhlib import kernels, sorted_pairs
+from bhlib import kernels
 from bhlib.expert_loop import is_plain, loop_forward, token_forward
-from bhlib.sorted_pairs import no_pairs
 
 if TYPE_CHECKING:
     from bhlib.expert_loop import ExpertsModule
@@ -146,20 +145,23 @@ def pairwise_forward(
     slot, token = torch.nonzero(filled.T, as_tuple=True)
     if len(token) == filled.numel():
         return forward(module, hidden_states, top_k_index, top_k_weights)
-    if not len(token):
-        return no_pairs(module, hidden_states, top_k_weights)
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     total = torch.zeros(hidden_states.shape, dtype=wide, device=hidden_states.device)
-    pairs = forward(
-        module,
-        hidden_states.index_select(0, token),
-        top_k_index[token, slot, None],
-        top_k_weights[token, slot, None],
-    )
-    # Slot by slot, since within a slot no token occurs twice: one index_add over all would add in any order.
-    per_slot = filled.sum(dim=0).tolist()
-    for tokens, outputs in zip(token.split(per_slot), pairs.split(per_slot), strict=True):
-        total.index_add_(0, tokens, outputs.to(wide))
+    if len(token):
+        pairs = forward(
+            module,
+            hidden_states.index_select(0, token),
+            top_k_index[token, slot, None],
+            top_k_weights[token, slot, None],
+        )
+        # Slot by slot, since within a slot no token occurs twice: one index_add over all would add in any order.
+        per_slot = filled.sum(dim=0).tolist()
+        for tokens, outputs in zip(token.split(per_slot), pairs.split(per_slot), strict=True):
+            total.index_add_(0, tokens, outputs.to(wide))
+    elif torch.is_grad_enabled():  # DistributedDataParallel takes a parameter without a gradient for an error
+        for unused in (hidden_states, top_k_weights, *module.parameters()):
+            if unused.requires_grad:
+                total = total + unused.flatten()[:0].sum()
     return total.to(hidden_states.dtype)
 
 
@@ -168,8 +170,7 @@ def kernel_forward(
 ) -> Tensor:
     """`pairwise_forward`, by the kernels where they compute these inputs (`bhlib.kernels`).
 
-    Where gradients are wanted, which kernels have none of, `bhlib.sorted_pairs` computes in bfloat16 on a CUDA device.
-    The results differ from the model's own in rounding; on a CPU only where a slot is empty.
+    The kernels' results differ from the model's own in rounding; on a CPU only where a slot is empty.
     """
     if kernels.inputs_fit(module, hidden_states, top_k_weights):
         from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
@@ -178,8 +179,6 @@ def kernel_forward(
     if hidden_states.device.type == "cpu":
         forward = _cpu_forward_uncompiled if torch.compiler.is_compiling() else _cpu_forward
         return forward(implementation, module, hidden_states, top_k_index, top_k_weights)
-    if sorted_pairs.inputs_fit(module, hidden_states):
-        return sorted_pairs.sorted_forward(module, hidden_states, top_k_index, top_k_weights)
     return pairwise_forward(implementation, module, hidden_states, top_k_index, top_k_weights)
 
 

@@ -67,13 +67,13 @@ class RoutingPatch:
     """Route a model by a rule, or watch what the rule would do.
 
     In training, gradients flow through the weights of the experts that the rule selected, to the router, to those
-    experts and to all below; the decision itself has none. Where gradients are wanted, the Triton kernels, which have
-    no backward, leave the experts to `bhlib.sorted_pairs` in bfloat16, and else to the model's own implementation,
-    which sees the selected ones only; on a CPU the loop has a backward. Routers in training mode are routed by plain
-    torch, so that gradient checkpointing, which runs layers twice, selects the same experts twice; it counts them
-    once. Move the level after ``backward()``. The load-balancing loss that transformers adds under
-    ``output_router_logits=True`` does not know the rule: it takes the ``num_experts_per_tok`` largest of a token's
-    logits, and so balances the model's own top-k, whatever was selected. `load_balancing_loss` is for what was.
+    experts and to all below; the decision itself has none. Where gradients are wanted the kernels for CUDA, which have
+    no backward, leave the computing to the model's own implementation, which sees the selected experts only; on a CPU
+    the loop has a backward. Routers in training mode are routed by plain torch, so that gradient checkpointing, which
+    runs layers twice, selects the same experts twice, and counts them once. Move the level after ``backward()``. The
+    load-balancing loss that transformers adds under ``output_router_logits=True`` does not know the rule: it takes
+    the ``num_experts_per_tok`` largest of a token's logits, and so balances the model's own top-k, whatever was
+    selected. `load_balancing_loss` is for what was.
 
     Parameters
     ----------

@@ -16,7 +16,6 @@ from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
 from bhlib.kernels import on_device
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import BH, TopK
-from bhlib.sorted_pairs import AddUp, Gather, sorted_forward
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
@@ -42,17 +41,15 @@ def routing(num_tokens, slots, empty, num_experts=64):
 
 
 def forward_by(way, *inputs):
-    """By an implementation of transformers on gathered pairs, by the loop, by sorted pairs, or token by token."""
+    """By an implementation of transformers on gathered pairs, by the loop over experts, or token by token."""
     if way == "tokens":
         module, *inputs = inputs
         tokens = zip(*(tensor.split(1) for tensor in inputs), strict=True)
         return torch.cat([kernel_forward("grouped_mm", module, *token) for token in tokens])
-    if way == "sorted":
-        return sorted_forward(*inputs)
     return loop_forward(*inputs) if way == "loop" else pairwise_forward(way, *inputs)
 
 
-@pytest.mark.parametrize("way", (*IMPLEMENTATIONS, "loop", "sorted", "tokens"))
+@pytest.mark.parametrize("way", (*IMPLEMENTATIONS, "loop", "tokens"))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("num_tokens", "slots", "empty"), [(40, 8, 0.5), (40, 64, 0.7), (1, 8, 0.5), (5, 8, 1.0)])
 def test_agrees_with_a_loop_over_tokens(way, dtype, tolerance, num_tokens, slots, empty):
@@ -102,7 +99,7 @@ def test_the_loop_by_parts(rows, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("way", ("grouped_mm", "loop", "sorted", "tokens"))
+@pytest.mark.parametrize("way", ("grouped_mm", "loop", "tokens"))
 def test_gradients_flow_as_without_the_patch(way):
     module = tiny_olmoe().model.layers[0].mlp.experts
     index, weights = routing(20, 8, 0.0)
@@ -117,34 +114,7 @@ def test_gradients_flow_as_without_the_patch(way):
         torch.testing.assert_close(ours, own)
 
 
-@pytest.mark.parametrize("empty", [0.6, 1.0])
-@pytest.mark.parametrize("way", ("grouped_mm", "batched_mm", "loop", "sorted", "tokens"))
-def test_gradients_are_those_of_a_loop_over_tokens(way, empty):
-    """Zero where a slot is empty, and nowhere missing."""
-    module = tiny_olmoe().model.layers[0].mlp.experts
-    index, weights = routing(20, 8, empty)
-    hidden, weights, grads = torch.randn(20, 64).requires_grad_(), weights.requires_grad_(), []
-    for forward in (dense_by_loop, lambda *inputs: forward_by(way, *inputs)):
-        loss = forward(module, hidden, index, weights).square().sum()
-        if not loss.requires_grad:  # nothing was computed
-            loss = loss + 0 * sum(one.sum() for one in (hidden, weights, *module.parameters()))
-        grads.append(torch.autograd.grad(loss, (hidden, weights, *module.parameters())))
-    for expected, got in zip(*grads, strict=True):
-        torch.testing.assert_close(got, expected)
-
-
-def test_gradcheck_of_gathering_pairs_and_adding_them_up():
-    token, places, first = torch.tensor([1, 0, 3, 1]), torch.tensor([1, 0, 3, 2]), torch.tensor([0, 1, 3, 3])
-    rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    for function in (Gather, AddUp):
-        assert torch.autograd.gradcheck(lambda x, function=function: function.apply(x, token, places, first), rows)
-    gathered = Gather.apply(rows, token, places, first)
-    assert torch.equal(gathered, rows[token])
-    expected = torch.stack([gathered[1], gathered[0] + gathered[3], torch.zeros(3, dtype=torch.float64), gathered[2]])
-    torch.testing.assert_close(AddUp.apply(gathered, token, places, first), expected)
-
-
-@pytest.mark.parametrize("way", ("grouped_mm", "loop", "sorted", "tokens"))
+@pytest.mark.parametrize("way", ("grouped_mm", "loop", "tokens"))
 def test_the_result_of_a_token_adds_up_in_float32(way):
     """64 experts in bfloat16: one rounding at the end, as in the model, and not one per addition."""
     module = tiny_olmoe().model.layers[0].mlp.experts.to(torch.bfloat16)

@@ -20,7 +20,6 @@ FLOORS = [
     "weighting",  # router logits -> scores; scores of the kept experts -> weights
     "penalties",  # what may be added to the loss in training
     "expert_loop",  # the experts one after the other, on a CPU
-    "sorted_pairs",  # the experts with gradients, on a CUDA device
     "kernels",  # routing and experts by Triton, on a CUDA device
     "layer_files",  # one file of what was fitted to each layer
     "norms",  # how large the outputs of experts are

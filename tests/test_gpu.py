@@ -6,7 +6,6 @@ The router's weights are spread so that its logits have a standard deviation of 
 """
 
 import statistics
-from functools import partial
 
 import pytest
 import torch
@@ -14,12 +13,8 @@ from rows import count_rows
 from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers, sorted_pairs
-from bhlib.expert_loop import loop_forward
-from bhlib.experts import kernel_forward
+from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
 from bhlib.rules import BH, TopK
-from bhlib.sorted_pairs import sorted_forward
-from bhlib.speed.layer import random_routing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,23 +161,6 @@ def full_size_experts(device):
     for seed, matrices in enumerate(module.parameters()):
         torch.nn.init.normal_(matrices, std=0.02, generator=torch.Generator().manual_seed(seed))
     return module.to(device, torch.bfloat16)
-
-
-def test_experts_in_training():
-    """By sorted pairs: the gradients of float32, up to the rounding of bfloat16, and the same bits again."""
-    module = full_size_experts("cuda").requires_grad_()
-    assert sorted_pairs.inputs_fit(module, module.down_proj)
-    exact = full_size_experts("cuda").float().requires_grad_()
-    index, weights = random_routing(512, 4.0)
-    hidden, found = torch.randn(512, 2048, device="cuda", dtype=torch.bfloat16), []
-    for run, by in ((module, partial(kernel_forward, "grouped_mm")), (module, sorted_forward), (exact, loop_forward)):
-        wanted = [one.to(run.down_proj.dtype).requires_grad_() for one in (hidden, weights)]
-        output = by(run, wanted[0], index, wanted[1])
-        loss = output.float().square().mean()
-        found.append((output, *torch.autograd.grad(loss, (*wanted, *run.parameters()))))
-    for got, again, expected in zip(*found, strict=True):
-        assert torch.equal(got, again)
-        assert (got - expected).norm() < 0.02 * expected.norm()
 
 
 @two_devices
