@@ -42,7 +42,9 @@ if "google.colab" in sys.modules and not os.path.exists("../bhlib"):  # in Colab
 # 3. a level for any rule, at which the loss is at most so much above the model's own (`promise_loss`).
 
 # %%
+import numpy as np
 import pandas as pd
+from scipy.stats import beta
 
 from bhlib import figures, load_heldout
 from bhlib.contributions import measure_contributions
@@ -218,10 +220,11 @@ loss.tried.round(3)
 # | step-up | a fixed cut on the p-values | BH on the same p-values, with the same weights |
 #
 # Everything is fitted and chosen on the calibration split; the title says which split was measured. The upper tables have every
+# Everything is fitted and chosen on the calibration split; the title says which split was measured. The upper tables have every
 # combination, against static top-k and against the plain threshold, at the number of experts that was really spent. Below, each
 # ingredient is added to every rule that can have it: a line below zero says that it helped that rule. Weights of the layers take
-# twenty searches, longer than all the rest (`compute_ablations(study, layer_weights=True)`), and norms were measured up to k = 5: what
-# was not measured is left empty. The figure `whole_test_split` has weights that were chosen at one number of experts.
+# twenty searches, longer than all the rest (`compute_ablations(study, layer_weights=True)`), and are not in the table: what was not
+# measured is left out. The figure `whole_test_split` has weights that were chosen at one number of experts.
 
 # %%
 ablations = pd.read_csv("../figures/ablations.csv")
@@ -238,6 +241,42 @@ added.groupby(["against", "wanted_k"])[["better", "worse"]].mean().unstack().rou
 # %% [markdown]
 # A rule with three ingredients that is far below the threshold says nothing about any one of them; its difference from the same rule
 # without that one does. So BH with a null per layer is compared with a cut on that null before the step-up gets any credit.
+#
+# Norms are worth most, and they and the null per layer find much the same: each alone helps more than it adds to the other. **The
+# step-up never helps.** Why?
+#
+# ## Which way should the cut move?
+#
+# BH keeps the largest $k$ for which the $k$-th smallest p-value is at most $\alpha k/N$. Let the p-value be any decreasing function
+# $f$ of the expert's probability, the same for all tokens, as it is for every p-value here that needs no calibration and looks at
+# nothing but the probability. Then BH keeps the largest $k$ for which
+#
+# $$ \text{the } k\text{-th largest probability} \;\ge\; c(k) = f^{-1}(\alpha k / N), $$
+#
+# and $c$ **falls** with $k$, whatever $f$ and $\alpha$ are: since $\alpha k/N$ rises and $f$ falls. A token of which many experts
+# pass is given a lower bar for the next. A threshold has the same bar for all. So whether *any* such p-value can be better than a
+# threshold depends on one thing, which can be measured without p-values: at the same mean number of experts, does the model want
+# a bar that falls with $k$, or one that rises? Below, $c(k) \propto k^{-\gamma}$. For $\gamma > 0$ it is BH on the p-value
+# $p^{-1/\gamma}$, up to a factor; $\gamma = 0$ is the threshold; $\gamma < 0$ no p-value gives.
+
+# %%
+slopes = pd.read_csv("../figures/cut_slope.csv")
+figures.draw_cut_slope(slopes)
+
+# %% [markdown]
+# The loss rises with $\gamma$, from below 0 on, at every number of experts: the bar should rise a little. A token that has many good
+# experts can do without one more; the others make up for it. BH moves the bar the other way. How far does the default move it?
+
+# %%
+default = slopes[slopes["slope"].isna()].set_index("wanted_k")
+few, many = (beta.isf(default["level"] * k / 64, 4, 63 * 4) for k in (2, 8))  # Dirichlet null of concentration 4
+pd.DataFrame({"slope of the default's cut": np.log(few / many) / np.log(8 / 2), "1000 nats": 1000 * default["difference"]}).round(2)
+
+# %% [markdown]
+# By a small slope, which costs it a thousandth of a nat, as the curves say. So no p-value of this kind, however well chosen, brings BH
+# below the threshold on this model: the best that it can do is to be so steep that BH becomes the threshold. (A family of curves was
+# measured; a bar that falls in one place and rises in another is not excluded.) What helps is to look at more than the
+# probability: at the layer, and at how large the outputs of experts are.
 #
 # ## Exercises
 #

@@ -22,6 +22,7 @@ from bhlib.compensation import LayerCompensation
 from bhlib.discovery import find_moe_layers
 from bhlib.expert_loop import loop_forward
 from bhlib.experts import pairwise_forward
+from bhlib.norms import LayerGuess, LayerNorms
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import BH, Replay, Threshold, TopK
 from bhlib.rules.budgets import SeqTopK
@@ -169,7 +170,7 @@ def test_a_router_that_is_replaced_under_the_patch_does_not_go_unnoticed():
 # -- that they are right ---------------------------------------------------------------------------------------------
 
 
-def in_float64(way, weighting, rule, log_norms=None, compensation=None):
+def in_float64(way, weighting, rule, norms=None, compensation=None):
     """A routed layer as a function of its hidden states and its three weights, and tensors to check it on."""
     sizes = {"hidden_size": 4, "intermediate_size": 2, "num_experts": 6, "num_attention_heads": 1}
     experts = tiny_olmoe(num_hidden_layers=1, num_key_value_heads=1, **sizes).model.layers[0].mlp.experts.double()
@@ -182,7 +183,7 @@ def in_float64(way, weighting, rule, log_norms=None, compensation=None):
 
         def forward(self, hidden, gate):
             own_k = 3 if compensation is not None else 0
-            options = {"weighting": weighting, "dtype": torch.float64, "own_k": own_k, "log_norms": log_norms}
+            options = {"weighting": weighting, "dtype": torch.float64, "own_k": own_k, "norms": norms}
             weights, index, _, _ = rule.forms(hidden @ gate.T, **options)
             output = forward(self.experts, hidden, index, weights)
             return output if compensation is None else compensation.complete(output, hidden, index, weights)
@@ -210,8 +211,9 @@ def test_gradcheck_of_a_routed_layer(way, weighting):
 def test_gradcheck_of_a_layer_with_norms_and_what_stands_in(weighting, rank):
     parts = torch.cat([torch.zeros(1, 4), torch.randn(6, 4)]), torch.randn(rank, 4), torch.randn(rank, 4)
     compensation = LayerCompensation(*(part.double() for part in parts))
-    rule, log_norms = Threshold(0.3, max_k=3), torch.randn(5, 6)
-    call, inputs = in_float64("eager", weighting, rule, log_norms, compensation)
+    rule = Threshold(0.3, max_k=3)
+    norms = LayerGuess(LayerNorms(torch.randn(6), torch.randn(6), torch.randn(6, 6)), near=3)
+    call, inputs = in_float64("eager", weighting, rule, norms, compensation)
     assert gradcheck(call, inputs)
 
 
