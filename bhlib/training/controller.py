@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bhlib.calibration import collect_router_logits
 from bhlib.discovery import MoELayer, input_device, watch
 from bhlib.levels import level_for_mean_experts, mean_experts
 from bhlib.patching import RoutingPatch
@@ -39,6 +40,19 @@ class LevelController:
     ValueError
         If no level gives a wanted mean.
     """
+
+    @classmethod
+    def on(
+        cls, model: nn.Module, rule: Rule, mean_ks: Sequence[float], text: Mapping[str, Tensor]
+    ) -> "LevelController":
+        """The controller for a model, with what it shows on a text [sequences, length] without a patch."""
+        mode = model.training
+        model.eval()
+        try:
+            logits = collect_router_logits(model, text, progress=False)
+        finally:
+            model.train(mode)
+        return cls(rule, mean_ks, logits.to(input_device(model)))
 
     def __init__(self, rule: Rule, mean_ks: Sequence[float], router_logits: Tensor) -> None:
         self.rule, self.mean_ks = rule, np.asarray(mean_ks, dtype=float)
@@ -101,7 +115,12 @@ def selected(patch: RoutingPatch) -> Iterator[Selected]:
 
 @torch.no_grad()
 def settle(
-    patch: RoutingPatch, controller: LevelController, text: Mapping[str, Tensor], *, batch_size: int = 8, passes: int = 2
+    patch: RoutingPatch,
+    controller: LevelController,
+    text: Mapping[str, Tensor],
+    *,
+    batch_size: int = 8,
+    passes: int = 2,
 ) -> None:
     """Move the levels of a controller until the patched model itself gives the wanted means on a text.
 
@@ -119,6 +138,8 @@ def settle(
     passes : int
         Over the text, for each wanted mean.
     """
+    mode = patch.model.training
+    patch.model.eval()
     device = input_device(patch.model)
     batches = [batch.to(device) for sequences in text.values() for batch in sequences.split(batch_size)]
     sizes = [len(batch) for batch in batches]
@@ -134,3 +155,4 @@ def settle(
             seen.append(np.average(means, weights=sizes))
         controller.update(seen, rate=1.0)
     patch.rule = controller.rule.at(controller.levels[0])
+    patch.model.train(mode)

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from tqdm.auto import tqdm
 
-from bhlib.calibration import collect_router_logits
 from bhlib.discovery import find_moe_layers, input_device, name_of
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, Rule, TopK
 from bhlib.text_pass import check_texts
 from bhlib.training.controller import LevelController, selected, settle
-from bhlib.training.tuned import Tuned, facts_of, norms_of_routers
+from bhlib.training.tuned import Tuned, facts_of, fingerprint_of
 from bhlib.training.weights import Trained, changes_of, training_of
 
 #: Peak of the learning rate by what is trained, chosen on the demo's validation split (figure `training`).
@@ -167,7 +166,7 @@ def tune(
         )
     facts = asdict(settings) | {
         "rule": facts_of(rule),
-        "model": [name_of(model), norms_of_routers(model)],
+        "model": [name_of(model), fingerprint_of(model)],
         "text": [*sequences.shape, int(sequences.sum())],
     }
     with training_of(model, settings.train) as trained:
@@ -192,16 +191,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(trained.masters, lr=self.peak, betas=(0.9, 0.95), weight_decay=0.0)
         self.controller = None
         if rule.level_name is not None:
-            self.controller = LevelController(rule, plan.mean_ks, self._logits())
+            self.controller = LevelController.on(model, rule, plan.mean_ks, self._some_text())
         self.history: list[list[float]] = []
-
-    def _logits(self) -> Tensor:
-        """Router logits of the model itself, for a first look."""
-        mode = self.model.training
-        self.model.eval()
-        logits = collect_router_logits(self.model, self._some_text(), progress=False)
-        self.model.train(mode)
-        return logits.to(self.device)
 
     def _some_text(self) -> dict[str, Tensor]:
         """Sequences spread over the text, on which levels are found."""
@@ -249,10 +240,7 @@ class Training:
                 bar.set_postfix_str(f"loss {numbers[0]:.3f}, {numbers[-1]:.2f} experts", refresh=False)
                 bar.update()
             if self.controller is not None:
-                mode = self.model.training
-                self.model.eval()
                 settle(patch, self.controller, self._some_text(), batch_size=self.batch_size)
-                self.model.train(mode)
 
     def step(self, patch: RoutingPatch, step: int) -> list[float]:
         """One step: loss, cross-entropy, divergence (NaN without distillation) and mean number of experts."""
@@ -317,13 +305,13 @@ class Training:
             levels = dict(zip(self.plan.mean_ks, self.controller.levels, strict=True))
             rule = rule.at(self.controller.levels[0])
         return Tuned(
-            changes_of(self.trained.values()), rule, levels, name_of(self.model), self._own_norms(),
+            changes_of(self.trained.values()), rule, levels, name_of(self.model), self._fingerprint(),
             pd.DataFrame(self.history, columns=COLUMNS).astype({"step": int, "tokens": int}),
         )  # fmt: skip
 
-    def _own_norms(self) -> list[float]:
+    def _fingerprint(self) -> list[float]:
         self.trained.take_back()
-        return norms_of_routers(self.model)
+        return fingerprint_of(self.model)
 
     def save(self, path: Path, facts: dict[str, Any]) -> None:
         """Write the state after a step: all of the file or none of it."""

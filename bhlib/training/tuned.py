@@ -1,14 +1,15 @@
 """What training has changed of a model: one file, put into the model it is of, and taken back to the bit.
 
-    tuned = tune(model, text, mean_k=4.0)
-    tuned.save("tuned.safetensors")
+tuned = tune(model, text, mean_k=4.0)
+tuned.save("tuned.safetensors")
 
-    tuned = load_tuned("tuned.safetensors")
-    with tuned.routing(model) as patch: ...              # the rule and the level that it was trained with
-    with tuned.in_place(model): ...                      # the weights alone, for sweeps
+tuned = load_tuned("tuned.safetensors")
+with tuned.routing(model) as patch: ...              # the rule and the level that it was trained with
+with tuned.in_place(model): ...                      # the weights alone, for sweeps
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ from bhlib.rules import Rule
 #: Version of the file format.
 FORMAT = 1
 
-#: How far the norms of the routers may be from those that were trained, for a model in another precision.
-TOLERANCE = 1e-2
+#: How many numbers of each router a file keeps, to tell the model by; and how far they may be off, relative to their
+#: size, for a model in another precision.
+SAMPLED, TOLERANCE = 8, 1e-2
 
 
 class Tuned:
@@ -51,8 +52,8 @@ class Tuned:
         By the mean number of experts, the level that gives it; empty for a rule without a level.
     model_name : str
         Whose weights these are (`bhlib.discovery.name_of`).
-    router_norms : sequence of float
-        The norm of the own weights of each router, by which the model is told.
+    fingerprint : sequence of float
+        Some numbers of the model's own routers, by which it is told (`fingerprint_of`).
     history : pandas.DataFrame, optional
         A row per step of the training; not in the file.
     """
@@ -63,11 +64,11 @@ class Tuned:
         rule: Rule,
         levels: Mapping[float, float],
         model_name: str,
-        router_norms: list[float],
+        fingerprint: list[float],
         history: pd.DataFrame | None = None,
     ) -> None:
         self.weights, self.rule, self.levels = dict(weights), rule, dict(levels)
-        self.model_name, self.router_norms, self.history = model_name, list(router_norms), history
+        self.model_name, self.fingerprint, self.history = model_name, list(fingerprint), history
 
     # -- in the model ------------------------------------------------------------------------------------------
 
@@ -135,14 +136,14 @@ class Tuned:
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError unless the weights were trained on this model."""
-        own = (self.model_name, self.router_norms)
-        asked = (name_of(model), norms_of_routers(model))
-        same = own[0] == asked[0] and len(own[1]) == len(asked[1]) and np.allclose(own[1], asked[1], rtol=TOLERANCE)
-        if not same:
+        name, asked = name_of(model), np.array(fingerprint_of(model))
+        own = np.array(self.fingerprint)
+        size = np.sqrt(np.square(own).mean())
+        if name != self.model_name or own.shape != asked.shape or np.abs(own - asked).max() > TOLERANCE * size:
             raise ValueError(
-                f"these weights were trained on {own[0]!r} (norms of its routers: {_listed(own[1])}), but the model is "
-                f"{asked[0]!r} ({_listed(asked[1])}): train it with bhlib.training.tune(model, text), or take a tuned "
-                f"model's weights out of it first."
+                f"these weights were trained on {self.model_name!r} ({_shown(own)}), but the model is {name!r} "
+                f"({_shown(asked)}): train it with bhlib.training.tune(model, text), or take a tuned model's weights "
+                f"out of it first."
             )
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, value in self.weights.items():
@@ -171,7 +172,7 @@ class Tuned:
             "format": FORMAT,
             "kind": "tuned",
             "model_name": self.model_name,
-            "router_norms": self.router_norms,
+            "fingerprint": self.fingerprint,
             "rule": facts_of(self.rule),
             "levels": sorted(self.levels.items()),
         }
@@ -205,7 +206,7 @@ def load_tuned(path: str | Path) -> Tuned:
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged[0]} is not finite.")
     levels = {float(mean_k): float(level) for mean_k, level in header["levels"]}
-    return Tuned(weights, rule_of(header["rule"]), levels, header["model_name"], header["router_norms"])
+    return Tuned(weights, rule_of(header["rule"]), levels, header["model_name"], header["fingerprint"])
 
 
 class TunedRouting(RoutingPatch):
@@ -250,9 +251,11 @@ class TunedRouting(RoutingPatch):
         self._own = []
 
 
-def norms_of_routers(model: nn.Module) -> list[float]:
-    """Norm of each router's weight, to five digits."""
-    return [float(f"{layer.router.weight.detach().float().norm().item():.5g}") for layer in find_moe_layers(model)]
+def fingerprint_of(model: nn.Module) -> list[float]:
+    """`SAMPLED` weights of each router, spread evenly over it, to five digits."""
+    weights = [layer.router.weight.detach().flatten() for layer in find_moe_layers(model)]
+    sampled = [weight[:: -(-weight.numel() // SAMPLED)].float().tolist() for weight in weights]
+    return [float(f"{number:.5g}") for numbers in sampled for number in numbers]
 
 
 def _take_back(own: list[tuple[nn.Parameter, Tensor]]) -> None:
@@ -260,9 +263,8 @@ def _take_back(own: list[tuple[nn.Parameter, Tensor]]) -> None:
         parameter.data = tensor
 
 
-def _listed(norms: list[float]) -> str:
-    first = ", ".join(f"{norm:.3g}" for norm in norms[:3])
-    return first + (f", … {len(norms)} layers" if len(norms) > 3 else "")
+def _shown(fingerprint: np.ndarray) -> str:
+    return f"{len(fingerprint) // SAMPLED} routers, the first begins {fingerprint[0]:.4g}, {fingerprint[1]:.4g}"
 
 
 # -- a rule as JSON --------------------------------------------------------------------------------------------
@@ -288,10 +290,10 @@ def _facts_of_null(maker: PValueMaker) -> dict[str, Any]:
     name = next((name for name, entry in NULLS.items() if entry.maker is type(maker)), None)
     if name is None or NULLS[name].needs_calibration:
         raise ValueError(
-            f"{type(maker).__name__} has to be saved by itself (its save method), and a rule with it cannot be written: "
+            f"{type(maker).__name__} has a file of its own (its method save), and a rule with it cannot be written: "
             f"train with a null that needs no calibration, such as pvalues='dirichlet'."
         )
-    return {"null": name} | {key: value for key, value in vars(maker).items() if not key.startswith("_")}
+    return {"null": name} | {option: getattr(maker, option) for option in inspect.signature(type(maker)).parameters}
 
 
 def rule_of(facts: Mapping[str, Any]) -> Rule:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from bhlib.discovery import find_moe_layers
 
-#: What can be trained: routers; routers, and adapters of small rank on the attention; every weight.
+#: What can be trained: routers; routers, and adapters of small rank on the attention; every weight. Experts get no
+#: adapters: PEFT wraps their module, and beside the wrapper no patch finds the router.
 PARTS = ("router", "lora", "all")
 
 #: Rank and scale of the adapters.
@@ -69,7 +70,7 @@ class Trained:
 
 @contextmanager
 def training_of(model: nn.Module, train: str) -> Iterator[Trained]:
-    """Within the block, only some weights of a model want gradients, and `Trained` holds them; afterwards all is as before.
+    """Within the block only some weights of a model want gradients, and `Trained` holds them; then all is as before.
 
     Parameters
     ----------
