@@ -85,10 +85,9 @@ class Measured:
     def at(self, series: tuple, mean_k: float, seed: int | None = None) -> np.ndarray:
         """Loss [1 + resamples] at a mean number of experts."""
         experts, loss = self.points(series, seed)
-        inside = (
-            experts[0] < 7.99 if mean_k < 7.99 else experts[0] > 7.99
-        )  # the model's own rule is no point of a curve
-        experts, loss = experts[:, inside], loss[:, inside]
+        if experts.shape[1] > 1:  # the model's own rule, on elastic weights, is no point of a curve of levels
+            inside = experts[0] < 7.99 if mean_k < 7.99 else experts[0] > 7.99
+            experts, loss = experts[:, inside], loss[:, inside]
         if experts.shape[1] == 1:
             return loss[:, 0]
         pairs = zip(np.log(experts), loss, strict=True)
