@@ -44,6 +44,7 @@ def draw_training(table: pd.DataFrame) -> Figure:
     table : pandas.DataFrame
         As `bhlib/demo/tuning_table.py` makes it.
     """
+    table = table.assign(k=table["k"].astype(str))
     fig = Picture(figsize=(9.4, 7.4), layout="constrained")
     upper, lower = fig.subfigures(2, 1, height_ratios=[1.0, 1.0])
     experts, tokens = upper.subplots(1, 2, width_ratios=[1.5, 1.0])
@@ -80,10 +81,9 @@ def _draw_experts(axes: Axes, part: pd.DataFrame) -> None:
 
 def _draw_tokens(axes: Axes, part: pd.DataFrame) -> None:
     for what, method, color, marker, label in TOKENS:
-        rows = part[
-            (part["what"] == what) & (part["method"] == method) & (part["k"] == ("8" if method[-1] == "8" else "4"))
-        ]
-        rows = rows.sort_values("tokens")
+        rows = part[(part["what"] == what) & (part["method"] == method) & part["k"].isin(["4", "8"])].sort_values(
+            "tokens"
+        )
         if len(rows):
             axes.plot(rows["tokens"] / 1e6, rows["loss"], color=color, marker=marker, ms=4, lw=1.2, label=label)
     axes.set(xscale="log", xlabel="million tokens trained on", ylabel="loss, nats per token", title="validation split")

@@ -24,7 +24,7 @@ from bhlib.training.tuned import Tuned, facts_of, fingerprint_of
 from bhlib.training.weights import Trained, changes_of, training_of
 
 #: Peak of the learning rate by what is trained, chosen on the demo's validation split (figure `training`).
-LEARNING_RATES = {"router": 3e-3, "lora": 1e-3, "all": 3e-4}
+LEARNING_RATES = {"router": 1e-3, "lora": 1e-3, "all": 3e-4}
 
 #: Share of the steps over which the learning rate rises; it falls from there to 0 along a line.
 WARMUP = 0.1
