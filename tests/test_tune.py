@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from bhlib.training.loop import LEVEL_TOKENS, losses
 from bhlib.training.tuned import facts_of, rule_of
 from bhlib.training.weights import training_of
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXT = tokens(24, 16)
 SMALL = {"tokens": 6 * 4 * 16, "batch_size": 4, "learning_rate": 3e-3, "progress": False}
 
@@ -98,7 +103,7 @@ def test_routers_alone():
 
 
 def test_the_mean_is_held_while_weights_change():
-    tuned = tune(tiny_olmoe(), TEXT, mean_k=4.0, train="all", **SMALL | {"tokens": 30 * 64, "learning_rate": 3e-3})
+    tuned = tune(tiny_olmoe(), TEXT, mean_k=4.0, train="all", distillation=0.0, **SMALL | {"tokens": 30 * 64})
     history = tuned.history
     assert list(history["step"]) == list(range(1, 31))
     assert history["mean_k"].tail(10).mean() == pytest.approx(4.0, abs=0.1)
@@ -427,3 +432,20 @@ def test_means_that_cannot_be_read(text, capsys):
     with pytest.raises(SystemExit):
         main(["tune", f"--mean-k={text}"])
     assert "is neither a number such as 4 nor a range such as 2-7" in capsys.readouterr().err
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """A step of two halves of a batch is a step of the batch, but for the order in which gradients are added up."""
+    found = {}
+    for name, launcher in (("one", ["-m"]), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"])):
+        out = tmp_path / name
+        options = ["--tokens", "256", "--length", "32", "--batch-size", "4", "--out", str(out)]
+        command = [sys.executable, *launcher, "bhlib", "tune", *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("the model itself") == 1
+        found[name] = load_tuned(out)
+    assert found["two"].levels == pytest.approx(found["one"].levels, rel=1e-2)
+    for name, value in found["one"].weights.items():
+        torch.testing.assert_close(found["two"].weights[name], value, rtol=0, atol=5e-4)

@@ -68,7 +68,7 @@ class Plan:
     tokens: int = 400_000
     batch_size: int = 8
     learning_rate: float | None = None
-    distillation: float = 0.5
+    distillation: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
