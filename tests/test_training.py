@@ -150,7 +150,7 @@ def test_the_table_reads_losses_at_the_same_number_of_experts(scripts):
         add(f"A all BH 4 1000 s{seed}", "all", "BH", 4, seed, curve)
         add(f"A all top-4 4 1000 s{seed}", "all", "top-4", 4, seed, {4: (4.0, 2.9)})
     add("0 none top-8 8 0 s0", "none", "top-8", 8, 0, {8: (8.0, 2.8)})
-    table = make_table(pd.concat(rows), pd.DataFrame(cells))
+    table = make_table(pd.DataFrame(cells), pd.concat(rows))
     differences = table[table["kind"] == "difference"].set_index("versus")
     row = differences.loc["all weights top-4 4"]
     assert row["difference"] == pytest.approx(3 - 0.1 * np.log(4) - 2.9, abs=1e-6)
@@ -163,3 +163,27 @@ def test_the_table_reads_losses_at_the_same_number_of_experts(scripts):
     )
     curves = table[table["kind"] == "curve"]
     assert list(curves["mean_k"].round(2)) == [4.05, 4.0, 8.0]
+
+
+def test_settings_are_chosen_by_validation_loss_alone(scripts):
+    """Of each method by itself. Gates and what was not trained do not count; processes leave a file each."""
+    from tuning_runs import SETTINGS, choice_cells, final_cells, settings_from
+
+    cells = pd.DataFrame(choice_cells(1000))
+    rng = np.random.default_rng(0)
+    cells["valid_loss"] = rng.permutation(len(cells)) + 10.0
+    best = {}
+    for wanted in (("all", "BH"), ("router", "BH"), ("all", "top-4"), ("all", "top-8")):
+        candidates = cells[(cells["train"] == wanted[0]) & (cells["method"] == wanted[1]) & (cells["gate"] == "kept")]
+        row = candidates.index[rng.integers(len(candidates))]
+        cells.loc[row, "valid_loss"] = 1.0
+        best[" ".join(wanted)] = (cells.loc[row, "lr"], cells.loc[row, "w"])
+    cells.loc[(cells["gate"] != "kept") | (cells["train"] == "none"), "valid_loss"] = 0.0
+    halves = pd.concat([cells[::2].reset_index(drop=True), cells[1::2].reset_index(drop=True)])
+    chosen = settings_from(halves)
+    assert chosen == best
+    final = final_cells(5000, SETTINGS | chosen)
+    assert len({cell["name"] for cell in final}) == len(final)
+    told = {f"{cell['train']} {cell['method']}": (cell["lr"], cell["w"]) for cell in final}
+    assert {name: told[name] for name in best} == best
+    assert told["all threshold"] == best["all BH"]

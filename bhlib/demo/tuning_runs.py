@@ -236,7 +236,7 @@ def wait_for_all(args: argparse.Namespace) -> pd.DataFrame:
     (args.out / f"chosen_{args.part}.done").touch()
     while not all((args.out / f"chosen_{part}.done").exists() for part in range(args.of)):
         time.sleep(0.5)
-    return pd.concat([pd.read_csv(path) for path in sorted(args.out.glob("cells_*.csv"))])
+    return pd.concat([pd.read_csv(path) for path in sorted(args.out.glob("cells_*.csv"))], ignore_index=True)
 
 
 def main() -> None:

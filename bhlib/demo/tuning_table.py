@@ -128,8 +128,10 @@ class Measured:
             }  # fmt: skip
 
 
-def make_table(sequences: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+def make_table(cells: pd.DataFrame, sequences: pd.DataFrame | None = None) -> pd.DataFrame:
     """Curves and differences on the test split, loss against tokens and the choice of settings on the validation split.
+
+    Without `sequences`, of runs of which no part that is measured on the test split is through, the latter alone.
 
     Returns
     -------
@@ -137,10 +139,12 @@ def make_table(sequences: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         ``kind`` ("curve", "difference", "tokens", "choice"), ``what`` is trained, ``method`` (the rule), ``k`` (what it
         was trained for), ``mean_k``, ``loss`` (nats per token), ``low``, ``high`` (95 %, over documents; of a
         difference its own), ``versus``, ``difference``, ``percent`` with its interval, ``seeds``, ``seed_sd`` (standard
-        deviation of the difference over seeds), ``tokens`` (trained on), ``learning_rate``, ``distillation``, ``gate``,
-        ``units``, ``sequences``, ``measured_tokens``.
+        deviation of the difference over seeds), ``split``, ``tokens`` (trained on), ``learning_rate``,
+        ``distillation``, ``gate``, ``units``, ``sequences``, ``measured_tokens``.
     """
     cells = cells[cells["error"].isna()] if "error" in cells else cells
+    if sequences is None:
+        return pd.DataFrame(validation_rows(cells))
     measured = Measured(sequences, cells)
     rows = [row for series in measured.series for row in measured.curve(series)]
 
@@ -159,19 +163,24 @@ def make_table(sequences: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
             single = find("all weights", "top-8" if k == 8 else "BH", k) if what == "all weights" else None
             untuned = find("untuned", "top-8" if k == 8 else "BH", 8 if k == 8 else 4)
             rows += [measured.compare(elastic, other, float(k)) for other in (single, untuned) if other]
-    trained = cells[cells["valid_loss"].notna()]
-    for row in trained.itertuples():
-        is_choice = row.part == "E"
-        rows.append({
-            "kind": "choice" if is_choice else "tokens", "what": WORDS[row.train], "method": row.method, "k": row.k,
-            "mean_k": row.valid_k, "loss": row.valid_loss, "tokens": 0 if row.train == "none" else row.tokens,
-            "learning_rate": row.lr, "distillation": row.w, "gate": row.gate, "seeds": 1,
-        })  # fmt: skip
-    table = pd.DataFrame(rows)
     one = measured.frame[measured.frame["rule"] == measured.frame["rule"].iloc[0]]
-    final = cells.loc[cells["part"] == "A", "tokens"]
-    table["tokens"] = table["tokens"].fillna(final.max() if len(final) else np.nan)
-    return table.assign(units=measured.drawn.units, sequences=len(one), measured_tokens=int(one["tokens"].sum()))
+    size = {"units": measured.drawn.units, "sequences": len(one), "measured_tokens": int(one["tokens"].sum())}
+    trained = cells.loc[cells["part"] == "A", "tokens"].max()
+    on_test = pd.DataFrame(rows).assign(split="test", tokens=trained, **size)
+    return pd.concat([on_test, pd.DataFrame(validation_rows(cells))], ignore_index=True)
+
+
+def validation_rows(cells: pd.DataFrame) -> list[dict[str, object]]:
+    """A row for each training that was measured on the validation split, which keeps no interval."""
+    return [
+        {
+            "kind": "choice" if row.part == "E" else "tokens", "split": "validation", "what": WORDS[row.train],
+            "method": row.method, "k": row.k, "mean_k": row.valid_k, "loss": row.valid_loss, "seeds": 1,
+            "tokens": 0 if row.train == "none" else row.tokens, "learning_rate": row.lr, "distillation": row.w,
+            "gate": row.gate,
+        }
+        for row in cells[cells["valid_loss"].notna()].itertuples()
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -180,10 +189,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     cells = pd.concat([pd.read_csv(path) for path in sorted(args.runs.glob("cells*.csv"))], ignore_index=True)
-    sequences = pd.concat([pd.read_csv(path) for path in sorted(args.runs.glob("sequences*.csv.xz"))])
-    table = make_table(sequences, cells)
+    found = [pd.read_csv(path) for path in sorted(args.runs.glob("sequences*.csv.xz"))]
+    table = make_table(cells, pd.concat(found) if found else None)
     table.to_csv(args.out, index=False, float_format="%.6g", lineterminator="\n")
-    print(table[table["kind"] == "difference"].to_string(index=False, float_format="{:.4f}".format))
+    shown = ["kind", "what", "method", "mean_k", "loss", "learning_rate", "distillation", "gate"]
+    print(table[[name for name in shown if name in table]].to_string(index=False, float_format="{:.4g}".format))
 
 
 if __name__ == "__main__":

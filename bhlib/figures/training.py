@@ -1,4 +1,4 @@
-"""What training for fewer experts gives: against experts, against what was trained as long, and against tokens.
+"""What training for fewer experts gives.
 
 The table is what `bhlib/demo/tuning_runs.py` and `tuning_table.py` make, on GPUs.
 """
@@ -6,7 +6,7 @@ The table is what `bhlib/demo/tuning_runs.py` and `tuning_table.py` make, on GPU
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from bhlib.figures.drawing import Picture
 from bhlib.figures.registry import figure
@@ -26,40 +26,76 @@ CURVES = (
     ("all weights", "BH", True, ORANGE, "^", "-", "all weights, BH, elastic"),
 )
 
-#: Series over tokens: what is trained, rule; colour, marker; legend.
-TOKENS = (
-    ("all weights", "top-4", PINK, "s", "all weights, top-4"),
+#: Trainings whose settings were chosen: what is trained, rule; colour, marker; legend.
+TRAININGS = (
     ("routers", "BH", SKY, "o", "routers, BH, 4 experts"),
+    ("all weights", "top-4", PINK, "s", "all weights, top-4"),
     ("all weights", "BH", BLUE, "o", "all weights, BH, 4 experts"),
     ("all weights", "top-8", RED, "s", "all weights, top-8"),
 )
 
+#: How a panel of the choice calls the weight of the distillation.
+LOSSES = {0.0: "the text alone", 0.5: "half text, half distillation", 1.0: "distillation alone"}
+
 
 @figure("training", None, of_model=False)
 def draw_training(table: pd.DataFrame) -> Figure:
-    """Loss against experts on the test split, differences at the same number of experts, loss against tokens.
+    """The choice of settings on validation text; above it, where it is there, what was measured on test text.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        As `bhlib/demo/tuning_table.py` makes it.
+        As `bhlib/demo/tuning_table.py` makes it. What it does not have is left out.
     """
     table = table.assign(k=table["k"].astype(str))
-    fig = Picture(figsize=(9.4, 7.4), layout="constrained")
-    upper, lower = fig.subfigures(2, 1, height_ratios=[1.0, 1.0])
-    experts, tokens = upper.subplots(1, 2, width_ratios=[1.5, 1.0])
-    _draw_experts(experts, table[table["kind"] == "curve"])
-    _draw_tokens(tokens, table[table["kind"] == "tokens"])
-    _draw_differences(lower.subplots(), table[(table["kind"] == "difference") & (table["k"] != "elastic")])
-    first, seeds = table.iloc[0], table.loc[table["kind"] == "difference", "seeds"]
-    fig.text(
-        0.5, -0.005,
-        f"demo, test split: {first['sequences']:,} sequences, {first['measured_tokens']:,} tokens, means of up to "
-        f"{seeds.max():.0f} seeds; bars: 95 % bootstrap over {first['units']:,} documents, for each point by itself. "
-        f"Upper right: validation split, one seed.",
-        ha="center", va="top", fontsize=7,
-    )  # fmt: skip
+    tested, choice = table[table["split"] == "test"], table[table["kind"] == "choice"]
+    heights = [3.6, 3.6] * (len(tested) > 0) + [3.2]
+    fig = Picture(figsize=(9.4, sum(heights)), layout="constrained")
+    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if len(tested):
+        experts, tokens = parts[0].subplots(1, 2, width_ratios=[1.5, 1.0])
+        _draw_experts(experts, tested[tested["kind"] == "curve"])
+        _draw_tokens(tokens, table[table["kind"] == "tokens"])
+        differences = tested[(tested["kind"] == "difference") & (tested["k"] != "elastic")]
+        _draw_differences(parts[1].subplots(), differences)
+    _draw_choice(parts[-1], choice)
+    fig.text(0.5, -0.005, _caption(tested, choice), ha="center", va="top", fontsize=7)
     return fig
+
+
+def _caption(tested: pd.DataFrame, choice: pd.DataFrame) -> str:
+    said = (
+        f"Learning rates: demo, whole validation split, one seed, {choice['tokens'].max() / 1e6:g} million tokens of "
+        f"training text each; no intervals."
+    )
+    if tested.empty:
+        return f"{said} Nothing was measured on the test split."
+    first = tested.iloc[0]
+    return (
+        f"Demo, test split: {first['sequences']:,.0f} sequences, {first['measured_tokens']:,.0f} tokens, means of up "
+        f"to {tested['seeds'].max():.0f} seeds; bars: 95 % bootstrap over {first['units']:,.0f} documents, for each "
+        f"point by itself.\n{said}"
+    )
+
+
+def _draw_choice(fig: SubFigure, choice: pd.DataFrame) -> None:
+    """A panel for each loss: what a training ends with on validation text, against its learning rate."""
+    choice = choice[choice["gate"] == "kept"]
+    grid = fig.subplots(1, len(LOSSES), sharey=True)
+    untuned = choice[choice["what"] == "untuned"]
+    for axes, (share, title) in zip(grid, LOSSES.items(), strict=True):
+        for what, method, color, marker, label in TRAININGS:
+            named = (choice["what"] == what) & (choice["method"] == method) & (choice["distillation"] == share)
+            rows = choice[named].sort_values("learning_rate")
+            axes.plot(rows["learning_rate"], rows["loss"], color=color, marker=marker, ms=4, lw=1.2, label=label)
+        for row, line in zip(untuned.itertuples(), ("-", "--", ":"), strict=False):
+            axes.axhline(
+                row.loss, color=BLACK, lw=0.8, ls=line, label=f"untuned, {row.method}, {row.mean_k:.0f} experts"
+            )
+        axes.set(xscale="log", title=title)
+    grid[0].set_ylabel("loss, nats per token")
+    grid[1].set_xlabel("peak of the learning rate")
+    fig.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7)
 
 
 def _is(part: pd.DataFrame, what: str, method: str, elastic: bool) -> pd.DataFrame:
@@ -80,12 +116,10 @@ def _draw_experts(axes: Axes, part: pd.DataFrame) -> None:
 
 
 def _draw_tokens(axes: Axes, part: pd.DataFrame) -> None:
-    for what, method, color, marker, label in TOKENS:
-        rows = part[(part["what"] == what) & (part["method"] == method) & part["k"].isin(["4", "8"])].sort_values(
-            "tokens"
-        )
-        if len(rows):
-            axes.plot(rows["tokens"] / 1e6, rows["loss"], color=color, marker=marker, ms=4, lw=1.2, label=label)
+    for what, method, color, marker, label in TRAININGS:
+        named = (part["what"] == what) & (part["method"] == method) & part["k"].isin(["4", "8"])
+        rows = part[named].sort_values("tokens")
+        axes.plot(rows["tokens"] / 1e6, rows["loss"], color=color, marker=marker, ms=4, lw=1.2, label=label)
     axes.set(xscale="log", xlabel="million tokens trained on", ylabel="loss, nats per token", title="validation split")
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes.legend(fontsize=7)
