@@ -23,7 +23,8 @@ from bhlib.training.controller import LevelController, selected, settle
 from bhlib.training.tuned import Tuned, facts_of, fingerprint_of
 from bhlib.training.weights import Trained, changes_of, training_of
 
-#: Peak of the learning rate by what is trained, chosen on the demo's validation split (figure `training`).
+#: Peak of the learning rate by what is trained: of routers and of every weight chosen on the demo's validation split
+#: (figure `training`), of adapters not tried.
 LEARNING_RATES = {"router": 1e-3, "lora": 1e-3, "all": 3e-4}
 
 #: Share of the steps over which the learning rate rises; it falls from there to 0 along a line.
