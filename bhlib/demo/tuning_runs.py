@@ -37,7 +37,7 @@ LENGTH, ROWS = 512, 32
 COLUMNS = ["rule", "domain", "sequence", "document", "tokens", "loss", "mean_k", "load_entropy"]
 #: Used where nothing was chosen: peak of the learning rate and weight of the distillation.
 SETTINGS = {
-    "all BH": (3e-4, 0.5), "router BH": (3e-4, 0.5), "all top-4": (3e-4, 0.5), "all top-8": (3e-4, 0.0),
+    "all BH": (3e-4, 1.0), "router BH": (1e-3, 1.0), "all top-4": (3e-4, 1.0), "all top-8": (1e-4, 0.0),
 }  # fmt: skip
 ELASTIC = (2, 7.5)  # no level of BH gives eight
 
