@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from bhlib import figures_command, sweep_command
+from bhlib import figures_command, sweep_command, tune_command
 from bhlib.loading import load_demo, load_heldout
 
 
@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     colab.add_argument("address", nargs="?", metavar="OWNER/REPO", help="default: the one in pyproject.toml")
     sweep = commands.add_parser("sweep", help="loss and cost of rules on held-out text, in one process or several")
     sweep_command.add_arguments(sweep)
+    tuning = commands.add_parser("tune", help="train a model, or its routers alone, for a mean number of experts")
+    tune_command.add_arguments(tuning)
     arguments = parser.parse_args(argv)
     if arguments.command == "figures":
         figures_command.run(arguments)
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         bench_speed(arguments.folder, arguments.only, arguments.quick, arguments.model)
     elif arguments.command == "sweep":
         sweep_command.run(arguments)
+    elif arguments.command == "tune":
+        tune_command.run(arguments)
     elif arguments.command == "bench":
         from bhlib import benchmarks
 

@@ -93,7 +93,7 @@ def _written(number: float) -> str:
     return short if float(short) == number else repr(number)
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise a SystemExit unless a file can be written; its folder is made if there is none."""
     try:
         new = not path.exists()
@@ -158,7 +158,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.is_main_process and arguments.out:
-        _check_writable(Path(arguments.out))
+        check_writable(Path(arguments.out))
     check_source(arguments)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if arguments.model == "demo":

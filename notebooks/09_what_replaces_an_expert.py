@@ -5,7 +5,7 @@
 #
 # To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
 #
-# Previous: [What alpha promises](08_what_alpha_promises.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/08_what_alpha_promises.ipynb))
+# Previous: [What alpha promises](08_what_alpha_promises.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/08_what_alpha_promises.ipynb)) · Next: [Training for fewer experts](10_training.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/10_training.ipynb))
 
 # %%
 import os
@@ -267,4 +267,4 @@ print(f"on average the weights of what is kept add up to {kept:.2f}, those of th
 # than they ever were, and leave no room for what stands in for the others.
 
 # %% [markdown]
-# Previous: [What alpha promises](08_what_alpha_promises.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/08_what_alpha_promises.ipynb))
+# Previous: [What alpha promises](08_what_alpha_promises.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/08_what_alpha_promises.ipynb)) · Next: [Training for fewer experts](10_training.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/10_training.ipynb))

@@ -55,6 +55,7 @@ FLOORS = [
     "evaluation",  # loss and sweeps -> tables
     "agreement",  # does a patched model write what the model itself writes
     "tuning",  # what each layer gets, from calibration text
+    "training",  # train a model for a rule, and keep what has changed
     "rival_fits",  # what rival rules and corrections are fitted with
     "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
@@ -68,6 +69,7 @@ FLOORS = [
     "colab",  # badges and set-up cells of the notebooks
     "sweep_command",  # python -m bhlib sweep
     "figures_command",  # python -m bhlib figures
+    "tune_command",  # python -m bhlib tune
     "__main__",  # python -m bhlib
 ]
 

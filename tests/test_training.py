@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -73,3 +74,116 @@ def test_the_card_is_rendered_from_the_metrics():
 def test_the_metrics_say_that_the_gate_has_learned():
     loss = json.loads((DEMO / "metrics.json").read_text())["test"]["loss"]
     assert loss["1"]["mean"] - loss["8"]["mean"] >= 0.3
+
+
+# -- the runs behind the figure `training` ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts beside the model can be imported."""
+    monkeypatch.syspath_prepend(str(DEMO))
+
+
+def test_experts_of_filled_slots_are_those_of_transformers(scripts):
+    """Outputs and gradients, with empty slots and without."""
+    from filled_slots import use_filled_slots
+    from models import tiny_olmoe, tokens
+
+    from bhlib import RoutingPatch
+    from bhlib.rules import BH, TopK
+
+    ids, found = tokens(2, 24), {}
+    for fast in (False, True):
+        model = tiny_olmoe()
+        if fast:
+            use_filled_slots(model)
+        for rule in (BH(0.01), TopK(8)):
+            model.zero_grad()
+            with RoutingPatch(model, rule, kernels=False):
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            found[fast, type(rule)] = loss.detach(), gradients
+    for rule in (BH, TopK):
+        torch.testing.assert_close(found[True, rule], found[False, rule], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["st-kept", "st-all", "penalty-0.1"])
+def test_gates_change_gradients_and_nothing_else(scripts, kind):
+    from models import tiny_olmoe, tokens
+    from tuning_gates import gated
+
+    from bhlib import RoutingPatch
+    from bhlib.rules import BH
+
+    model, ids, found = tiny_olmoe(), tokens(2, 24), {}
+    for one in ("kept", kind):
+        model.zero_grad()
+        with RoutingPatch(model, BH(0.01)), gated(model, one):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        found[one] = loss.item(), model.model.layers[0].mlp.gate.weight.grad.clone()
+    assert found[kind][0] == pytest.approx(found["kept"][0], rel=1e-5)
+    assert not torch.allclose(found[kind][1], found["kept"][1], rtol=1e-3)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_table_reads_losses_at_the_same_number_of_experts(scripts):
+    """Losses that are known: a curve of BH, one seed above and one below it, against a static rule."""
+    from tuning_table import make_table
+
+    domain, document = np.repeat(["a", "b"], 6), np.tile([0, 0, 1, 1, 2, 2], 2)
+    place = {"domain": domain, "sequence": np.tile(range(6), 2), "document": document, "tokens": 63}
+    noise, rows, cells = np.linspace(-0.1, 0.1, 12), [], []
+
+    def add(name, train, method, k, seed, levels):
+        cells.append(
+            {"name": name, "part": name[0], "train": train, "method": method, "k": k, "seed": seed, "tokens": 1000,
+             "valid_loss": np.nan, "valid_k": np.nan, "lr": 1.0, "w": 0.5, "gate": "kept"}
+        )  # fmt: skip
+        for level, (mean_k, loss) in levels.items():
+            rows.append(pd.DataFrame(place | {"rule": f"{name}|{level}", "mean_k": mean_k, "loss": loss + noise}))
+
+    for seed, above in ((1, 0.01), (2, -0.01)):
+        curve = {level: (level + 0.05, 3 - 0.1 * np.log(level + 0.05) + above) for level in (3.8, 4.0, 4.2)}
+        add(f"A all BH 4 1000 s{seed}", "all", "BH", 4, seed, curve)
+        add(f"A all top-4 4 1000 s{seed}", "all", "top-4", 4, seed, {4: (4.0, 2.9)})
+    add("0 none top-8 8 0 s0", "none", "top-8", 8, 0, {8: (8.0, 2.8)})
+    table = make_table(pd.DataFrame(cells), pd.concat(rows))
+    differences = table[table["kind"] == "difference"].set_index("versus")
+    row = differences.loc["all weights top-4 4"]
+    assert row["difference"] == pytest.approx(3 - 0.1 * np.log(4) - 2.9, abs=1e-6)
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert row["high"] - row["low"] == pytest.approx(0, abs=1e-9)  # both have the same noise
+    assert (row["seeds"], row["units"]) == (2, 6)
+    assert row["seed_sd"] == pytest.approx(np.std([0.01, -0.01], ddof=1), abs=1e-6)
+    assert differences.loc["untuned top-8 8", "percent"] == pytest.approx(
+        100 * ((3 - 0.1 * np.log(4)) / 2.8 - 1), abs=1e-4
+    )
+    curves = table[table["kind"] == "curve"]
+    assert list(curves["mean_k"].round(2)) == [4.05, 4.0, 8.0]
+
+
+def test_settings_are_chosen_by_validation_loss_alone(scripts):
+    """Of each method by itself. Gates and what was not trained do not count; processes leave a file each."""
+    from tuning_runs import SETTINGS, choice_cells, final_cells, settings_from
+
+    cells = pd.DataFrame(choice_cells(1000))
+    rng = np.random.default_rng(0)
+    cells["valid_loss"] = rng.permutation(len(cells)) + 10.0
+    best = {}
+    for wanted in (("all", "BH"), ("router", "BH"), ("all", "top-4"), ("all", "top-8")):
+        candidates = cells[(cells["train"] == wanted[0]) & (cells["method"] == wanted[1]) & (cells["gate"] == "kept")]
+        row = candidates.index[rng.integers(len(candidates))]
+        cells.loc[row, "valid_loss"] = 1.0
+        best[" ".join(wanted)] = (cells.loc[row, "lr"], cells.loc[row, "w"])
+    cells.loc[(cells["gate"] != "kept") | (cells["train"] == "none"), "valid_loss"] = 0.0
+    halves = pd.concat([cells[::2].reset_index(drop=True), cells[1::2].reset_index(drop=True)])
+    chosen = settings_from(halves)
+    assert chosen == best
+    final = final_cells(5000, SETTINGS | chosen)
+    assert len({cell["name"] for cell in final}) == len(final)
+    told = {f"{cell['train']} {cell['method']}": (cell["lr"], cell["w"]) for cell in final}
+    assert {name: told[name] for name in best} == best
+    assert told["all threshold"] == best["all BH"]

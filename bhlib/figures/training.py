@@ -1,0 +1,149 @@
+"""What training for fewer experts gives.
+
+The table is what `bhlib/demo/tuning_runs.py` and `tuning_table.py` make, on GPUs.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from bhlib.figures.drawing import Picture
+from bhlib.figures.registry import figure
+from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+
+__all__ = ["draw_training"]
+
+#: Series over experts: what is trained, rule, whether elastic; colour, marker, line; legend.
+CURVES = (
+    ("untuned", "top", False, BLACK, "s", ":", "untuned, static top-k"),
+    ("untuned", "BH", False, BLACK, "o", "--", "untuned, BH"),
+    ("routers", "BH", False, SKY, "o", "none", "routers, BH, each for its k"),
+    ("routers", "BH", True, SKY, "^", "-", "routers, BH, elastic"),
+    ("all weights", "top", False, RED, "s", ":", "all weights, static"),
+    ("all weights", "threshold", False, GREEN, "D", "none", "all weights, threshold"),
+    ("all weights", "BH", False, BLUE, "o", "none", "all weights, BH, each for its k"),
+    ("all weights", "BH", True, ORANGE, "^", "-", "all weights, BH, elastic"),
+)
+
+#: Trainings whose settings were chosen: what is trained, rule; colour, marker; legend.
+TRAININGS = (
+    ("routers", "BH", SKY, "o", "routers, BH, 4 experts"),
+    ("all weights", "top-4", PINK, "s", "all weights, top-4"),
+    ("all weights", "BH", BLUE, "o", "all weights, BH, 4 experts"),
+    ("all weights", "top-8", RED, "s", "all weights, top-8"),
+)
+
+#: How a panel of the choice calls the weight of the distillation.
+LOSSES = {0.0: "the text alone", 0.5: "half text, half distillation", 1.0: "distillation alone"}
+
+
+@figure("training", None, of_model=False)
+def draw_training(table: pd.DataFrame) -> Figure:
+    """The choice of settings on validation text; above it, where it is there, what was measured on test text.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        As `bhlib/demo/tuning_table.py` makes it. What it does not have is left out.
+    """
+    table = table.assign(k=table["k"].astype(str))
+    tested, choice = table[table["split"] == "test"], table[table["kind"] == "choice"]
+    heights = [3.6, 3.6] * (len(tested) > 0) + [3.2]
+    fig = Picture(figsize=(9.4, sum(heights)), layout="constrained")
+    parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if len(tested):
+        experts, tokens = parts[0].subplots(1, 2, width_ratios=[1.5, 1.0])
+        _draw_experts(experts, tested[tested["kind"] == "curve"])
+        _draw_tokens(tokens, table[table["kind"] == "tokens"])
+        differences = tested[(tested["kind"] == "difference") & (tested["k"] != "elastic")]
+        _draw_differences(parts[1].subplots(), differences)
+    _draw_choice(parts[-1], choice)
+    fig.text(0.5, -0.005, _caption(tested, choice), ha="center", va="top", fontsize=7)
+    return fig
+
+
+def _caption(tested: pd.DataFrame, choice: pd.DataFrame) -> str:
+    said = (
+        f"Learning rates: demo, whole validation split, one seed, {choice['tokens'].max() / 1e6:g} million tokens of "
+        f"training text each; no intervals."
+    )
+    if tested.empty:
+        return f"{said} Nothing was measured on the test split."
+    first = tested.iloc[0]
+    return (
+        f"Demo, test split: {first['sequences']:,.0f} sequences, {first['measured_tokens']:,.0f} tokens, means of up "
+        f"to {tested['seeds'].max():.0f} seeds; bars: 95 % bootstrap over {first['units']:,.0f} documents, for each "
+        f"point by itself.\n{said}"
+    )
+
+
+def _draw_choice(fig: SubFigure, choice: pd.DataFrame) -> None:
+    """A panel for each loss: what a training ends with on validation text, against its learning rate."""
+    choice = choice[choice["gate"] == "kept"]
+    grid = fig.subplots(1, len(LOSSES), sharey=True)
+    untuned = choice[choice["what"] == "untuned"]
+    for axes, (share, title) in zip(grid, LOSSES.items(), strict=True):
+        for what, method, color, marker, label in TRAININGS:
+            named = (choice["what"] == what) & (choice["method"] == method) & (choice["distillation"] == share)
+            rows = choice[named].sort_values("learning_rate")
+            axes.plot(rows["learning_rate"], rows["loss"], color=color, marker=marker, ms=4, lw=1.2, label=label)
+        for row, line in zip(untuned.itertuples(), ("-", "--", ":"), strict=False):
+            axes.axhline(
+                row.loss, color=BLACK, lw=0.8, ls=line, label=f"untuned, {row.method}, {row.mean_k:.0f} experts"
+            )
+        axes.set(xscale="log", title=title)
+    grid[0].set_ylabel("loss, nats per token")
+    grid[1].set_xlabel("peak of the learning rate")
+    fig.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7)
+
+
+def _is(part: pd.DataFrame, what: str, method: str, elastic: bool) -> pd.DataFrame:
+    """The rows of a series."""
+    named = part["method"].str.startswith("top-") if method == "top" else part["method"] == method
+    return part[(part["what"] == what) & named & ((part["k"] == "elastic") == elastic)].sort_values("mean_k")
+
+
+def _draw_experts(axes: Axes, part: pd.DataFrame) -> None:
+    for what, method, elastic, color, marker, line, label in CURVES:
+        rows = _is(part, what, method, elastic)
+        if len(rows):
+            axes.plot(rows["mean_k"], rows["loss"], color=color, marker=marker, ls=line, ms=5, lw=1.2, label=label)
+    axes.set(xlabel="mean experts per token", ylabel="loss, nats per token", title="test split", xlim=(2.6, 8.2))
+    shown = part[part["mean_k"] > 2.6]
+    axes.set_ylim(shown["loss"].min() - 0.01, shown["loss"].max() + 0.01)
+    axes.legend(fontsize=7)
+
+
+def _draw_tokens(axes: Axes, part: pd.DataFrame) -> None:
+    for what, method, color, marker, label in TRAININGS:
+        named = (part["what"] == what) & (part["method"] == method) & part["k"].isin(["4", "8"])
+        rows = part[named].sort_values("tokens")
+        axes.plot(rows["tokens"] / 1e6, rows["loss"], color=color, marker=marker, ms=4, lw=1.2, label=label)
+    axes.set(xscale="log", xlabel="million tokens trained on", ylabel="loss, nats per token", title="validation split")
+    axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axes.legend(fontsize=7)
+
+
+def _draw_differences(axes: Axes, part: pd.DataFrame) -> None:
+    """A bar for each comparison, in thousandths of a nat."""
+    place = -np.arange(len(part))
+    middle = 1000 * part["difference"]
+    reach = 1000 * np.stack([part["difference"] - part["low"], part["high"] - part["difference"]])
+    axes.axvline(0, color=BLACK, lw=0.8)
+    axes.errorbar(middle, place, xerr=reach, fmt="o", color=BLUE, capsize=2, ms=4)
+    labels = [f"{row.what}, {row.method}, {row.mean_k:g} experts − {_rival(row.versus)}" for row in part.itertuples()]
+    axes.set_yticks(place, labels, fontsize=7)
+    for y, row in zip(place, part.itertuples(), strict=True):
+        axes.annotate(
+            f"{row.percent:+.2f} %".replace("-", "−"), (1.01, y), xycoords=("axes fraction", "data"), va="center",
+            fontsize=7,
+        )  # fmt: skip
+    axes.set(xlabel="difference of losses at the same number of experts, thousandths of a nat")
+    axes.grid(visible=False, axis="y")
+
+
+def _rival(versus: str) -> str:
+    """``all weights BH 4`` as people say it; the number of a static rule is in its name."""
+    what, method, _ = versus.rsplit(" ", 2)
+    return f"{what}, {method}"
