@@ -61,6 +61,7 @@ FLOORS = [
     "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
+    "replication",  # the same measurements on other models
     "small_fits",  # nulls and compensations on a little text, for a first look
     "widgets",  # the same drawings behind sliders
     "demo",  # the embedded model and the script that trained it

@@ -12,6 +12,7 @@ from bhlib.comparisons import percent_at_cost, with_documents
 from bhlib.compensation import Compensation
 from bhlib.evaluation import sweep
 from bhlib.figures.about import about_of
+from bhlib.figures.counted import mean_for
 from bhlib.figures.drawing import ONE, Picture, error_bars, interval_caption, sample_caption
 from bhlib.figures.families import AtMean, bh, fitted_families, rivals, weighted_families
 from bhlib.figures.ingredients import fit_each, norms_of
@@ -59,17 +60,6 @@ WITHIN = 0.5
 def costs_of(study: Study) -> tuple[float, ...]:
     """`COSTS`, in the model's own experts."""
     return tuple(cost * study.top_k / 8 for cost in COSTS)
-
-
-def mean_for(compensation: Compensation | None, norms: OutputNorms | None, cost: float, study: Study) -> float:
-    """The mean number of experts that leaves so much for what stands in for the others, and for choosing them."""
-    if norms is not None:
-        cost -= norms.cost(study.hidden_size, study.intermediate_size)
-    if compensation is None:
-        return cost
-    sizes = study.top_k, study.intermediate_size
-    none, one = compensation.cost(0, *sizes), compensation.cost(1, *sizes)
-    return (cost - none) / (1 + one - none)
 
 
 def _families(study: Study) -> dict[str, AtMean]:
