@@ -21,7 +21,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=4096, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_experts=16, num_experts_per_tok=4, max_position_embeddings=1024, pad_token_id=0, eos_token_id=0, bos_token_id=0,
+        num_experts=16, num_experts_per_tok=4, max_position_embeddings=1024, pad_token_id=0, eos_token_id=0,
+        bos_token_id=0,
     )  # fmt: skip
     model, folder = OlmoeForCausalLM(config), tmp_path_factory.mktemp("model")
     for layer in model.model.layers:

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from bhlib.figures.drawing import Picture, error_bars
 from bhlib.figures.registry import figure
-from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, PINK, RED
-from bhlib.pooling import extrapolate, pool
+from bhlib.looks import BLACK, BLUE, GREEN, LINES, ORANGE, PINK, RED
+from bhlib.pooling import FEWEST, extrapolate, pool
 
 __all__ = ["draw_generalization", "pool_models"]
 
@@ -56,33 +56,53 @@ def pool_models(table: pd.DataFrame) -> pd.DataFrame:
 
 @figure("generalization", None, of_model=False)
 def draw_generalization(table: pd.DataFrame) -> Figure:
-    """Above, every model by itself at half of its experts; in the middle, pooled; below, against size, up to 7 B."""
+    """Above, every model by itself at half of its experts; in the middle, against experts; below, against size.
+
+    With `bhlib.pooling.FEWEST` models or more the middle shows their means; with more, the lowest row is drawn, up to
+    the size of OLMoE.
+    """
     families = [name for name in FAMILIES if (table["family"] == name).any()]
     models = list(dict.fromkeys(table["model"]))
-    fig = Picture(figsize=(11.5, 9.4 + 0.18 * len(models)), layout="constrained")
-    forest, middle, below = fig.subfigures(3, 1, height_ratios=(1.6 + 0.18 * len(models), 3.2, 3.2))
     at_half = table[(table["against"] == STATIC) & np.isclose(table["share"], SHARE)]
-    pooled = pool_models(table)
+    pooled, pools = pool_models(table), len(models) >= FEWEST
+    lines = len(models) > FEWEST and at_half["parameters"].nunique() > 1
+    heights = [1.6 + 0.18 * (len(models) + pools), 3.2] + [3.2] * lines
+    fig = Picture(figsize=(11.5, 0.6 + sum(heights)), layout="constrained")
+    forest, middle, *below = fig.subfigures(len(heights), 1, height_ratios=heights)
     for axes, family in zip(forest.subplots(1, len(families), sharey=True, sharex=True), families, strict=True):
         means = pooled[(pooled["against"] == STATIC) & np.isclose(pooled["share"], SHARE)]
         _draw_forest(axes, at_half[at_half["family"] == family], means[means["family"] == family], models, family)
     forest.supxlabel("loss minus that of static top-k at half of the model's own experts (nats / 1000)", fontsize=8)
     for axes, rival in zip(middle.subplots(1, 2), (STATIC, THRESHOLD), strict=True):
-        _draw_pooled(axes, pooled[pooled["against"] == rival], families, rival)
-    panels = below.subplots(1, len(COVARIATES), sharey=True, width_ratios=(2, 1.2, 1))
-    for axes, (covariate, label) in zip(panels, COVARIATES.items(), strict=True):
-        _draw_line(axes, at_half, covariate, label)
-    panels[0].set_ylabel("loss minus that of static top-k\nat half of the experts (nats / 1000)", fontsize=8)
-    units = table["units"].dropna()
-    fig.suptitle(
-        f"{len(models)} models trained by the repository's script, test split ({units.min():.0f} documents or more)\n"
-        "Above: 95 % bootstrap over documents of one model; diamonds: mean of the models with its 95 % interval, the "
-        "thin line holds the next model. Middle: means of the models\n"
-        "Below: straight lines through the models in the logarithm, with 95 % bands; nothing was measured in the grey "
-        "part, and nothing says that a line goes on",
-        fontsize=8,
-    )
+        part = pooled if pools else table.rename(columns={"difference": "mean"})
+        _draw_shares(axes, part[part["against"] == rival], families, rival)
+        axes.set_ylabel(f"loss minus that of {rival}\n(nats / 1000{', mean of models' * pools})", fontsize=8)
+    said = [f"{len(models)} models trained by the repository's script; test split, {_sizes(table)}"]
+    said += ["Above: 95 % bootstrap over documents of one model, each by itself" + _POOLED * pools]
+    if lines:
+        said += [_EXTRAPOLATED]
+        panels = below[0].subplots(1, len(COVARIATES), sharey=True, width_ratios=(2, 1.2, 1))
+        for axes, (covariate, label) in zip(panels, COVARIATES.items(), strict=True):
+            _draw_line(axes, at_half, covariate, label)
+        panels[0].set_ylabel("loss minus that of static top-k\nat half of the experts (nats / 1000)", fontsize=8)
+    fig.suptitle("\n".join(said), fontsize=8)
     return fig
+
+
+_POOLED = "; diamonds: mean of the models with its 95 % interval, the thin line holds the next model. Middle: means"
+_EXTRAPOLATED = (
+    "Below: straight lines through the models in the logarithm, with 95 % bands; nothing was measured in the grey "
+    "part, and nothing says that a line goes on"
+)
+
+
+def _sizes(table: pd.DataFrame) -> str:
+    """Sequences and documents of each model."""
+    sizes = table.dropna(subset=["units"]).groupby("model", sort=False)[["sequences", "units"]].first()
+    if len(sizes.drop_duplicates()) == 1:
+        return f"{sizes['sequences'].iloc[0]:,.0f} sequences of {sizes['units'].iloc[0]:.0f} documents"
+    rows = zip(sizes.index, sizes["sequences"], sizes["units"], strict=True)
+    return ", ".join(f"{name}: {n:,.0f} sequences of {units:.0f} documents" for name, n, units in rows)
 
 
 def _draw_forest(axes: Axes, part: pd.DataFrame, pooled: pd.DataFrame, models: list[str], family: str) -> None:
@@ -91,28 +111,33 @@ def _draw_forest(axes: Axes, part: pd.DataFrame, pooled: pd.DataFrame, models: l
     middle, reach = error_bars(part, "difference", scale=1000)
     axes.errorbar(middle, part["row"], xerr=reach, fmt="o", color=FAMILIES[family], markersize=3.5, capsize=1.5)
     place = len(models) + 0.4
-    for _, row in pooled.iterrows():
+    for _, row in pooled.dropna(subset=["mean"]).iterrows():
         axes.plot([1000 * row["next_low"], 1000 * row["next_high"]], [place] * 2, color=BLACK, linewidth=0.8)
         axes.plot([1000 * row["low"], 1000 * row["high"]], [place] * 2, color=BLACK, linewidth=3)
         axes.plot(1000 * row["mean"], place, "D", color=FAMILIES[family], markeredgecolor=BLACK, markersize=6)
     axes.axvline(0, color=BLACK, linewidth=0.8)
-    axes.set_yticks([*range(len(models)), place], [*models, "models, pooled"], fontsize=7.5)
-    axes.set_ylim(len(models) + 1, -0.7)
+    pools = len(models) >= FEWEST
+    axes.set_yticks([*range(len(models)), place][: len(models) + pools], [*models, "pooled"][: len(models) + pools],
+                    fontsize=7.5)  # fmt: skip
+    axes.set_ylim(len(models) - 0.4 + 1.2 * pools, -0.6)
     axes.set_title(family.replace(", norms", ",\nnorms").replace(", fitted", ",\nfitted"), fontsize=8)
 
 
-def _draw_pooled(axes: Axes, pooled: pd.DataFrame, families: list[str], rival: str) -> None:
-    """Mean over models against the share of experts."""
+def _draw_shares(axes: Axes, part: pd.DataFrame, families: list[str], rival: str) -> None:
+    """Differences against the share of experts: pooled ones, or a line for each model."""
+    models = list(dict.fromkeys(part["model"])) if "model" in part else [None]
     for number, family in enumerate(families):
-        part = pooled[pooled["family"] == family].dropna(subset=["mean"]).sort_values("share")
-        if len(part):
-            x = part["share"] + 0.006 * (number - len(families) / 2)
-            axes.errorbar(x, *error_bars(part, "mean", scale=1000), color=FAMILIES[family], marker="o", markersize=3.5,
-                          capsize=1.5, linewidth=1, label=family)  # fmt: skip
+        for model, line in zip(models, LINES, strict=False):
+            rows = part[(part["family"] == family) & ((part["model"] == model) if model else True)]
+            rows = rows.dropna(subset=["mean"]).sort_values("share")
+            if len(rows):
+                x = rows["share"] + 0.006 * (number - len(families) / 2)
+                look = {"color": FAMILIES[family], "marker": "o", "linestyle": line, "linewidth": 1, "markersize": 3.5}
+                name = family if model is None else f"{family}: {model}"
+                axes.errorbar(x, *error_bars(rows, "mean", scale=1000), **look, capsize=1.5, label=name)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     axes.set_xlabel("experts per token and layer, share of the model's own", fontsize=8)
-    axes.set_ylabel(f"loss minus that of {rival}\n(nats / 1000, mean of models)", fontsize=8)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=6.5, ncols=2 if len(models) > 1 else 1)
 
 
 def _draw_line(axes: Axes, part: pd.DataFrame, covariate: str, label: str) -> None:
