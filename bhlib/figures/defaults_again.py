@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import Picture, error_bars
+from bhlib.figures.drawing import Picture, error_bars, signed_ticks
 from bhlib.figures.registry import figure
 from bhlib.looks import BLACK, BLUE, RED
 
@@ -76,6 +76,9 @@ def _draw_choice(axes: Axes, table: pd.DataFrame, choice: str) -> None:
     axes.plot(place, wide.mean(), color=BLACK, marker="o", linewidth=1.8)
     axes.plot(list(wide.columns).index(DEFAULT[choice]), wide.mean()[DEFAULT[choice]], "o", color=RED, markersize=9)
     axes.axhline(0, color=BLACK, linewidth=0.8)
+    if np.ptp(wide.to_numpy()) > 60:  # one variant would hide the others
+        axes.set_yscale("symlog", linthresh=20)
+        signed_ticks(axes, [-20, -10, 0, 10, 20, 50, 100, 200])
     axes.set_xticks(place, [name.rpartition(" ")[2] for name in wide.columns], rotation=15)
     axes.set_xlabel({"concentration": "concentration of the Dirichlet null", "statistic": "statistic of a fitted null"}
                     [choice], fontsize=8)  # fmt: skip

@@ -29,6 +29,21 @@ SHARES = tuple(k / 8 for k in (3, 4, 5, 6, 7))
 RANK = 16
 
 
+#: Families of rules: what is fitted for one is in its name.
+FAMILIES = (
+    "threshold",
+    "BH",
+    "BH, fitted null",
+    "fixed cut, fitted null",
+    "threshold, norms",
+    "BH, norms",
+    "BH, fitted null, norms",
+    "fixed cut, fitted null, norms",
+    "threshold, norms, compensated",
+    "BH, fitted null, norms, compensated",
+)
+
+
 class Case(NamedTuple):
     """A rule of a family, at the level whose counted cost is wanted, and what the model is patched with besides."""
 
@@ -100,31 +115,26 @@ class Subject:
         """Of what a rule is shown beside the norms."""
         return fit_each(self.study, self.norms.shown(self.study.calibration_logits))
 
-    @cached_property
-    def families(self) -> dict[str, tuple[Callable[[float], Rule], dict[str, Any]]]:
-        """By name: how a level makes a rule, and what the model is patched with besides."""
-        bh, threshold = partial(BH, max_k=self.top_k), partial(Threshold, max_k=self.top_k)
-        norms = {"norms": self.norms}
-        both = norms | {"compensation": self.compensation}
-        fitted, shown = partial(bh, pvalues=self.null), partial(bh, pvalues=self.null_of_norms)
-        return {
-            "threshold": (threshold, {}),
-            "BH": (bh, {}),
-            "BH, fitted null": (fitted, {}),
-            "fixed cut, fitted null": (partial(fitted, method="fixed"), {}),
-            "threshold, norms": (threshold, norms),
-            "BH, norms": (bh, norms),
-            "BH, fitted null, norms": (shown, norms),
-            "fixed cut, fitted null, norms": (partial(shown, method="fixed"), norms),
-            "threshold, norms, compensated": (threshold, both),
-            "BH, fitted null, norms, compensated": (shown, both),
-        }
+    def family(self, name: str) -> tuple[Callable[..., Rule], dict[str, Any]]:
+        """How a level makes a rule of a family in `FAMILIES`, and what the model is patched with besides.
+
+        What a family needs is fitted when it is first asked for.
+        """
+        options: dict[str, Any] = {"norms": self.norms} if "norms" in name else {}
+        if "compensated" in name:
+            options["compensation"] = self.compensation
+        if name.startswith("threshold"):
+            return partial(Threshold, max_k=self.top_k), options
+        make = partial(BH, method="fixed" if name.startswith("fixed cut") else "bh", max_k=self.top_k)
+        if "fitted null" in name:
+            make = partial(make, pvalues=self.null_of_norms if "norms" in name else self.null)
+        return make, options
 
     def cases(self, names: Iterable[str], costs: Iterable[float]) -> list[Case]:
         """Rules of families at counted costs; those that no level gives are left out, and said."""
         found, costs = [], list(costs)
         for name in names:
-            make, options = self.families[name]
+            make, options = self.family(name)
             norms = options.get("norms")
             logits = self.study.thin_logits if norms is None else norms.shown(self.study.thin_logits)
             for cost in costs:
