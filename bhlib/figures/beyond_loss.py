@@ -35,8 +35,8 @@ def draw_beyond_loss(table: pd.DataFrame) -> Figure:
     grid = fig.subplots(2, 4, sharey=True)
     for axes, measure in zip(grid.flat, MEASURES, strict=True):
         _draw_measure(axes, part[part["measure"] == measure], models, measure)
-    for family, color in FAMILIES.items():
-        grid.flat[0].plot([], [], "o", color=color, label=family)
+    for family in (name for name in FAMILIES if (part["family"] == name).any()):
+        grid.flat[0].plot([], [], "o", color=FAMILIES[family], label=family)
     fig.legend(loc="outside lower center", ncols=len(FAMILIES), fontsize=8)
     fig.suptitle(
         f"difference from static top-{part['wanted'].iloc[0]:g} at the same counted cost, on calibration text; "
