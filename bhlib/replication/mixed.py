@@ -47,7 +47,7 @@ def who_gets_many(table: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
 
 def _effects(part: pd.DataFrame, level: float) -> list[dict]:
     """Effects of each value of each factor, about the mean of all tokens."""
-    weight = np.sqrt(part["tokens"].to_numpy(float))
+    weight = np.sqrt(part["tokens"].to_numpy(float) / part["tokens"].mean())
     columns, names = [np.ones(len(part))], [("", "")]
     share = {factor: part.groupby(factor)["tokens"].sum() / part["tokens"].sum() for factor in FACTORS}
     for factor in FACTORS:
@@ -62,7 +62,7 @@ def _effects(part: pd.DataFrame, level: float) -> list[dict]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a variance of 0 between documents is an answer
         model = MixedLM(part["mean"] * weight, design * weight[:, None], groups=groups, exog_re=weight[:, None])
-        fitted = model.fit(reml=True)
+        fitted = model.fit(reml=True, method="powell")
     size = design.shape[1]
     covariance = np.asarray(fitted.cov_params())[:size, :size]
     rows = []
