@@ -55,7 +55,7 @@ models[["model", "seed", "parameters", "layers", "experts", "tokens", "seconds",
 # strengths of the load-balancing loss, **which were not trained yet**:
 
 # %%
-for name, replicate in REPLICATES.items():
+for replicate in REPLICATES.values():
     print(f"{replicate.label:18} {replicate.arguments}")
 
 # %% [markdown]
@@ -232,7 +232,7 @@ needed.index = pd.Index(["0.1", "0.2", "0.5", "1", "2"], name="difference in poi
 needed.rename_axis(columns="share of items that differ").round(-2).astype(int)
 
 # %% [markdown]
-# Under the rules above about one best guess in seven is not the unpatched model's, and their accuracies at equal cost are some 0.2 points apart.
+# Under the rules above about one best guess in seven is not the unpatched model's, and their accuracies are some 0.2 points from static top-4's.
 # With a tenth of the items differing, that takes 200,000 items. 360 items show differences of five points.
 #
 # ## Exercises
