@@ -51,15 +51,19 @@ FLOORS = [
     "loading",  # the embedded model, the real one, held-out text
     "texts",  # held-out text or one's own, in three splits by document
     "comparisons",  # the table of a sweep -> means, differences, intervals
+    "pooling",  # the same difference in several models -> what is expected of the next
     "cells",  # finished rules of a sweep, on disk
     "evaluation",  # loss and sweeps -> tables
     "agreement",  # does a patched model write what the model itself writes
+    "measures",  # accuracy, calibration, the worst of a text
+    "specialization",  # saturation, co-activation and specialization, after the OLMoE paper
     "tuning",  # what each layer gets, from calibration text
     "training",  # train a model for a rule, and keep what has changed
     "rival_fits",  # what rival rules and corrections are fitted with
     "guarantees",  # levels with a promise about documents not seen yet
     "evidence",  # are the p-values uniform, and does it matter?
     "figures",  # data -> figures
+    "replication",  # the same measurements on other models
     "small_fits",  # nulls and compensations on a little text, for a first look
     "widgets",  # the same drawings behind sliders
     "demo",  # the embedded model and the script that trained it

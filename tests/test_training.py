@@ -59,6 +59,25 @@ def test_a_stopped_training_resumes_to_the_same_weights(corpus, tmp_path):
     assert len(find_moe_layers(model)) == 1
 
 
+def test_other_pools_are_trained_and_their_routers_kept_along_the_way(corpus, tmp_path):
+    pool = ("--experts", 16, "--top-k", 2, "--load-balance", 0.1, "--norm-topk-prob", "--snapshots", 0.5, 1)
+    log, _ = train(corpus, tmp_path, *pool)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    config = model.config
+    assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (16, 2, True)
+    assert config.router_aux_loss_coef == 0.1 and 2 <= float(log[-1]["load_balance"]) < 3  # top_k if even
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["arguments"]["experts"] == 16 and metrics["training"]["steps"] == 6
+    kept = {int(path.stem): np.load(path) for path in (tmp_path / "out" / "snapshots").glob("*.npy")}
+    assert sorted(kept) == [3, 6]
+    text = torch.cat([ids[:1] for _, ids in sorted(load_heldout("validation", length=1024).items())])
+    with torch.no_grad():
+        logits = model(text, output_router_logits=True, use_cache=False).router_logits
+    assert kept[6].shape == (1, text.numel(), 16)
+    assert torch.allclose(torch.stack(logits), torch.from_numpy(kept[6]).float(), atol=0.02)  # saved in bfloat16
+    assert not np.array_equal(kept[3], kept[6])
+
+
 def test_the_card_is_rendered_from_the_metrics():
     """No number in it was typed: rendering again gives the committed file."""
     before = (DEMO / "README.md").read_text(encoding="utf-8")

@@ -12,15 +12,17 @@ def evaluate(
 ) -> dict:
     """Loss per domain in nats per token at static top-k, and the experts' shares at the model's own top-k.
 
+    `top_ks` that a layer has too few experts for are left out, and the model's own is always there.
     Each domain is cut into windows of 1024 tokens without overlap; the first token of a window is not scored.
-    Shares are fractions of all (token, slot) pairs of the split, one list of 64 per layer.
+    Shares are fractions of all (token, slot) pairs of the split, one list per layer.
     """
     model.eval()
     gates = [layer.mlp.gate for layer in model.model.layers]
     own, length = model.config.num_experts_per_tok, model.config.max_position_embeddings
     counts = torch.zeros(len(gates), model.config.num_experts, device=model.device)
-    result = {"loss": {str(top_k): {} for top_k in top_ks}}
-    for top_k in top_ks:
+    wanted = sorted({own} | {top_k for top_k in top_ks if top_k <= model.config.num_experts})
+    result = {"loss": {str(top_k): {} for top_k in wanted}}
+    for top_k in wanted:
         loss = result["loss"][str(top_k)]
         for gate in gates:
             gate.top_k = top_k

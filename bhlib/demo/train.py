@@ -6,7 +6,8 @@ Run the same command again to resume from the checkpoint. `--steps N` fixes the 
 without it the length follows from the speed of the first steps and the budget. What is drawn at a step
 depends on the seed and the step alone, so an interrupted run sees the same data as an uninterrupted one.
 
-The loss is cross-entropy + 0.01 load balance (per layer, then averaged) + 0.001 router z-loss. Forward and
+The loss is cross-entropy + 0.01 load balance (per layer, then averaged) + 0.001 router z-loss, unless options say
+otherwise; other options make models of other sizes, pools and depths with the same recipe. Forward and
 backward run in bfloat16; the optimizer keeps float32 copies of the weights. Matrices are updated by Muon, the
 embeddings, router and norms by AdamW. At the end the model is saved and measured, see measure.py.
 """
@@ -25,6 +26,7 @@ from expert_training import IMPLEMENTATION
 from measure import evaluate
 from optimizers import Trainer
 from safetensors.numpy import load_file
+from snapshots import Snapshots
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 
 HERE = Path(__file__).parent
@@ -42,10 +44,10 @@ def make_config(tokenizer, args) -> OlmoeConfig:
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 32,
         max_position_embeddings=1024,
-        num_experts=64,
-        num_experts_per_tok=8,
-        norm_topk_prob=False,
-        router_aux_loss_coef=0.01,
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        norm_topk_prob=args.norm_topk_prob,
+        router_aux_loss_coef=args.load_balance,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -121,6 +123,7 @@ def train(model: OlmoeForCausalLM, corpus: Corpus, args, began: float) -> dict:
     step, total, before = progress["step"], progress["total"], progress["seconds"]
     print(f"from step {step}; {model.num_parameters() / 1e6:.1f} M parameters; {corpus}", flush=True)
     compute = torch.compile(losses) if args.compile else losses
+    snapshots = Snapshots(args.out / "snapshots", args.snapshots, model.device)
     weights = torch.tensor([1.0, model.config.router_aux_loss_coef, args.z_loss], device=model.device)
     first_log = not (args.out / "train_log.csv").exists() or step == 0
     log = (args.out / "train_log.csv").open("w" if first_log else "a", newline="")
@@ -188,6 +191,8 @@ def train(model: OlmoeForCausalLM, corpus: Corpus, args, began: float) -> dict:
             if now - saved > args.save_every:
                 trainer.save(checkpoint, step=step, total=total, seconds=before + now - started)
                 saved = now
+        if snapshots.due(step, total):
+            snapshots.take(model, step)
     trainer.save(checkpoint, step=step, total=total, seconds=before + time.time() - started)
     log.close()
     return {
@@ -216,12 +221,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--width", type=int, default=64, help="intermediate size of one expert")
+    parser.add_argument("--experts", type=int, default=64, help="of a layer")
+    parser.add_argument("--top-k", type=int, default=8, help="experts of a token")
+    parser.add_argument("--norm-topk-prob", action="store_true", help="let a token's weights add up to 1")
+    parser.add_argument("--load-balance", type=float, default=0.01, help="strength of the load-balance loss")
     parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak of AdamW")
     parser.add_argument("--muon-lr", type=float, default=5e-3, help="peak of Muon, at AdamW's scale")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--warmup", type=int, default=150, help="steps")
     parser.add_argument("--z-loss", type=float, default=1e-3)
+    parser.add_argument(
+        "--snapshots", type=float, nargs="*", default=[], metavar="SHARE",
+        help="shares of the schedule after which the router logits on held-out text are saved, see snapshots.py",
+    )  # fmt: skip
     parser.add_argument("--exponent", type=float, default=0.7, help="of a domain's size in its weight")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--splits", nargs="*", default=["validation", "test"], help="to measure on")
@@ -253,11 +266,13 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     model.save_pretrained(args.out, max_shard_size="16MB")
+    write = (args.out / "metrics.json").write_text
+    write(json.dumps(metrics, indent=1) + "\n")
     for split in args.splits:
         metrics[split] = evaluate(model, arrays, split)
         print(split, {k: round(loss["mean"], 4) for k, loss in metrics[split]["loss"].items()}, flush=True)
-        (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        print(metrics[split]["loss"]["8"], metrics[split]["expert_share"])
+        write(json.dumps(metrics, indent=1) + "\n")
+        print(metrics[split]["loss"][str(args.top_k)], metrics[split]["expert_share"])
     print(f"done after {time.time() - began:.0f} s")
 
 

@@ -1,0 +1,47 @@
+"""The figure of who gets many experts and who few: classes of tokens, domains, places in a sequence."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bhlib.figures.drawing import Picture
+from bhlib.figures.registry import figure
+from bhlib.looks import BLACK, BLUE, GREEN, RED
+
+__all__ = ["draw_who_gets_many"]
+
+TITLES = {"kind": "class of the token", "domain": "domain", "position": "eighth of a sequence"}
+
+
+@figure("who_gets_many", None, of_model=False)
+def draw_who_gets_many(table: pd.DataFrame) -> Figure:
+    """A panel per factor, a row per value: by how much its tokens lie above the mean of all, the others held fixed."""
+    sizes = [table.loc[table["factor"] == factor, "value"].nunique() for factor in TITLES]
+    fig = Picture(figsize=(11, 1.6 + 0.34 * max(sizes)), layout="constrained")
+    tokens = table[table["factor"] == "kind"].groupby(["model", "rule"])["tokens"].sum().iloc[0]
+    rules = dict(zip(dict.fromkeys(table["rule"]), (RED, BLUE, GREEN), strict=False))
+    for axes, (factor, title) in zip(fig.subplots(1, len(TITLES)), TITLES.items(), strict=True):
+        _draw_factor(axes, table[table["factor"] == factor], rules)
+        axes.set_title(title, fontsize=8)
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(rules), fontsize=7.5)
+    fig.supxlabel("experts per token, above the mean of all tokens", fontsize=8)
+    fig.suptitle(
+        f"{', '.join(dict.fromkeys(table['model']))}: a row of points per rule, a point per model with its 95 % "
+        f"interval of a mixed model, documents as random effects; {tokens:,} tokens of the test split",
+        fontsize=8,
+    )
+    return fig
+
+
+def _draw_factor(axes: Axes, part: pd.DataFrame, rules: dict[str, str]) -> None:
+    order = part.groupby("value")["effect"].mean().sort_values(ascending=False).index
+    values = sorted(order, key=int) if part["factor"].iloc[0] == "position" else list(order)
+    for number, (rule, color) in enumerate(rules.items()):
+        rows = part[part["rule"] == rule]
+        place = rows["value"].map(values.index) + 0.22 * (number - (len(rules) - 1) / 2)
+        reach = [rows["effect"] - rows["low"], rows["high"] - rows["effect"]]
+        axes.errorbar(rows["effect"], place, xerr=reach, fmt="o", color=color, markersize=3, linewidth=1, label=rule)
+    axes.axvline(0, color=BLACK, linewidth=0.8)
+    names = [str(int(value) + 1) for value in values] if part["factor"].iloc[0] == "position" else values
+    axes.set_yticks(range(len(values)), names, fontsize=7.5)
+    axes.set_ylim(len(values) - 0.5, -0.5)
