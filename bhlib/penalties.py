@@ -1,14 +1,13 @@
-"""What may be added to the loss in training: how evenly the selected experts are used, and how many there are.
+"""What may be added to the loss in training: how evenly the selected experts are used.
 
     with BHRoutingIntegration(model, alpha=0.05) as bh:
         out = model(**inputs, output_router_logits=True)
         balance = bh.load_balancing_loss(out.router_logits, inputs["attention_mask"])
         (loss_of(out) + 0.01 * balance).backward()
 
-A decision itself has no gradient. Both functions have one through the probabilities.
+A decision itself has no gradient. This has one through the probabilities.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -65,37 +64,3 @@ def load_balancing_loss(
         probable = probable + real @ probabilities(logits.to(device)).float()
     rows = len(router_logits) * real.sum()
     return num_experts * (used[:-1] / rows * (probable / rows)).sum()
-
-
-def relaxed_count(router_logits: Tensor, threshold: float, width: float) -> Tensor:
-    """How many experts of a token have a probability of at least `threshold`, with a smooth step in its place.
-
-    The sum over experts of ``sigmoid((log p - log threshold) / width)``: a penalty on the expected number of experts,
-    by which routers learn to decide more sharply or to select fewer. As `width` goes to 0 it becomes the count of
-    `bhlib.rules.Threshold` before its bounds.
-
-    Parameters
-    ----------
-    router_logits : Tensor [tokens, experts]
-        In any float dtype.
-    threshold : float
-        In (0, 1).
-    width : float
-        Of the step, > 0, in nats: an expert at the threshold counts 0.5, one that is `width` above it 0.73.
-
-    Returns
-    -------
-    Tensor [tokens], float32 or wider
-
-    Raises
-    ------
-    ValueError
-        If the threshold or the width is out of range.
-    """
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold must lie between 0 and 1, both excluded, got {threshold!r}.")
-    if not 0 < width < math.inf:
-        raise ValueError(f"width must be a finite number above 0, got {width!r}.")
-    wide = torch.promote_types(router_logits.dtype, torch.float32)
-    logs = torch.log_softmax(router_logits, dim=-1, dtype=wide)
-    return torch.sigmoid((logs - math.log(threshold)) / width).sum(dim=-1)

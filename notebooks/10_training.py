@@ -5,7 +5,7 @@
 #
 # To run it in Colab, choose Runtime, Run all. It takes about a minute, without a GPU and without a restart. The first cell fetches this workspace and what it requires; anywhere but in Colab it does nothing.
 #
-# Previous: [What replaces an expert](09_what_replaces_an_expert.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/09_what_replaces_an_expert.ipynb))
+# Previous: [What replaces an expert](09_what_replaces_an_expert.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/09_what_replaces_an_expert.ipynb)) · Next: [Does it generalize?](11_does_it_generalize.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/11_does_it_generalize.ipynb))
 
 # %%
 import os
@@ -180,4 +180,4 @@ except ValueError as refusal:
 # left panel of the figure first.
 
 # %% [markdown]
-# Previous: [What replaces an expert](09_what_replaces_an_expert.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/09_what_replaces_an_expert.ipynb))
+# Previous: [What replaces an expert](09_what_replaces_an_expert.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/09_what_replaces_an_expert.ipynb)) · Next: [Does it generalize?](11_does_it_generalize.ipynb) ([in Colab](https://colab.research.google.com/github/OWNER/bh-routing/blob/main/notebooks/11_does_it_generalize.ipynb))

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from bhlib.patching import RoutingPatch
-from bhlib.penalties import load_balancing_loss, relaxed_count
+from bhlib.penalties import load_balancing_loss
 from bhlib.rules import BH, Threshold, TopK
 from bhlib.rules.budgets import SeqTopK
 
@@ -73,30 +73,3 @@ def test_balance_of_other_layers_is_refused():
             load_balancing_loss(router_logits, experts)
     with pytest.raises(ValueError, match="SeqTopK decides about a whole forward pass, not from logits alone"):
         RoutingPatch(tiny_olmoe(), SeqTopK(4)).load_balancing_loss([logits])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_relaxed_count_becomes_the_count(dtype):
-    logits = (2 * torch.randn(500, 64)).to(dtype)
-    expected = Threshold(0.03, min_k=0, max_k=64)(logits).counts
-    errors = [(relaxed_count(logits, 0.03, width) - expected).abs().mean() for width in (1.0, 0.1, 0.01, 1e-6)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 < errors[0]
-
-
-def test_the_relaxed_count_has_a_gradient():
-    logits = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: relaxed_count(x, 0.1, 0.3), logits)
-
-
-@pytest.mark.parametrize(
-    ("threshold", "width", "message"),
-    [
-        (0.0, 0.1, "threshold must lie between 0 and 1, both excluded, got 0.0"),
-        (1.0, 0.1, "threshold must lie between 0 and 1, both excluded, got 1.0"),
-        (0.1, 0.0, "width must be a finite number above 0, got 0.0"),
-        (0.1, float("nan"), "width must be a finite number above 0, got nan"),
-    ],
-)
-def test_a_relaxed_count_of_nothing_is_refused(threshold, width, message):
-    with pytest.raises(ValueError, match=message):
-        relaxed_count(torch.zeros(1, 8), threshold, width)
