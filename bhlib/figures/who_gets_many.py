@@ -23,8 +23,8 @@ def draw_who_gets_many(table: pd.DataFrame) -> Figure:
     for axes, (factor, title) in zip(fig.subplots(1, len(TITLES)), TITLES.items(), strict=True):
         _draw_factor(axes, table[table["factor"] == factor], rules)
         axes.set_title(title, fontsize=8)
+        axes.set_xlabel("experts above the mean of all tokens", fontsize=8)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(rules), fontsize=7.5)
-    fig.supxlabel("experts per token, above the mean of all tokens", fontsize=8)
     fig.suptitle(
         f"{', '.join(dict.fromkeys(table['model']))}: a row of points per rule, a point per model with its 95 % "
         f"interval of a mixed model, documents as random effects; {tokens:,} tokens of the test split",
