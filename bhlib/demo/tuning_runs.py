@@ -14,7 +14,6 @@ Forward and backward run in bfloat16 with float32 copies of the weights. The tra
 
 import argparse
 import json
-import lzma
 import time
 import traceback
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filled_slots import use_filled_slots
+from train import Corpus
 from tuning_gates import gated
 
 from bhlib import RoutingPatch, load_demo, load_heldout
@@ -34,30 +34,14 @@ from bhlib.rules import BH, Rule, Threshold, TopK
 from bhlib.training import LevelController, Tuned, settle, tune
 
 LENGTH, ROWS = 512, 32
+#: Domains are drawn as when the demo was trained, in a stream of random numbers of its own.
+EXPONENT, DRAW = 0.7, 77
 COLUMNS = ["rule", "domain", "sequence", "document", "tokens", "loss", "mean_k", "load_entropy"]
 #: Used where nothing was chosen: peak of the learning rate and weight of the distillation.
 SETTINGS = {
     "all BH": (3e-4, 1.0), "router BH": (1e-3, 1.0), "all top-4": (3e-4, 1.0), "all top-8": (1e-4, 0.0),
 }  # fmt: skip
 ELASTIC = (2, 7.5)  # no level of BH gives eight
-
-
-class Corpus:
-    """Training text; a domain of n tokens is drawn in proportion to n**0.7, as when the demo was trained."""
-
-    def __init__(self, folder: Path):
-        parts = [np.load(lzma.open(path)) for path in sorted(folder.glob("*.npy.xz"))]
-        self.sizes = np.array([len(part) for part in parts])
-        self.starts = np.concatenate([[0], self.sizes.cumsum()[:-1]])
-        self.tokens = np.concatenate(parts)
-        self.share = self.sizes**0.7 / (self.sizes**0.7).sum()
-
-    def draw(self, seed: int, tokens: int) -> torch.Tensor:
-        """Random windows, int64 [windows, LENGTH]."""
-        rng = np.random.default_rng([seed, 77])
-        domain = rng.choice(len(self.sizes), size=-(-tokens // LENGTH), p=self.share)
-        first = self.starts[domain] + (rng.random(len(domain)) * (self.sizes[domain] - LENGTH)).astype(np.int64)
-        return torch.from_numpy(self.tokens[first[:, None] + np.arange(LENGTH)].astype(np.int64))
 
 
 def rule_of(method: str) -> Rule:
@@ -73,12 +57,13 @@ class Runs:
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model, self.wide = load_demo(half)[0].to(self.device), load_demo()[0].to(self.device)
         use_filled_slots(self.model)
-        self.corpus = Corpus(corpus)
+        self.corpus = Corpus(corpus, self.device, EXPONENT)
         self.calibration = load_heldout("calibration", LENGTH, 8)
 
     def train(self, cell: dict) -> Tuned:
         """Train the model as a cell says; notes time, memory, and the end of the training."""
-        text, began = self.corpus.draw(cell["seed"], cell["tokens"]), time.time()
+        began, rows = time.time(), -(-cell["tokens"] // LENGTH)
+        text = self.corpus.batch(cell["seed"], DRAW, rows, LENGTH - 1).cpu()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with gated(self.model, cell["gate"]):

@@ -12,6 +12,7 @@ from bhlib.comparisons import matched_difference, with_documents
 from bhlib.evaluation import sweep
 from bhlib.figures.drawing import ALL, Picture, interval_caption, joint_bars, sample_caption, signed_ticks
 from bhlib.figures.families import bh, by_level
+from bhlib.figures.ingredients import DEFAULT
 from bhlib.figures.registry import figure
 from bhlib.figures.study import Study
 from bhlib.looks import BLACK, COLORS, SKY
@@ -21,8 +22,6 @@ __all__ = ["compute_cut_slope", "draw_cut_slope"]
 
 #: Slopes of the logarithm of the cut; 0 is the threshold.
 SLOPES = (-0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
-
-DEFAULT = "BH, default"
 
 
 @dataclass(frozen=True)

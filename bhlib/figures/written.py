@@ -98,7 +98,7 @@ def _draw_measure(axes: Axes, rows: pd.DataFrame, label: str) -> None:
     for number, (name, color) in enumerate(zip(STAND_INS, COLORS, strict=False)):
         part = rows[rows["stands_in"] == name].sort_values("cost")
         axes.errorbar(part["cost"] + 0.03 * (number - 1.5), *error_bars(part), color=color, marker="o", markersize=3.5,
-                      capsize=1.5, linewidth=1, label=name)  # fmt: skip
+                      capsize=1.5, linewidth=1, label=name.rstrip(","))  # fmt: skip
     axes.set_title(label, fontsize=8)
     axes.set_xlabel("counted cost (experts)", fontsize=8)
     axes.set_ylim(bottom=0)

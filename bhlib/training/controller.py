@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from bhlib.calibration import collect_router_logits
@@ -57,18 +58,18 @@ class LevelController:
     def __init__(self, rule: Rule, mean_ks: Sequence[float], router_logits: Tensor) -> None:
         self.rule, self.mean_ks = rule, np.asarray(mean_ks, dtype=float)
         levels = [level_for_mean_experts(rule.at, router_logits, mean_k) for mean_k in self.mean_ks]
-        self.log_odds = np.log(levels) - np.log1p(-np.asarray(levels))
+        self.log_odds = logit(levels)
         self.slopes = np.array([self._slope(place, router_logits) for place in self.log_odds])
 
     def _slope(self, place: float, router_logits: Tensor) -> float:
-        few, many = (mean_experts(self.rule.at(level_at(place + step)), router_logits) for step in (-STEP, STEP))
+        few, many = (mean_experts(self.rule.at(float(expit(place + step))), router_logits) for step in (-STEP, STEP))
         slope = (many - few) / (2 * STEP)
         return float(np.copysign(max(abs(slope), 0.1), slope))  # near a bound hardly anything moves
 
     @property
     def levels(self) -> list[float]:
         """The level of each wanted mean."""
-        return [level_at(place) for place in self.log_odds]
+        return expit(self.log_odds).tolist()
 
     def update(self, seen: Sequence[float], rate: float = 0.3) -> None:
         """Move each level by what was seen.
@@ -83,11 +84,6 @@ class LevelController:
         moves = np.nan_to_num(rate * (self.mean_ks - np.asarray(seen, dtype=float)) / self.slopes)
         moved = self.log_odds + np.clip(moves, -LARGEST_MOVE, LARGEST_MOVE)
         self.log_odds = np.clip(moved, -FARTHEST, FARTHEST)
-
-
-def level_at(log_odds: float) -> float:
-    """The level of these log-odds."""
-    return float(1 / (1 + np.exp(-log_odds)))
 
 
 class Selected:

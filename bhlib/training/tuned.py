@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.special import expit, logit
 from torch import Tensor, nn
 
 from bhlib import rules
@@ -99,8 +100,8 @@ class Tuned:
         if not known or not known[0] <= mean_k <= known[-1]:
             trained = f"{known[0]:g} to {known[-1]:g}" if known else "no mean, but a rule without a level"
             raise ValueError(f"mean_k is {mean_k:g}, but these weights were trained for {trained}.")
-        odds = [np.log(self.levels[k]) - np.log1p(-self.levels[k]) for k in known]
-        return self.rule.at(float(1 / (1 + np.exp(-np.interp(mean_k, known, odds)))))
+        log_odds = logit([self.levels[k] for k in known])
+        return self.rule.at(float(expit(np.interp(mean_k, known, log_odds))))
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
