@@ -6,7 +6,7 @@
 The corpus is that of `corpus.py`. First settings are chosen on the validation split (part E); the criterion is the
 lowest validation loss of each method by itself, over the same grid. Then, with these, trainings are measured on the
 test split: equally long ones of every weight (A), routers alone (B), elastic models and others for one number of
-experts each (C); and on the validation split, shorter ones (D). A training is one cell; what is finished is read from
+experts each (C); and on the validation split, shorter and longer ones (D). A training is one cell; what is finished is read from
 `--out`, so that a run that was stopped goes on.
 
 Forward and backward run in bfloat16 with float32 copies of the weights. The trained weights are measured in float32.
@@ -33,7 +33,7 @@ from bhlib.loading import heldout_sequence_documents
 from bhlib.rules import BH, Rule, Threshold, TopK
 from bhlib.training import LevelController, Tuned, settle, tune
 
-LENGTH, ROWS = 512, 32
+LENGTH, ROWS = 512, 64
 #: Domains are drawn as when the demo was trained, in a stream of random numbers of its own.
 EXPONENT, DRAW = 0.7, 77
 COLUMNS = ["rule", "domain", "sequence", "document", "tokens", "loss", "mean_k", "load_entropy"]
@@ -132,20 +132,20 @@ class Runs:
 
 def choice_cells(tokens: int) -> list[dict]:
     """Part E: learning rates and distillation for each method; how the decision gets a gradient; nothing."""
-    every, routers = (3e-4, 1e-4, 1e-3, 3e-5), (3e-4, 1e-3, 1e-4, 3e-3)
+    every, least, routers = (3e-4, 1e-3, 1e-4), (1e-4, 3e-4, 3e-5), (1e-3, 3e-3, 3e-4)
     grid = [
         (train, method, lr, w, "kept")
         for train, method, rates, shares in (
-            ("all", "BH", every, (0.0, 0.5, 1.0)),
-            ("router", "BH", routers, (0.0, 0.5, 1.0)),
-            ("all", "top-4", every, (0.0, 0.5, 1.0)),
-            ("all", "top-8", every, (0.0, 0.5)),  # with 1 it would be told to stay as it is
+            ("all", "BH", every, (1.0, 0.5)),
+            ("router", "BH", routers, (1.0, 0.5)),
+            ("all", "top-4", every, (1.0, 0.5)),
+            ("all", "top-8", least, (0.0, 0.5)),  # with 1 it would be told to stay as it is
         )
         for lr in rates
         for w in shares
     ]
     gates = ("st-kept", "st-all", "penalty-0.01", "penalty-0.1")
-    grid += [(train, "BH", lr, 0.5, gate) for train, lr in (("router", 3e-4), ("all", 3e-4)) for gate in gates]
+    grid += [(train, "BH", lr, 1.0, gate) for train, lr in (("router", 1e-3), ("all", 3e-4)) for gate in gates]
     grid += [("none", method, None, None, "kept") for method in ("BH", "top-8", "top-4")]
     return [
         {"part": "E", "train": train, "method": method, "k": 8 if method == "top-8" else 4, "lr": lr, "w": w,
@@ -179,10 +179,10 @@ def final_cells(tokens: int, settings: dict[str, tuple[float, float]]) -> list[d
         cells += [cell("B", "BH", "router", k, seed) for k in (4, 5)]
         one = [cell("C", "BH", "all", ELASTIC, seed, **whole), *(cell("C", "BH", "all", k, seed) for k in (3, 5, 6, 7))]
         (cells if seed == 1 else others).extend([*one, cell("B", "threshold", "router", 4, seed)])
-    for less in (250_000, 500_000, 1_000_000, 2_000_000, 4_000_000):
-        for method, train, k in (("BH", "all", 4), ("BH", "router", 4), ("top-4", "all", 4), ("top-8", "all", 8)):
-            cells += [cell("D", method, train, k, 1, less)] if less < tokens else []
-    return cells + others + [cell("C", "BH", "router", ELASTIC, 1, **whole)]
+    for other in (tokens // 24, tokens // 12, tokens // 6, tokens // 3, tokens * 3):
+        for method, train, k in (("BH", "all", 4), ("top-8", "all", 8), ("BH", "router", 4), ("top-4", "all", 4)):
+            cells += [cell("D", method, train, k, 1, other)]
+    return cells + [cell("C", "BH", "router", ELASTIC, 1, **whole)] + others
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -231,9 +231,9 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=0, help="number of this process")
     parser.add_argument("--of", type=int, default=1, help="how many there are")
     parser.add_argument(
-        "--tokens", type=int, default=5_000_000, help="of a training that is measured on the test split"
+        "--tokens", type=int, default=6_000_000, help="of a training that is measured on the test split"
     )
-    parser.add_argument("--choice-tokens", type=int, default=1_200_000, help="of one that settings are chosen by")
+    parser.add_argument("--choice-tokens", type=int, default=2_000_000, help="of one that settings are chosen by")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     runs = Runs(args.corpus)
