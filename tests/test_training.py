@@ -171,13 +171,13 @@ def test_the_table_reads_losses_at_the_same_number_of_experts(scripts):
     add("0 none top-8 8 0 s0", "none", "top-8", 8, 0, {8: (8.0, 2.8)})
     table = make_table(pd.DataFrame(cells), pd.concat(rows))
     differences = table[table["kind"] == "difference"].set_index("versus")
-    row = differences.loc["all weights top-4 4"]
+    row = differences.loc["all weights top-4"]
     assert row["difference"] == pytest.approx(3 - 0.1 * np.log(4) - 2.9, abs=1e-6)
     assert row["low"] <= row["difference"] <= row["high"]
     assert row["high"] - row["low"] == pytest.approx(0, abs=1e-9)  # both have the same noise
     assert (row["seeds"], row["units"]) == (2, 6)
     assert row["seed_sd"] == pytest.approx(np.std([0.01, -0.01], ddof=1), abs=1e-6)
-    assert differences.loc["untuned top-8 8", "percent"] == pytest.approx(
+    assert differences.loc["untuned top-8", "percent"] == pytest.approx(
         100 * ((3 - 0.1 * np.log(4)) / 2.8 - 1), abs=1e-4
     )
     curves = table[table["kind"] == "curve"]

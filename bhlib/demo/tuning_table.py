@@ -109,7 +109,7 @@ class Measured:
         ]
         return {
             "kind": "difference", "what": one[0], "method": one[1], "k": one[2], "mean_k": mean_k, "loss": first[0],
-            "versus": " ".join(map(str, other)), "difference": difference[0], "low": low, "high": high,
+            "versus": " ".join(other[:2]), "difference": difference[0], "low": low, "high": high,
             "percent": percent[0], "percent_low": percent_low, "percent_high": percent_high, "seeds": len(seeds),
             "seed_sd": np.std(each, ddof=1) if len(each) > 1 else np.nan,
         }  # fmt: skip

@@ -81,7 +81,7 @@ def _caption(tested: pd.DataFrame, choice: pd.DataFrame) -> str:
 def _draw_choice(fig: SubFigure, choice: pd.DataFrame) -> None:
     """A panel for each loss: what a training ends with on validation text, against its learning rate."""
     choice = choice[choice["gate"] == "kept"]
-    grid = fig.subplots(1, len(LOSSES), sharey=True)
+    grid = fig.subplots(1, len(LOSSES), sharex=True, sharey=True)
     untuned = choice[choice["what"] == "untuned"]
     for axes, (share, title) in zip(grid, LOSSES.items(), strict=True):
         for what, method, color, marker, label in TRAININGS:
@@ -144,6 +144,6 @@ def _draw_differences(axes: Axes, part: pd.DataFrame) -> None:
 
 
 def _rival(versus: str) -> str:
-    """``all weights BH 4`` as people say it; the number of a static rule is in its name."""
-    what, method, _ = versus.rsplit(" ", 2)
+    """``all weights BH`` as people say it."""
+    what, method = versus.rsplit(" ", 1)
     return f"{what}, {method}"
