@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -15,6 +16,10 @@ from transformers.utils import logging
 from bhlib.sequences import cut, encode, owners
 
 DEMO = Path(str(files("bhlib") / "demo"))
+
+#: The demo's routers, trained for four experts under BH on six million tokens (notebook 10). `bhlib.training.load_tuned`
+#: reads the file, too, with the levels that belong to them.
+TUNED_ROUTER = DEMO / "tuned_router.safetensors"
 
 #: Splits of the held-out text: fit a null on the first, choose settings on the second, report on the third.
 SPLITS = ("calibration", "validation", "test")
@@ -32,7 +37,9 @@ def load_settings() -> dict:
     return json.loads((DEMO / "settings.json").read_text(encoding="utf-8"))
 
 
-def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_demo(
+    dtype: torch.dtype = torch.float32, *, tuned_router: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded OLMoE (`bhlib/demo`), in evaluation mode, on the CPU, with its tokenizer. Needs no network.
 
     It stays on the CPU where there is a GPU, too: it is small, and its numbers then do not depend on the machine's GPU.
@@ -42,6 +49,9 @@ def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreT
     ----------
     dtype : torch.dtype
         Of the weights, which are stored in bfloat16. float32 is the fastest on most CPUs.
+    tuned_router : bool
+        Whether to have the routers of `TUNED_ROUTER` instead of its own: better where experts are dropped, and a little
+        worse where none is.
     """
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # half a second needs none
@@ -50,6 +60,9 @@ def load_demo(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreT
     finally:
         if shown:
             logging.enable_progress_bar()
+    if tuned_router:
+        for name, weight in load_file(TUNED_ROUTER).items():
+            model.get_parameter(name).data.copy_(weight)
     return model.eval(), AutoTokenizer.from_pretrained(DEMO, local_files_only=True)
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import OlmoeForCausalLM
 
-from bhlib import BHRoutingIntegration, find_moe_layers, load_demo, load_heldout, load_olmoe
+from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers, load_demo, load_heldout, load_olmoe
 from bhlib.evaluation import evaluate
-from bhlib.loading import DEMO, SPLITS, heldout_documents, heldout_domains, heldout_sequence_documents
+from bhlib.loading import DEMO, SPLITS, TUNED_ROUTER, heldout_documents, heldout_domains, heldout_sequence_documents
 from bhlib.rules import BH, TopK
+from bhlib.training import load_tuned
 
 
 def test_demo_is_an_olmoe_with_olmoes_routing():
@@ -21,6 +22,23 @@ def test_demo_is_an_olmoe_with_olmoes_routing():
     assert len(find_moe_layers(model)) == config.num_hidden_layers
     text = "def main():\n    return 'é' # naïve"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tuned_routers_are_better_at_what_they_were_tuned_for():
+    """And they alone differ. The same file, as a patch of the plain demo, gives the same logits."""
+    (plain, _), (tuned, _) = load_demo(), load_demo(tuned_router=True)
+    own = dict(plain.named_parameters())
+    changed = [name for name, value in tuned.named_parameters() if not torch.equal(value, own[name])]
+    assert changed == [f"model.layers.{layer}.mlp.gate.weight" for layer in range(plain.config.num_hidden_layers)]
+    text, shipped = load_heldout("validation", 128, 2), load_tuned(TUNED_ROUTER)
+    ids = text["python"][:1]
+    with shipped.routing(plain, 4.0), torch.no_grad():
+        logits = plain(ids).logits
+    with RoutingPatch(tuned, shipped.rule_at(4.0)), torch.no_grad():
+        assert torch.equal(tuned(ids).logits, logits)
+    before, after = evaluate(plain, text, BH(0.01)), evaluate(tuned, text, shipped.rule_at(4.0))
+    assert after["mean_k"].mean() == pytest.approx(4.0, abs=0.1) and before["mean_k"].mean() >= 3.9
+    assert (before["loss"] - after["loss"]).mean() > 0.01
 
 
 @pytest.mark.timing
