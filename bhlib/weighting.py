@@ -102,6 +102,11 @@ def normalized(top: Tensor, kept: Tensor) -> Tensor:
     return weights / total.masked_fill(total == 0, 1.0)
 
 
+def share_of_top(top: Tensor, kept: Tensor) -> Tensor:
+    """The scores, divided by the sum of the best, kept or not."""
+    return plain(top, kept) / top.sum(dim=-1, keepdim=True)
+
+
 def _softmax(top: Tensor, kept: Tensor) -> Tensor:
     # A row that keeps nothing would be a softmax over nothing, NaN: nan_to_num gives it zeros.
     return torch.softmax(top.masked_fill(~kept, -torch.inf), dim=-1).nan_to_num(nan=0.0)
@@ -131,5 +136,14 @@ register(
     Weighting(
         "sigmoid_normalized", "sigmoid of the logits, divided by the sum of those kept", as_they_are,
         _sigmoid_normalized,
+    )
+)  # fmt: skip
+
+# What no model does by itself: a kept expert has the weight that it had if none were dropped, as long as `max_k` is the
+# model's own top-k. Better for models that divide by the sum of those kept (notebook 11).
+register(
+    Weighting(
+        "share_of_top", "softmax over all experts, divided by the sum of the best max_k, kept or not", probabilities,
+        share_of_top,
     )
 )  # fmt: skip

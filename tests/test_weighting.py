@@ -21,6 +21,7 @@ BY_HAND = {
     "softmax_selected": lambda kept, row: kept.exp() / kept.exp().sum(),
     "sigmoid": lambda kept, row: 1 / (1 + (-kept).exp()),
     "sigmoid_normalized": lambda kept, row: 1 / (1 + (-kept).exp()) / (1 / (1 + (-kept).exp())).sum(),
+    "share_of_top": lambda kept, row: kept.exp() / row.exp().topk(6).values.sum(),
 }
 
 
@@ -43,7 +44,7 @@ def test_a_token_that_keeps_nothing_has_no_weights(name):
 
 
 def test_unknown_names_are_an_error_that_lists_the_known():
-    known = "softmax, normalized, softmax_selected, sigmoid, sigmoid_normalized"
+    known = "softmax, normalized, softmax_selected, sigmoid, sigmoid_normalized, share_of_top"
     for route in (BH(0.05), BH(0.05).fused):
         with pytest.raises(ValueError, match=f"no weighting is called 'softmaxx'; there are: {known}"):
             route(logits_of(), weighting="softmaxx")
@@ -58,13 +59,30 @@ def test_unknown_names_are_an_error_that_lists_the_known():
 def test_what_a_kernel_does_not_know_it_is_not_asked(name, monkeypatch):
     """It would give its own two ways for any other."""
     monkeypatch.setattr(BH, "kernel_cuts", lambda *_: pytest.fail("a kernel was asked"))
-    if name in ("sigmoid", "sigmoid_normalized"):
+    if name in ("sigmoid", "sigmoid_normalized", "share_of_top"):
         rule, logits = BH(0.05), logits_of()
         for fused, slow in zip(rule.fused(logits, weighting=name), rule(logits, weighting=name), strict=True):
             assert torch.equal(fused, slow)
     else:
         with pytest.raises(pytest.fail.Exception, match="a kernel was asked"):
             BH(0.05).fused(logits_of(), weighting=name)
+
+
+def test_shares_of_the_top_do_not_depend_on_what_is_kept():
+    """With the model's own bound they are its own weights, whatever is dropped; and where nothing is, to the bit."""
+    logits = logits_of()
+    whole = TopK(6)(logits, weighting="normalized")
+    part = Threshold(0.05, min_k=0, max_k=6)(logits, weighting="share_of_top")
+    kept = part.experts >= 0
+    assert torch.equal(part.weights[kept], whole.weights[kept]) and not kept.all()
+    assert torch.equal(TopK(6)(logits, weighting="share_of_top").weights, whole.weights)
+    model = tiny_olmoe(norm_topk_prob=True)
+    assert {layer.weighting for layer in find_moe_layers(model)} == {"normalized"}
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        own = model(ids).logits
+        with RoutingPatch(model, TopK(find_moe_layers(model)[0].top_k), weights="share_of_top"):
+            assert torch.equal(model(ids).logits, own)
 
 
 @pytest.mark.parametrize(("norm_topk_prob", "name"), [(True, "sigmoid_normalized"), (False, "sigmoid")])
