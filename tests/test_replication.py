@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def tables(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     made = evaluate_model("seed2", folder, out, sequences=3, length=64)
-    assert made == ["rules", "tuner", "defaults", "measures", "saturation", "specialization", "who"]
+    assert made == ["rules", "defaults", "measures", "saturation", "specialization", "who", "tuner"]
     return out
 
 
@@ -72,6 +72,11 @@ def test_what_is_there_is_not_made_again(folder, tables):
 def test_an_unknown_replicate_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no replicate is called 'seed9'; there are: demo, seed2"):
         evaluate_model("seed9", folder, tmp_path)
+
+
+def test_an_unknown_table_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"no table is called 'rule'; there are: rules, defaults"):
+        evaluate_model("seed2", folder, tmp_path, tables=["rule"])
 
 
 def test_tables_are_gathered(tables, tmp_path):

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import Picture
+from bhlib.figures.drawing import Picture, sizes_caption
 from bhlib.figures.registry import figure
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED
 from bhlib.measures import MEASURES
@@ -39,10 +39,9 @@ def draw_beyond_loss(table: pd.DataFrame) -> Figure:
         grid.flat[0].plot([], [], "o", color=FAMILIES[family], label=family)
     fig.legend(loc="outside lower center", ncols=len(FAMILIES), fontsize=8)
     fig.suptitle(
-        f"difference from static top-{part['wanted'].iloc[0]:g} at the same counted cost, on calibration text; "
-        f"test split, {part['sequences'].iloc[0]:,.0f} sequences\n"
-        f"bars: 95 % bootstrap over {part['units'].iloc[0]:.0f} documents, "
-        "each by itself; shaded: the better side",
+        f"difference from static top-{part['wanted'].iloc[0]:g} at a cost that is the same on calibration text; "
+        f"test split, {sizes_caption(part)}\n"
+        "bars: 95 % bootstrap over documents, each by itself; shaded: the better side",
         fontsize=8,
     )
     return fig

@@ -76,6 +76,15 @@ def sample_caption(table: pd.DataFrame, split: str) -> str:
     return f"{about_of(table).name}, {split} split: {first['sequences']:,.0f} sequences, {first['tokens']:,.0f} tokens"
 
 
+def sizes_caption(table: pd.DataFrame) -> str:
+    """Sequences and documents of each model."""
+    sizes = table.dropna(subset=["units"]).groupby("model", sort=False)[["sequences", "units"]].first()
+    if len(sizes.drop_duplicates()) == 1:
+        return f"{sizes['sequences'].iloc[0]:,.0f} sequences of {sizes['units'].iloc[0]:.0f} documents"
+    rows = zip(sizes.index, sizes["sequences"], sizes["units"], strict=True)
+    return ", ".join(f"{name}: {n:,.0f} sequences of {units:.0f} documents" for name, n, units in rows)
+
+
 def interval_caption(table: pd.DataFrame, scope: str) -> str:
     """What the bars are: units fewer than sequences are documents."""
     first = table.iloc[0]

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import Picture, error_bars
+from bhlib.figures.drawing import Picture, error_bars, sizes_caption
 from bhlib.figures.registry import figure
 from bhlib.looks import BLACK, BLUE, GREEN, LINES, ORANGE, PINK, RED
 from bhlib.pooling import FEWEST, extrapolate, pool
@@ -77,7 +77,7 @@ def draw_generalization(table: pd.DataFrame) -> Figure:
         part = pooled if pools else table.rename(columns={"difference": "mean"})
         _draw_shares(axes, part[part["against"] == rival], families, rival)
         axes.set_ylabel(f"loss minus that of {rival}\n(nats / 1000{', mean of models' * pools})", fontsize=8)
-    said = [f"{len(models)} models trained by the repository's script; test split, {_sizes(table)}"]
+    said = [f"{len(models)} models trained by the repository's script; test split, {sizes_caption(table)}"]
     said += ["Above: 95 % bootstrap over documents of one model, each by itself" + _POOLED * pools]
     if lines:
         said += [_EXTRAPOLATED]
@@ -94,15 +94,6 @@ _EXTRAPOLATED = (
     "Below: straight lines through the models in the logarithm, with 95 % bands; nothing was measured in the grey "
     "part, and nothing says that a line goes on"
 )
-
-
-def _sizes(table: pd.DataFrame) -> str:
-    """Sequences and documents of each model."""
-    sizes = table.dropna(subset=["units"]).groupby("model", sort=False)[["sequences", "units"]].first()
-    if len(sizes.drop_duplicates()) == 1:
-        return f"{sizes['sequences'].iloc[0]:,.0f} sequences of {sizes['units'].iloc[0]:.0f} documents"
-    rows = zip(sizes.index, sizes["sequences"], sizes["units"], strict=True)
-    return ", ".join(f"{name}: {n:,.0f} sequences of {units:.0f} documents" for name, n, units in rows)
 
 
 def _draw_forest(axes: Axes, part: pd.DataFrame, pooled: pd.DataFrame, models: list[str], family: str) -> None:

@@ -18,7 +18,10 @@ def draw_who_gets_many(table: pd.DataFrame) -> Figure:
     """A panel per factor, a row per value: by how much its tokens lie above the mean of all, the others held fixed."""
     sizes = [table.loc[table["factor"] == factor, "value"].nunique() for factor in TITLES]
     fig = Picture(figsize=(11, 1.6 + 0.34 * max(sizes)), layout="constrained")
-    tokens = table[table["factor"] == "kind"].groupby(["model", "rule"])["tokens"].sum().iloc[0]
+    tokens = table[table["factor"] == "kind"].groupby(["model", "rule"], sort=False)["tokens"].sum()
+    sizes = ", ".join(
+        f"{model}: {count:,} tokens" for model, count in tokens.groupby("model", sort=False).first().items()
+    )
     rules = dict(zip(dict.fromkeys(table["rule"]), (RED, BLUE, GREEN), strict=False))
     for axes, (factor, title) in zip(fig.subplots(1, len(TITLES)), TITLES.items(), strict=True):
         _draw_factor(axes, table[table["factor"] == factor], rules)
@@ -26,8 +29,8 @@ def draw_who_gets_many(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("experts above the mean of all tokens", fontsize=8)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(rules), fontsize=7.5)
     fig.suptitle(
-        f"{', '.join(dict.fromkeys(table['model']))}: a row of points per rule, a point per model with its 95 % "
-        f"interval of a mixed model, documents as random effects; {tokens:,} tokens of the test split",
+        f"{sizes} of the test split; a row of points per rule, a point per model with its 95 % interval of a mixed model, "
+        "documents as random effects",
         fontsize=8,
     )
     return fig

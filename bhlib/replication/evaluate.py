@@ -24,7 +24,7 @@ from bhlib.specialization import observe_selection, summarize_specialization
 from bhlib.tuning import tune_layer_weights
 
 #: Sequences of a forward pass.
-BATCH = 16
+BATCH = 64 if torch.cuda.is_available() else 16
 
 #: Concentrations of the Dirichlet null that the default was chosen among.
 CONCENTRATIONS = (1, 2, 4, 8)
@@ -33,7 +33,18 @@ CONCENTRATIONS = (1, 2, 4, 8)
 MEASURED = ("threshold", "BH", "BH, fitted null", "threshold, norms", "threshold, norms, compensated")
 
 
-def evaluate_model(name: str, folder: Path, target: Path, sequences: int | None = None, length: int = 512) -> list[str]:
+#: The tables of a model.
+TABLES = ("rules", "defaults", "measures", "saturation", "specialization", "who", "tuner")
+
+
+def evaluate_model(
+    name: str,
+    folder: Path,
+    target: Path,
+    sequences: int | None = None,
+    length: int = 512,
+    tables: Sequence[str] = TABLES,
+) -> list[str]:
     """Make every table of a model that is not there yet; returns the names of those that were made.
 
     Parameters
@@ -46,16 +57,20 @@ def evaluate_model(name: str, folder: Path, target: Path, sequences: int | None 
         ``target/name`` gets the tables.
     sequences, length : int
         As for `Subject`.
+    tables : sequence of str
+        Those to make, of `TABLES`.
 
     Raises
     ------
     ValueError
-        If there is no replicate of the name.
+        If there is no replicate or no table of the name.
     """
     if name not in REPLICATES:
         raise ValueError(f"no replicate is called {name!r}; there are: {', '.join(REPLICATES)}.")
+    if unknown := set(tables) - set(TABLES):
+        raise ValueError(f"no table is called {min(unknown)!r}; there are: {', '.join(TABLES)}.")
     subject, made = Subject(folder, sequences, length), []
-    tables: dict[str, Callable[[], pd.DataFrame]] = {
+    compute: dict[str, Callable[[], pd.DataFrame]] = {
         "rules": lambda: rules_table(subject),
         "tuner": lambda: tuner_table(subject),
         "defaults": lambda: defaults_table(subject),
@@ -64,11 +79,11 @@ def evaluate_model(name: str, folder: Path, target: Path, sequences: int | None 
         "specialization": lambda: selection_table(subject),
         "who": lambda: who_of(subject, router_rules(subject)),
     }
-    for what, compute in tables.items():
+    for what in tables:
         path = target / name / f"{what}.csv"
         if path.exists():
             continue
-        table = compute()
+        table = compute[what]()
         if len(table):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, to_csv(table))
@@ -157,7 +172,9 @@ def tuner_table(subject: Subject) -> pd.DataFrame:
 
 
 def defaults_table(subject: Subject) -> pd.DataFrame:
-    """The default's choices on every second sequence of the validation split: concentrations, statistics.
+    """The default's choices on every second sequence of the validation split: concentrations, statistics, and weights.
+
+    The last where a model divides weights by their sum (`bhlib.weighting`): by that of the model's own top instead.
 
     Returns
     -------
@@ -172,11 +189,15 @@ def defaults_table(subject: Subject) -> pd.DataFrame:
         fitted = subject.study.fit_null(statistic=statistic)
         rules[f"BH, KDE of {statistic}"] = BH(pvalues=fitted, max_k=subject.top_k)
     rules["threshold"] = Threshold(max_k=subject.top_k)
+    if subject.normalizes:
+        rules |= {"threshold, shares of the top": rules["threshold"], "BH, shares of the top": BH(max_k=subject.top_k)}
     cases = []
     for name, rule in rules.items():
+        options = {"weights": "share_of_top"} if "shares" in name else {}
         for cost in subject.costs((3 / 8, 4 / 8, 6 / 8)):
             try:
-                cases.append(Case(name, cost, by_level(rule.at, subject.study)(subject.study.thin_logits, cost), {}))
+                level = by_level(rule.at, subject.study)(subject.study.thin_logits, cost)
+                cases.append(Case(name, cost, level, options))
             except ValueError as reason:
                 tqdm.write(f"{name}, {cost:g} is left out: {reason}")
     table = matched_compute(with_documents(_swept(subject, cases, text), documents))

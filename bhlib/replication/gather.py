@@ -103,9 +103,10 @@ def defaults_table(source: Path) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        ``model``; ``choice``: "concentration" or "statistic", on the validation split against static top-k, or "layer
-        weights", on the test split against the same rule without; ``variant``; ``share`` of the model's own experts;
-        ``difference`` with ``low`` and ``high``; ``chosen``, whether the tuner took its weights on calibration text.
+        ``model``; ``choice``: "concentration", "statistic" or "weights", on the validation split against static top-k,
+        or "layer weights", on the test split against the same rule without; ``variant``; ``share`` of the model's own
+        experts; ``difference`` with ``low`` and ``high``; ``chosen``, whether the tuner took its weights on calibration
+        text.
     """
     tried = _labelled(source, "defaults")
     parts = []
@@ -113,6 +114,7 @@ def defaults_table(source: Path) -> pd.DataFrame:
         fixed = tried["family"].str.contains("Dirichlet")
         tried["choice"] = np.where(fixed, "concentration", "statistic")
         tried.loc[tried["family"] == "threshold", "choice"] = "threshold"
+        tried.loc[tried["family"].str.contains("shares"), "choice"] = "weights"
         parts.append(tried.rename(columns={"family": "variant"}).assign(split="validation"))
     tuned = _labelled(source, "tuner")
     if len(tuned):

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bhlib.compensation import Compensation
+from bhlib.discovery import find_moe_layers
 from bhlib.figures.ingredients import fit_each, norms_of
 from bhlib.figures.stand_ins import mean_for
 from bhlib.figures.study import Study
@@ -84,6 +85,11 @@ class Subject:
     def top_k(self) -> int:
         """Experts per token of the model's own routing."""
         return self.study.top_k
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether a token's weights are divided by their sum."""
+        return find_moe_layers(self.model)[0].weighting == "normalized"
 
     def text(self, split: str, step: int = 1) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
         """Every step-th sequence of each domain, int64 [sequences, length], and the document of each."""
