@@ -261,7 +261,7 @@ print(f"{goals['met'].sum()} of {len(goals)} reached; out of reach for anybody: 
 print("\n".join(f"- {goal}" for goal in missed["goal"]))
 
 # %% [markdown]
-# Four things stand in the way where a goal is missed.
+# Five things stand in the way where a goal is missed.
 #
 # *All weights must be read.* With 512 tokens every expert is used by someone. The floor does not move with k, and to run at
 # the floor is all that a kernel can do.
@@ -276,6 +276,10 @@ print("\n".join(f"- {goal}" for goal in missed["goal"]))
 #
 # *The rest of the model.* The step that computes no expert shows what `generate()` needs for everything else. Dividing by that
 # gives the largest speedup that any way of skipping experts can have there.
+#
+# *A map reads every token once more.* The means of dropped experts cost next to nothing, since their rows are in the cache where
+# outputs are added up anyway. A map of rank 16 takes another product of each hidden state, and one for each sum: 6 % from 4,096 tokens on, and at
+# one token, where all is two short launches, a quarter. What it gives ([notebook 09](09_what_replaces_an_expert.ipynb)) hardly pays for that.
 #
 # And the goal for memory is set against the least that any implementation of `transformers` takes: since `eager` was measured too,
 # that is its loop over experts, which is several times slower. Beside `grouped_mm` the patched model takes less.

@@ -6,8 +6,8 @@
 The corpus is that of `corpus.py`. First settings are chosen on the validation split (part E); the criterion is the
 lowest validation loss of each method by itself, over the same grid. Then, with these, trainings are measured on the
 test split: equally long ones of every weight (A), routers alone (B), elastic models and others for one number of
-experts each (C); and on the validation split, shorter and longer ones (D). A training is one cell; what is finished is read from
-`--out`, so that a run that was stopped goes on.
+experts each (C); and on the validation split, shorter and longer ones (D). A training is one cell; what is finished is
+read from `--out`, so that a run that was stopped goes on.
 
 Forward and backward run in bfloat16 with float32 copies of the weights. The trained weights are measured in float32.
 """

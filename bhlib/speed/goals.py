@@ -122,6 +122,12 @@ def _block_goals(table: pd.DataFrame) -> Iterator[dict]:
             ours = fastest(table, "bhlib", k, stage="block", tokens=tokens)
             reached = np.nan if ours is None else ours["over_floor"]
             yield _at_most(f"experts of a layer, {_tokens(tokens)}, k = {k}: time over the floor", wanted, reached)
+    for name in ("means", "means and map"):
+        for mode, tokens in (("graph", 1), ("graph", 512), ("eager", 4096), ("eager", 16_384)):
+            cells = {"stage": "block", "mode": mode, "tokens": tokens}
+            plain, ours = (fastest(table, "bhlib", 4, **cells, name=f"kernels{more}") for more in ("", f", {name}"))
+            goal = f"experts of a layer, {_tokens(tokens)}, k = 4: with {name} over without"
+            yield _at_most(goal, 1.03, _ratio(ours, plain))
 
 
 def _model_goals(table: pd.DataFrame) -> Iterator[dict]:
