@@ -392,7 +392,8 @@ class RoutingPatch:
         """Whether a compiler that meets the beginning of a pass follows it to its end."""
         if not (torch.compiler.is_compiling() and self._compiles_whole):
             return False
-        return not triton_kernels.gradients_wanted(*self.model.parameters())
+        in_training = self.mode == "patch" and self.model.training  # where kernels stay away from the experts
+        return not (in_training or triton_kernels.gradients_wanted(*self.model.parameters()))
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if getattr(module, "_is_replica", False):

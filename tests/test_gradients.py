@@ -286,6 +286,7 @@ def test_kernels_stay_away_where_a_gradient_is_wanted(wanted, monkeypatch):
     assert kernels.inputs_fit(module, tensors["hidden"], tensors["weights"]) == (wanted is None)
     with torch.no_grad():
         assert kernels.inputs_fit(module, tensors["hidden"], tensors["weights"])
+        assert not kernels.inputs_fit(module.train(), tensors["hidden"], tensors["weights"])
 
 
 def test_copies_on_several_devices_are_refused():

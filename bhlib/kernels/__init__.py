@@ -105,14 +105,15 @@ def weights_fit(module: nn.Module) -> bool:
 def inputs_fit(module: nn.Module, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
     """Whether the kernels compute a module that fits on these inputs.
 
-    That is: in half precision on a CUDA device, with no gradient wanted. Asked in every forward pass, so it asks
-    nothing that ``torch.compile`` cannot see.
+    That is: in half precision on a CUDA device, with no gradient wanted and not in training mode, in which a pass that
+    gradient checkpointing repeats may begin without gradients. Asked in every forward pass, so it asks nothing that
+    ``torch.compile`` cannot see.
     """
     if hidden_states.dtype not in DTYPES or not (hidden_states.is_cuda or interpreted()):
         return False
     gate_up, down = module.gate_up_proj, module.down_proj
     fit = gate_up.dtype == down.dtype == hidden_states.dtype
-    return fit and not gradients_wanted(hidden_states, top_k_weights, gate_up, down)
+    return fit and not (module.training or gradients_wanted(hidden_states, top_k_weights, gate_up, down))
 
 
 def gradients_wanted(*inputs: Tensor) -> bool:
