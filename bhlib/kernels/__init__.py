@@ -11,7 +11,8 @@ nothing waits for the device: hence CUDA graphs and ``torch.compile`` hold while
 Nothing is added up by atomic operations, so the same inputs give the same bits.
 
 Whether they can compute something here is asked of this module: of the machine by `available`, of a module by
-`module_fits`, of its inputs by `inputs_fit`. On a CPU there is `bhlib.expert_loop`, in plain torch.
+`module_fits`, of its inputs by `inputs_fit`. On a CPU there is `bhlib.expert_loop`, for training `bhlib.sorted_pairs`,
+both in plain torch.
 
 Importing this package is free; its other modules import Triton, which is there where torch was installed for CUDA on
 Linux. With ``TRITON_INTERPRET=1`` in the environment these run on the CPU, slowly: that is how they are tested without
