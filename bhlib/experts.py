@@ -83,6 +83,12 @@ def twin(implementation: str | None, by_kernels: bool = False) -> str:
     return name if Version(torch.__version__) >= Version(TWIN_NAMES_COMPILE) else str(name)
 
 
+def twin_by_kernels(implementation: str | None) -> str:
+    """The second twin of an implementation, which may use what is faster, by the name of its first."""
+    plain = (implementation or "").removeprefix(PREFIX)
+    return twin(implementation.original if isinstance(implementation, TwinName) else plain, by_kernels=True)
+
+
 def is_twin(implementation: str | None) -> bool:
     """Whether an experts implementation is one of ours, that of a patched model."""
     return (implementation or "").startswith(PREFIX)

@@ -14,7 +14,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from bhlib import sorted_pairs
 from bhlib.expert_loop import is_plain, loop_forward, token_forward
-from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
+from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin, twin_by_kernels
 from bhlib.kernels import on_device
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import BH, TopK
@@ -188,6 +188,8 @@ def test_twin_names(version, kind, monkeypatch):
     monkeypatch.setattr("torch.__version__", version)
     assert twin("grouped_mm") == "bh_grouped_mm" and twin(None) == "bh_eager"
     assert type(twin("grouped_mm")) is type(twin(None)) is kind, "what torch.compile of this version can trace"
+    for name in (None, "grouped_mm"):
+        assert twin_by_kernels(twin(name)) == twin(name, by_kernels=True)
     with pytest.raises(ValueError, match="'bh_eager' is a twin already"):
         twin("bh_eager")
 
