@@ -8,8 +8,9 @@ nothing in *every* implementation. Where no slot is empty there is nothing to ga
 runs on its own arguments: the result has the same bits as without the patch.
 
 Each implementation ``name`` gets a twin ``bh_name`` in transformers' `ExpertsInterface`, and a second one,
-``bh_kernels_name``, which leaves inputs that they can compute to the kernels of `bhlib.kernels`. As `generate()` looks
-for the literal name ``grouped_mm`` to swap it in decoding, a twin is never swapped.
+``bh_kernels_name``, which leaves inputs that they can compute to the kernels of `bhlib.kernels`, to the sorted pairs
+of `bhlib.sorted_pairs` or to the loop of `bhlib.expert_loop`. As `generate()` looks for the literal name ``grouped_mm``
+to swap it in decoding, a twin is never swapped.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from bhlib import kernels
+from bhlib import kernels, sorted_pairs
 from bhlib.expert_loop import is_plain, loop_forward, token_forward
 
 if TYPE_CHECKING:
@@ -82,13 +83,19 @@ def twin(implementation: str | None, by_kernels: bool = False) -> str:
     return name if Version(torch.__version__) >= Version(TWIN_NAMES_COMPILE) else str(name)
 
 
+def twin_by_kernels(implementation: str | None) -> str:
+    """The second twin of an implementation, which may use what is faster, by the name of its first."""
+    plain = (implementation or "").removeprefix(PREFIX)
+    return twin(implementation.original if isinstance(implementation, TwinName) else plain, by_kernels=True)
+
+
 def is_twin(implementation: str | None) -> bool:
     """Whether an experts implementation is one of ours, that of a patched model."""
     return (implementation or "").startswith(PREFIX)
 
 
 def can_be_faster(experts: Iterable["ExpertsModule"]) -> bool:
-    """Whether this machine has something faster for experts modules: kernels for CUDA, the loop for a CPU."""
+    """Whether this machine has something faster for experts modules: kernels and sorted pairs, or a CPU's loop."""
     if kernels.interpreted():
         return False
     if torch.cuda.is_available():
@@ -145,37 +152,38 @@ def pairwise_forward(
     slot, token = torch.nonzero(filled.T, as_tuple=True)
     if len(token) == filled.numel():
         return forward(module, hidden_states, top_k_index, top_k_weights)
+    if not len(token):
+        return sorted_pairs.no_pairs(module, hidden_states, top_k_weights)
+    pairs = forward(
+        module,
+        hidden_states.index_select(0, token),
+        top_k_index[token, slot, None],
+        top_k_weights[token, slot, None],
+    )
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     total = torch.zeros(hidden_states.shape, dtype=wide, device=hidden_states.device)
-    if len(token):
-        pairs = forward(
-            module,
-            hidden_states.index_select(0, token),
-            top_k_index[token, slot, None],
-            top_k_weights[token, slot, None],
-        )
-        # Slot by slot, since within a slot no token occurs twice: one index_add over all would add in any order.
-        per_slot = filled.sum(dim=0).tolist()
-        for tokens, outputs in zip(token.split(per_slot), pairs.split(per_slot), strict=True):
-            total.index_add_(0, tokens, outputs.to(wide))
-    elif torch.is_grad_enabled():  # DistributedDataParallel takes a parameter without a gradient for an error
-        for unused in (hidden_states, top_k_weights, *module.parameters()):
-            if unused.requires_grad:
-                total = total + unused.flatten()[:0].sum()
+    # Slot by slot, since within a slot no token occurs twice: one index_add over all would add in any order.
+    per_slot = filled.sum(dim=0).tolist()
+    for tokens, outputs in zip(token.split(per_slot), pairs.split(per_slot), strict=True):
+        total.index_add_(0, tokens, outputs.to(wide))
     return total.to(hidden_states.dtype)
 
 
 def kernel_forward(
     implementation: str, module: "ExpertsModule", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """`pairwise_forward`, by the kernels where they compute these inputs (`bhlib.kernels`).
+    """`pairwise_forward`, by what is faster where it computes these inputs.
 
-    The kernels' results differ from the model's own in rounding; on a CPU only where a slot is empty.
+    That is, on a CUDA device, the kernels (`bhlib.kernels`), or sorted pairs where a gradient is wanted
+    (`bhlib.sorted_pairs`); on a CPU the loop over experts. Results differ from the model's own in rounding; on a CPU
+    only where a slot is empty.
     """
     if kernels.inputs_fit(module, hidden_states, top_k_weights):
         from bhlib.kernels.forward import experts_forward  # imports Triton, which not everybody has
 
         return experts_forward(module, hidden_states, top_k_index, top_k_weights)
+    if sorted_pairs.inputs_fit(implementation, module, hidden_states, top_k_weights):
+        return sorted_pairs.sorted_forward(module, hidden_states, top_k_index, top_k_weights)
     if hidden_states.device.type == "cpu":
         forward = _cpu_forward_uncompiled if torch.compiler.is_compiling() else _cpu_forward
         return forward(implementation, module, hidden_states, top_k_index, top_k_weights)

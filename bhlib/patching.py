@@ -67,13 +67,14 @@ class RoutingPatch:
     """Route a model by a rule, or watch what the rule would do.
 
     In training, gradients flow through the weights of the experts that the rule selected, to the router, to those
-    experts and to all below; the decision itself has none. Where gradients are wanted the kernels for CUDA, which have
-    no backward, leave the computing to the model's own implementation, which sees the selected experts only; on a CPU
-    the loop has a backward. Routers in training mode are routed by plain torch, so that gradient checkpointing, which
-    runs layers twice, selects the same experts twice, and counts them once. Move the level after ``backward()``. The
-    load-balancing loss that transformers adds under ``output_router_logits=True`` does not know the rule: it takes
-    the ``num_experts_per_tok`` largest of a token's logits, and so balances the model's own top-k, whatever was
-    selected. `load_balancing_loss` is for what was.
+    experts and to all below; the decision itself has none. The Triton kernels, which have no backward, stay away where
+    gradients are wanted: on a CUDA device `bhlib.sorted_pairs` computes the selected experts then, in the place of
+    ``grouped_mm``, or any other implementation that the model has, over the selected pairs; on a CPU the loop has a
+    backward. Modules in training mode are computed without kernels even where no gradient is wanted, so that gradient
+    checkpointing, which runs layers twice, selects the same experts twice, with the same bits, and counts them once.
+    Move the level after ``backward()``. The load-balancing loss that transformers adds under
+    ``output_router_logits=True`` does not know the rule: it takes the ``num_experts_per_tok`` largest of a token's
+    logits, and so balances the model's own top-k, whatever was selected. `load_balancing_loss` is for what was.
 
     Parameters
     ----------
@@ -96,12 +97,13 @@ class RoutingPatch:
     weights : str
         ``"model"`` (the default) for the model's own convention, or one of `bhlib.weighting.WEIGHTINGS`.
     kernels : bool or "auto"
-        Whether `bhlib.kernels` may compute: the routing and the experts on a CUDA device, in half precision and without
-        gradients; on a CPU the experts. ``"auto"`` (the default) lets them, unless the rule is static top-k with the
-        model's own k, or the model's experts implementation is not in `bhlib.experts.REPLACEABLE`. False always uses
-        the model's own implementation, so that a pass in which the rule selects exactly the model's own experts
-        gives the model's own logits, bit for bit; with kernels that holds on a CPU, and on CUDA up to rounding. True
-        demands those for CUDA, and refuses a machine or a model that cannot use them.
+        Whether something of `bhlib` may compute: on a CUDA device `bhlib.kernels` the routing and the experts, in half
+        precision and without gradients, and `bhlib.sorted_pairs` the experts with gradients; on a CPU the experts.
+        ``"auto"`` (the default) lets them, unless the rule is static top-k with the model's own k, or the model's
+        experts implementation is not in `bhlib.experts.REPLACEABLE`. False always uses the model's own implementation,
+        so that a pass in which the rule selects exactly the model's own experts gives the model's own logits, bit for
+        bit; with kernels that holds on a CPU, and on CUDA up to rounding. True demands those for CUDA, and refuses a
+        machine or a model that cannot use them.
     compensation : Compensation, optional
         What stands in for the experts of the model's own top-k that the rule drops (`bhlib.compensation`). Whatever the
         convention, weights are then those that the model itself would give. In analyze mode it has no part.
@@ -392,7 +394,8 @@ class RoutingPatch:
         """Whether a compiler that meets the beginning of a pass follows it to its end."""
         if not (torch.compiler.is_compiling() and self._compiles_whole):
             return False
-        return not triton_kernels.gradients_wanted(*self.model.parameters())
+        in_training = self.mode == "patch" and self.model.training  # where kernels stay away from the experts
+        return not (in_training or triton_kernels.gradients_wanted(*self.model.parameters()))
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if getattr(module, "_is_replica", False):

@@ -8,14 +8,17 @@ import pytest
 import torch
 from models import tiny_olmoe, tokens
 from rows import count_rows
+from torch.autograd import gradcheck
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
+from bhlib import sorted_pairs
 from bhlib.expert_loop import is_plain, loop_forward, token_forward
-from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin
+from bhlib.experts import TwinName, kernel_forward, pairwise_forward, twin, twin_by_kernels
 from bhlib.kernels import on_device
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import BH, TopK
+from bhlib.sorted_pairs import Combine, Dispatch, sorted_forward
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
@@ -41,15 +44,17 @@ def routing(num_tokens, slots, empty, num_experts=64):
 
 
 def forward_by(way, *inputs):
-    """By an implementation of transformers on gathered pairs, by the loop over experts, or token by token."""
+    """By an implementation of transformers on gathered pairs, by the loop, by sorted pairs, or token by token."""
     if way == "tokens":
         module, *inputs = inputs
         tokens = zip(*(tensor.split(1) for tensor in inputs), strict=True)
         return torch.cat([kernel_forward("grouped_mm", module, *token) for token in tokens])
+    if way == "sorted":
+        return sorted_forward(*inputs)
     return loop_forward(*inputs) if way == "loop" else pairwise_forward(way, *inputs)
 
 
-@pytest.mark.parametrize("way", (*IMPLEMENTATIONS, "loop", "tokens"))
+@pytest.mark.parametrize("way", (*IMPLEMENTATIONS, "loop", "sorted", "tokens"))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(("num_tokens", "slots", "empty"), [(40, 8, 0.5), (40, 64, 0.7), (1, 8, 0.5), (5, 8, 1.0)])
 def test_agrees_with_a_loop_over_tokens(way, dtype, tolerance, num_tokens, slots, empty):
@@ -99,7 +104,7 @@ def test_the_loop_by_parts(rows, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("way", ("grouped_mm", "loop", "tokens"))
+@pytest.mark.parametrize("way", ("grouped_mm", "loop", "sorted", "tokens"))
 def test_gradients_flow_as_without_the_patch(way):
     module = tiny_olmoe().model.layers[0].mlp.experts
     index, weights = routing(20, 8, 0.0)
@@ -114,7 +119,42 @@ def test_gradients_flow_as_without_the_patch(way):
         torch.testing.assert_close(ours, own)
 
 
-@pytest.mark.parametrize("way", ("grouped_mm", "loop", "tokens"))
+@pytest.mark.parametrize(
+    ("way", "empty"),
+    [
+        ("loop", 0.6),
+        *((way, empty) for way in ("grouped_mm", "batched_mm", "sorted", "tokens") for empty in (0.6, 1.0)),
+    ],
+)
+def test_gradients_are_those_of_a_loop_over_tokens(way, empty):
+    """Zero where a slot is empty, and nowhere missing."""
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    index, weights = routing(20, 8, empty)
+    index[-1] = 64  # a token without experts, the last one
+    hidden, weights, grads = torch.randn(20, 64).requires_grad_(), weights.requires_grad_(), []
+    for forward in (dense_by_loop, lambda *inputs: forward_by(way, *inputs)):
+        total = forward(module, hidden, index, weights).square().sum()
+        if forward is dense_by_loop:  # which may have computed nothing
+            total = total + 0 * sum(one.sum() for one in (hidden, weights, *module.parameters()))
+        grads.append(torch.autograd.grad(total, (hidden, weights, *module.parameters())))
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_pairs_are_gathered_and_added_up():
+    """Token 2 has no pair, token 1 two, in one order by expert and in another by slot."""
+    order = torch.tensor([3, 1, 6, 2])  # of the slots of all tokens, two each
+    token, place = order // 2, torch.tensor([[4, 1], [3, 0], [4, 4], [2, 4]])
+    hidden, rows = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(Dispatch.apply(hidden, token, place), hidden[token])
+    zeros, (a, b, c, d) = torch.zeros(3), rows * weights.flatten()[order, None]
+    torch.testing.assert_close(Combine.apply(rows, weights, order, place), torch.stack([b, d + a, zeros, c]))
+    assert gradcheck(lambda hidden: Dispatch.apply(hidden, token, place), hidden)
+    assert gradcheck(lambda rows, weights: Combine.apply(rows, weights, order, place), (rows, weights))
+
+
+@pytest.mark.parametrize("way", ("grouped_mm", "loop", "sorted", "tokens"))
 def test_the_result_of_a_token_adds_up_in_float32(way):
     """64 experts in bfloat16: one rounding at the end, as in the model, and not one per addition."""
     module = tiny_olmoe().model.layers[0].mlp.experts.to(torch.bfloat16)
@@ -148,6 +188,8 @@ def test_twin_names(version, kind, monkeypatch):
     monkeypatch.setattr("torch.__version__", version)
     assert twin("grouped_mm") == "bh_grouped_mm" and twin(None) == "bh_eager"
     assert type(twin("grouped_mm")) is type(twin(None)) is kind, "what torch.compile of this version can trace"
+    for name in (None, "grouped_mm"):
+        assert twin_by_kernels(twin(name)) == twin(name, by_kernels=True)
     with pytest.raises(ValueError, match="'bh_eager' is a twin already"):
         twin("bh_eager")
 
@@ -173,7 +215,50 @@ def test_rows_multiplied_are_the_pairs(implementation, by_kernels, num_tokens):
     assert 0 < pairs < index.numel() and counter.rows == {"gate_up_proj": pairs, "down_proj": pairs}
 
 
-# -- which of the two computes on a CPU --------------------------------------------------------------------------------
+# -- who computes ------------------------------------------------------------------------------------------------------
+
+
+def test_sorted_pairs_compute_what_is_trained_on_a_cuda_device(monkeypatch):
+    """And nothing else: no implementation but grouped_mm, no pass of a model that is not trained."""
+    calls = []
+    monkeypatch.setattr(
+        "bhlib.sorted_pairs.sorted_forward", lambda *inputs: calls.append(len(inputs[1])) or sorted_forward(*inputs)
+    )
+
+    def run(rule=None, implementation="grouped_mm", dtype=torch.float32, frozen=False, training=False, **options):
+        calls.clear()
+        model = tiny_olmoe(num_hidden_layers=1).to(dtype).requires_grad_(not frozen).train(training)
+        model.set_experts_implementation(implementation)
+        with RoutingPatch(model, rule or BH(0.01), **options):
+            model(input_ids=tokens(2, 9))
+        return [*calls]
+
+    assert run() == []  # on a CPU
+    monkeypatch.setattr("bhlib.sorted_pairs.DEVICES", ("cpu",))
+    assert run() == run(dtype=torch.bfloat16) == run(dtype=torch.float16) == run(TopK(4)) == [18]
+    assert run(implementation="eager") == run(implementation="batched_mm") == run(frozen=True) == []
+    assert run(kernels=False) == run(TopK(8)) == run(mode="analyze") == []
+    with torch.no_grad():
+        assert run() == [] and run(training=True) == [18]  # a pass that is repeated with gradients
+
+
+def test_sorted_pairs_heed_autocast_as_grouped_mm_does(monkeypatch):
+    monkeypatch.setattr("bhlib.sorted_pairs.DEVICES", ("cpu",))
+    module = tiny_olmoe().model.layers[0].mlp.experts
+    hidden, (index, weights) = torch.randn(40, 64), routing(40, 8, 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kernel_forward("grouped_mm", module, hidden, index, weights)
+        own = pairwise_forward("grouped_mm", module, hidden, index, weights)
+    assert torch.equal(got, sorted_forward(module, hidden, index, weights)) and got.dtype == own.dtype
+    torch.testing.assert_close(got, own)
+
+
+def test_a_module_of_mixed_precision_is_left_to_the_model(monkeypatch):
+    monkeypatch.setattr("bhlib.sorted_pairs.DEVICES", ("cpu",))
+    module, weights = tiny_olmoe().model.layers[0].mlp.experts, torch.rand(3, 8)
+    for dtype, fits in ((torch.float32, True), (torch.bfloat16, False)):
+        assert sorted_pairs.inputs_fit("grouped_mm", module, torch.randn(3, 64, dtype=dtype), weights) == fits
+    assert not sorted_pairs.inputs_fit("grouped_mm", module.double(), torch.randn(3, 64).double(), weights)
 
 
 def test_the_loops_compute_plain_experts_with_an_empty_slot(monkeypatch):

@@ -21,6 +21,7 @@ FLOORS = [
     "penalties",  # what may be added to the loss in training
     "expert_loop",  # the experts one after the other, on a CPU
     "kernels",  # routing and experts by Triton, on a CUDA device
+    "sorted_pairs",  # the experts with gradients, on a CUDA device
     "layer_files",  # one file of what was fitted to each layer
     "norms",  # how large the outputs of experts are
     "rules",  # p-values -> experts and weights; the rival rules

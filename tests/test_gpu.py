@@ -6,6 +6,7 @@ The router's weights are spread so that its logits have a standard deviation of 
 """
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
+from bhlib.expert_loop import loop_forward
+from bhlib.experts import kernel_forward
 from bhlib.rules import BH, TopK
+from bhlib.sorted_pairs import sorted_forward
+from bhlib.speed.layer import random_routing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,6 +166,26 @@ def full_size_experts(device):
     for seed, matrices in enumerate(module.parameters()):
         torch.nn.init.normal_(matrices, std=0.02, generator=torch.Generator().manual_seed(seed))
     return module.to(device, torch.bfloat16)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 512])
+def test_experts_in_training(num_tokens):
+    """By sorted pairs: the gradients of float32, up to the rounding of bfloat16, and the same bits again."""
+    module, exact = (full_size_experts("cuda").to(dtype).requires_grad_() for dtype in (torch.bfloat16, torch.float32))
+    index, weights = random_routing(num_tokens, 4.0)
+    hidden, found = torch.randn(num_tokens, 2048, device="cuda", dtype=torch.bfloat16), []
+    grouped = partial(kernel_forward, "grouped_mm")
+    for run, forward in ((module, grouped), (module, sorted_forward), (exact, grouped), (exact, loop_forward)):
+        wanted = [one.to(run.down_proj.dtype).requires_grad_() for one in (hidden, weights)]
+        output = forward(run, wanted[0], index, wanted[1])
+        found.append((output, *torch.autograd.grad(output.float().square().mean(), (*wanted, *run.parameters()))))
+    unused = torch.ones(64, dtype=torch.bool, device="cuda").index_fill(0, index[index < 64], False)
+    assert unused.any() == (num_tokens == 3)
+    for got, again, wide, expected in zip(*found, strict=True):
+        assert torch.equal(got, again)
+        assert (got - expected).norm() < 0.02 * expected.norm()
+        torch.testing.assert_close(wide, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        assert len(got) != 64 or not got[unused].any()
 
 
 @two_devices

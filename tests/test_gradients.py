@@ -49,9 +49,20 @@ def assert_same_bits(one, other):
     assert [name for name, one, two in pairs if (one is not two) and not torch.equal(one, two)] == []
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def computed(request, monkeypatch):
+    """By the loop over experts, or by sorted pairs, which take the place of grouped_mm on a CUDA device."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr("bhlib.sorted_pairs.DEVICES", ("cpu",))
+
+
+both_ways = pytest.mark.usefixtures("computed")
+
+
 # -- where they come -------------------------------------------------------------------------------------------------
 
 
+@both_ways
 @pytest.mark.parametrize("use_kernels", ["auto", False])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -73,6 +84,7 @@ def test_they_reach_the_routers_the_kept_experts_and_all_below(implementation, h
             assert torch.equal(gradient.flatten(1).any(dim=1), kept), name
 
 
+@both_ways
 @pytest.mark.parametrize("use_kernels", ["auto", False])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -85,6 +97,7 @@ def test_under_the_models_own_rule_they_are_its_own_bit_for_bit(implementation, 
     assert_same_bits(train_once(model, own_by_bh, half=half), own)
 
 
+@both_ways
 @pytest.mark.parametrize("use_kernels", ["auto", False])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_they_are_those_of_the_dense_mask(implementation, use_kernels):
@@ -117,6 +130,7 @@ def test_to_record_does_not_change_them(collect_stats):
     assert_same_bits(train_once(model, BHRoutingIntegration(model, collect_stats=collect_stats)), plain)
 
 
+@both_ways
 def test_a_decision_by_norms_has_none():
     """So they are those of the same experts, imposed."""
     model = tiny_olmoe()
@@ -126,12 +140,14 @@ def test_a_decision_by_norms_has_none():
     assert_same_bits(train_once(model, RoutingPatch(model, Replay(patch.records))), got)
 
 
+@both_ways
 def test_what_stands_in_passes_them_on():
     model = tiny_olmoe()
     _, gradients = train_once(model, BHRoutingIntegration(model, 0.01, compensation=random_compensation(model)))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients.values())
 
 
+@both_ways
 def test_routers_alone_are_trained():
     model = tiny_olmoe().requires_grad_(False)
     gates = [layer.mlp.gate.weight.requires_grad_() for layer in model.model.layers]
@@ -147,6 +163,7 @@ ADAPTED = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("what", ADAPTED)
 def test_adapters_are_trained(what):
     adapted = get_peft_model(tiny_olmoe(), LoraConfig(**ADAPTED[what], init_lora_weights=False))
@@ -237,6 +254,7 @@ def test_gradcheck_of_a_patched_models_layer():
 # -- gradient checkpointing ------------------------------------------------------------------------------------------
 
 
+@both_ways
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("with_more", [False, True])
@@ -286,6 +304,7 @@ def test_kernels_stay_away_where_a_gradient_is_wanted(wanted, monkeypatch):
     assert kernels.inputs_fit(module, tensors["hidden"], tensors["weights"]) == (wanted is None)
     with torch.no_grad():
         assert kernels.inputs_fit(module, tensors["hidden"], tensors["weights"])
+        assert not kernels.inputs_fit(module.train(), tensors["hidden"], tensors["weights"])
 
 
 def test_copies_on_several_devices_are_refused():
@@ -320,6 +339,7 @@ def assert_trained(model, before, bh, losses):
     assert stats["total_tokens"] == len(losses) * IDS.numel() and 1 < stats["mean_experts_per_token"] < 8
 
 
+@both_ways
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer(alone, tmp_path, checkpointing):
     """Patch, then train: no subclass. What it saves is the plain model."""
@@ -338,6 +358,7 @@ def test_trainer(alone, tmp_path, checkpointing):
     assert_plain(model, restored, state)
 
 
+@both_ways
 def test_accelerate(alone, tmp_path):
     model = tiny_olmoe().train()
     before, state = {name: weight.clone() for name, weight in model.state_dict().items()}, state_of(model.model)

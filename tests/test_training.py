@@ -104,30 +104,6 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(DEMO))
 
 
-def test_experts_of_filled_slots_are_those_of_transformers(scripts):
-    """Outputs and gradients, with empty slots and without."""
-    from filled_slots import use_filled_slots
-    from models import tiny_olmoe, tokens
-
-    from bhlib import RoutingPatch
-    from bhlib.rules import BH, TopK
-
-    ids, found = tokens(2, 24), {}
-    for fast in (False, True):
-        model = tiny_olmoe()
-        if fast:
-            use_filled_slots(model)
-        for rule in (BH(0.01), TopK(8)):
-            model.zero_grad()
-            with RoutingPatch(model, rule, kernels=False):
-                loss = model(input_ids=ids, labels=ids).loss
-                loss.backward()
-            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-            found[fast, type(rule)] = loss.detach(), gradients
-    for rule in (BH, TopK):
-        torch.testing.assert_close(found[True, rule], found[False, rule], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", ["st-kept", "st-all", "penalty-0.1"])
 def test_gates_change_gradients_and_nothing_else(scripts, kind):
     from models import tiny_olmoe, tokens

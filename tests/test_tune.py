@@ -13,7 +13,7 @@ import torch
 from models import state_of, tiny_olmoe, tokens
 from safetensors.torch import save_file
 
-from bhlib import RoutingPatch, load_demo, load_heldout
+from bhlib import RoutingPatch, load_demo, load_heldout, sorted_pairs
 from bhlib.__main__ import main
 from bhlib.evaluation import evaluate
 from bhlib.pvalues import TokenGaussian
@@ -144,6 +144,23 @@ def test_the_teacher_is_the_model_itself():
     assert tuned.history["divergence"].iloc[0] == 0
     assert tuned.levels == {}
     assert tuned.rule == TopK(8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("train", ["router", "all"])
+def test_on_a_gpu_steps_go_by_sorted_pairs(train, training, monkeypatch):
+    """Once in each layer at each step: what the teacher says, and what levels are settled on, is the model's own."""
+    model, calls = tiny_olmoe().train(training), []
+    expected = tune(model, TEXT, train=train, distillation=0.5, **SMALL)
+    forward = sorted_pairs.sorted_forward
+    monkeypatch.setattr(sorted_pairs, "sorted_forward", lambda *inputs: calls.append(0) or forward(*inputs))
+    monkeypatch.setattr(sorted_pairs, "DEVICES", ("cpu",))
+    got = tune(model, TEXT, train=train, distillation=0.5, **SMALL)
+    assert len(calls) == 3 * len(got.history)
+    calls.clear()
+    own_k = tune(model, TEXT, TopK(8), train=train, distillation=1.0, **SMALL)
+    assert own_k.history["divergence"].iloc[0] == 0 and calls == []
+    np.testing.assert_allclose(got.history, expected.history, rtol=1e-3, atol=1e-6)
 
 
 def test_an_elastic_model_has_a_level_for_each_mean():

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from filled_slots import use_filled_slots
 from train import Corpus
 from tuning_gates import gated
 
@@ -56,7 +55,6 @@ class Runs:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.model, self.wide = load_demo(half)[0].to(self.device), load_demo()[0].to(self.device)
-        use_filled_slots(self.model)
         self.corpus = Corpus(corpus, self.device, EXPONENT)
         self.calibration = load_heldout("calibration", LENGTH, 8)
 

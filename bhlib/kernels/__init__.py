@@ -11,7 +11,8 @@ nothing waits for the device: hence CUDA graphs and ``torch.compile`` hold while
 Nothing is added up by atomic operations, so the same inputs give the same bits.
 
 Whether they can compute something here is asked of this module: of the machine by `available`, of a module by
-`module_fits`, of its inputs by `inputs_fit`. On a CPU there is `bhlib.expert_loop`, in plain torch.
+`module_fits`, of its inputs by `inputs_fit`. On a CPU there is `bhlib.expert_loop`, for training `bhlib.sorted_pairs`,
+both in plain torch.
 
 Importing this package is free; its other modules import Triton, which is there where torch was installed for CUDA on
 Linux. With ``TRITON_INTERPRET=1`` in the environment these run on the CPU, slowly: that is how they are tested without
@@ -105,14 +106,15 @@ def weights_fit(module: nn.Module) -> bool:
 def inputs_fit(module: nn.Module, hidden_states: Tensor, top_k_weights: Tensor) -> bool:
     """Whether the kernels compute a module that fits on these inputs.
 
-    That is: in half precision on a CUDA device, with no gradient wanted. Asked in every forward pass, so it asks
-    nothing that ``torch.compile`` cannot see.
+    That is: in half precision on a CUDA device, with no gradient wanted and not in training mode, in which a pass that
+    gradient checkpointing repeats may begin without gradients. Asked in every forward pass, so it asks nothing that
+    ``torch.compile`` cannot see.
     """
     if hidden_states.dtype not in DTYPES or not (hidden_states.is_cuda or interpreted()):
         return False
     gate_up, down = module.gate_up_proj, module.down_proj
     fit = gate_up.dtype == down.dtype == hidden_states.dtype
-    return fit and not gradients_wanted(hidden_states, top_k_weights, gate_up, down)
+    return fit and not (module.training or gradients_wanted(hidden_states, top_k_weights, gate_up, down))
 
 
 def gradients_wanted(*inputs: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from tqdm.auto import tqdm
 
-from bhlib.discovery import find_moe_layers, input_device, name_of
+from bhlib import sorted_pairs
+from bhlib.discovery import find_moe_layers, implementations_changed, input_device, name_of
+from bhlib.experts import twin_by_kernels
 from bhlib.patching import RoutingPatch
 from bhlib.rules import BH, Rule, TopK
 from bhlib.text_pass import check_texts
@@ -143,7 +146,9 @@ def tune(
     Notes
     -----
     Started by ``accelerate launch``, every process has a whole model and a share of each batch, and gradients are
-    averaged. Weights are trained in float32 copies (`Trained`); the passes run in the model's own dtype.
+    averaged. Weights are trained in float32 copies (`Trained`); the passes run in the model's own dtype. On a CUDA
+    device `bhlib.sorted_pairs` computes the experts of those with gradients, where `RoutingPatch` would let it; all
+    others, and what the distillation compares with, are the model's own implementation's, without `bhlib.kernels`.
 
     Examples
     --------
@@ -185,6 +190,7 @@ class Training:
     def __init__(self, model: nn.Module, sequences: Tensor, rule: Rule, plan: Plan, trained: Trained) -> None:
         self.model, self.sequences, self.rule, self.plan, self.trained = model, sequences, rule, plan, trained
         self.device, self.state = input_device(model), PartialState(cpu=not torch.cuda.is_available())
+        self.by_pairs = self.device.type in sorted_pairs.DEVICES and RoutingPatch(model, rule).kernels
         self.own = TopK(find_moe_layers(model)[0].top_k)
         self.batch_size = min(plan.batch_size, len(sequences) // self.state.num_processes * self.state.num_processes)
         self.steps = -(-plan.tokens // (self.batch_size * sequences.shape[1]))
@@ -226,10 +232,9 @@ class Training:
     def run(self, path: Path | None, facts: dict[str, Any], save_every: int, progress: bool) -> None:
         """Run all steps that are left."""
         first = len(self.history)
-        kernels = "auto" if self.device.type == "cpu" else False  # there, kernels give no gradient to routers
-        options: dict[str, Any] = {"collect_stats": False, "kernels": kernels}
+        kernels = False if self.by_pairs else "auto"  # what the model itself says is to be its own, to the bit
         with (
-            RoutingPatch(self.model, self.rule, **options) as patch,
+            RoutingPatch(self.model, self.rule, collect_stats=False, kernels=kernels) as patch,
             tqdm(total=self.steps, initial=first, unit="step", desc="tune", disable=not progress) as bar,
         ):
             self.trained.put()
@@ -249,16 +254,22 @@ class Training:
         own = self._own_logits(patch, batch) if self.plan.distillation else None
         drawn = self.targets(step, len(batch))
         patch.rule = self._rule_for(drawn)
-        with selected(patch) as counts:
-            logits = self.model(input_ids=batch, use_cache=False).logits
-        parts = losses(logits, own, batch)
-        loss = parts[0] if own is None else (1 - self.plan.distillation) * parts[0] + self.plan.distillation * parts[1]
-        loss.backward()
+        with self._with_gradients(patch):
+            with selected(patch) as counts:
+                logits = self.model(input_ids=batch, use_cache=False).logits
+            parts = losses(logits, own, batch)
+            share = self.plan.distillation
+            loss = parts[0] if own is None else (1 - share) * parts[0] + share * parts[1]
+            loss.backward()
         self._update(step)
         means = counts.means(len(batch))
         self._steer(drawn, means)
         numbers = reduce(torch.stack([loss.detach(), *parts.detach(), means.mean()]), "mean")
         return numbers.tolist()
+
+    def _with_gradients(self, patch: RoutingPatch) -> AbstractContextManager:
+        """Within the block sorted pairs may compute the experts. The gradients keep kernels away."""
+        return implementations_changed(patch.layers, twin_by_kernels) if self.by_pairs else nullcontext()
 
     def _own_logits(self, patch: RoutingPatch, batch: Tensor) -> Tensor:
         """What the model itself says, with its own weights and routing."""
