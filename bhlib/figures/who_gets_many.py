@@ -29,8 +29,8 @@ def draw_who_gets_many(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("experts above the mean of all tokens", fontsize=8)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(rules), fontsize=7.5)
     fig.suptitle(
-        f"{sizes} of the test split; a row of points per rule, a point per model with its 95 % interval of a mixed model, "
-        "documents as random effects",
+        f"{sizes} of the test split; a row of points per rule, a point per model with its 95 % interval of a mixed "
+        "model, documents as random effects",
         fontsize=8,
     )
     return fig
