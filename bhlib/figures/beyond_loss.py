@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import Picture, sizes_caption
+from bhlib.figures.drawing import Picture, error_bars, sizes_caption
 from bhlib.figures.registry import figure
 from bhlib.looks import BLACK, BLUE, GREEN, ORANGE, RED
 from bhlib.measures import MEASURES
@@ -52,12 +52,8 @@ def _draw_measure(axes: Axes, part: pd.DataFrame, models: list[str], measure: st
     for number, (family, color) in enumerate(FAMILIES.items()):
         rows = part[part["family"] == family]
         place = rows["model"].map(models.index) + 0.15 * (number - (len(FAMILIES) - 1) / 2)
-        low, high = (
-            scale * (rows["difference"] - rows["difference_low"]),
-            scale * (rows["difference_high"] - rows["difference"]),
-        )
-        axes.errorbar(scale * rows["difference"], place, xerr=[low, high], fmt="o", color=color, markersize=3,
-                      linewidth=1)  # fmt: skip
+        middle, reach = error_bars(rows, "difference", "difference_low", "difference_high", scale)
+        axes.errorbar(middle, place, xerr=reach, fmt="o", color=color, markersize=3, linewidth=1)
     axes.axvline(0, color=BLACK, linewidth=0.8)
     left, right = axes.get_xlim()
     axes.axvspan(*((0, max(right, 0)) if measure in MORE_IS_BETTER else (min(left, 0), 0)), color=GREEN, alpha=0.07)

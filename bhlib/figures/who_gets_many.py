@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import Picture
+from bhlib.figures.drawing import Picture, error_bars
 from bhlib.figures.registry import figure
 from bhlib.looks import BLACK, BLUE, GREEN, RED
 
@@ -42,8 +42,8 @@ def _draw_factor(axes: Axes, part: pd.DataFrame, rules: dict[str, str]) -> None:
     for number, (rule, color) in enumerate(rules.items()):
         rows = part[part["rule"] == rule]
         place = rows["value"].map(values.index) + 0.22 * (number - (len(rules) - 1) / 2)
-        reach = [rows["effect"] - rows["low"], rows["high"] - rows["effect"]]
-        axes.errorbar(rows["effect"], place, xerr=reach, fmt="o", color=color, markersize=3, linewidth=1, label=rule)
+        middle, reach = error_bars(rows, "effect")
+        axes.errorbar(middle, place, xerr=reach, fmt="o", color=color, markersize=3, linewidth=1, label=rule)
     axes.axvline(0, color=BLACK, linewidth=0.8)
     names = [str(int(value) + 1) for value in values] if part["factor"].iloc[0] == "position" else values
     axes.set_yticks(range(len(values)), names, fontsize=7.5)
