@@ -129,7 +129,7 @@ before_and_after(model, shipped, text, fresh).round(3)
 # ## Trained as long as the rivals
 #
 # Every training below read the same six million tokens (64 sequences of 512 to a step), and each method chose its learning rate
-# and its loss by itself, from grids of the same size, on the validation split (the lowest row of the figure). Then each was trained
+# and its loss by itself, from grids of the same size, on the validation split (the lowest row of the figure; the threshold took BH's). Then each was trained
 # with three seeds and measured once on the whole test split. Where two lines of the table differ in experts, the loss is read off a
 # curve through three levels, at exactly the number that is written.
 

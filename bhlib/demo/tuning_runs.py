@@ -4,8 +4,8 @@
     python bhlib/demo/tuning_table.py RUNS figures/training.csv
 
 The corpus is that of `corpus.py`. First settings are chosen on the validation split (part E); the criterion is the
-lowest validation loss of each method by itself, over the same grid. Then, with these, trainings are measured on the
-test split: equally long ones of every weight (A), routers alone (B), elastic models and others for one number of
+lowest validation loss of each method by itself, over grids of equal size. Then, with these, trainings are measured on
+the test split: equally long ones of every weight (A), routers alone (B), elastic models and others for one number of
 experts each (C); and on the validation split, shorter and longer ones (D). A training is one cell; what is finished is
 read from `--out`, so that a run that was stopped goes on.
 

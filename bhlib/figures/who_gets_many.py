@@ -18,10 +18,9 @@ def draw_who_gets_many(table: pd.DataFrame) -> Figure:
     """A panel per factor, a row per value: by how much its tokens lie above the mean of all, the others held fixed."""
     sizes = [table.loc[table["factor"] == factor, "value"].nunique() for factor in TITLES]
     fig = Picture(figsize=(11, 1.6 + 0.34 * max(sizes)), layout="constrained")
-    tokens = table[table["factor"] == "kind"].groupby(["model", "rule"], sort=False)["tokens"].sum()
-    sizes = ", ".join(
-        f"{model}: {count:,} tokens" for model, count in tokens.groupby("model", sort=False).first().items()
-    )
+    kinds = table[(table["factor"] == "kind") & (table["rule"] == table["rule"].iloc[0])]
+    tokens = kinds.groupby("model", sort=False)["tokens"].sum()
+    measured = ", ".join(f"{model}: {count:,} tokens" for model, count in tokens.items())
     rules = dict(zip(dict.fromkeys(table["rule"]), (RED, BLUE, GREEN), strict=False))
     for axes, (factor, title) in zip(fig.subplots(1, len(TITLES)), TITLES.items(), strict=True):
         _draw_factor(axes, table[table["factor"] == factor], rules)
@@ -29,7 +28,7 @@ def draw_who_gets_many(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("experts above the mean of all tokens", fontsize=8)
     fig.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(rules), fontsize=7.5)
     fig.suptitle(
-        f"{sizes} of the test split; a row of points per rule, a point per model with its 95 % interval of a mixed "
+        f"{measured} of the test split; a row of points per rule, a point per model with its 95 % interval of a mixed "
         "model, documents as random effects",
         fontsize=8,
     )
