@@ -18,7 +18,7 @@ from bhlib.measures import measure
 from bhlib.pvalues import STATISTICS, DirichletNull
 from bhlib.replication.models import REPLICATES
 from bhlib.replication.routers import saturation_of, who_of
-from bhlib.replication.subject import FAMILIES, Case, Subject
+from bhlib.replication.subject import SHARED, Case, Subject
 from bhlib.rules import BH, Rule, Threshold, TopK
 from bhlib.specialization import observe_selection, summarize_specialization
 from bhlib.tuning import tune_layer_weights
@@ -101,7 +101,7 @@ def _swept(subject: Subject, cases: Sequence[Case], text: Mapping[str, Tensor]) 
 
 
 def rules_table(subject: Subject, step: int = 2) -> pd.DataFrame:
-    """Every family in `FAMILIES` at every cost, on every step-th sequence of the test split.
+    """Every family of `Subject.families` at every cost, on every step-th sequence of the test split.
 
     Returns
     -------
@@ -111,7 +111,7 @@ def rules_table(subject: Subject, step: int = 2) -> pd.DataFrame:
         "threshold" (`matched_difference`), ``difference`` with ``low``, ``high`` and its standard error ``se`` over
         documents; ``sequences``, ``units``. Static top-k itself, ``against`` nothing, at each whole k.
     """
-    cases = subject.cases(FAMILIES, subject.costs())
+    cases = subject.cases(subject.families, subject.costs())
     text, documents = subject.text("test", step)
     frame = with_documents(_swept(subject, cases, text), documents)
     static = matched_compute(frame).set_index("rule")
@@ -200,6 +200,8 @@ def defaults_table(subject: Subject) -> pd.DataFrame:
                 cases.append(Case(name, cost, level, options))
             except ValueError as reason:
                 tqdm.write(f"{name}, {cost:g} is left out: {reason}")
+    if subject.normalizes:
+        cases += subject.cases(SHARED[:1], subject.costs((3 / 8, 4 / 8, 6 / 8)))
     table = matched_compute(with_documents(_swept(subject, cases, text), documents))
     facts = {case.name: (case.family, case.wanted, case.wanted / subject.top_k) for case in cases}
     described = pd.DataFrame([facts[name] for name in table["rule"]], columns=["family", "wanted", "share"])

@@ -33,12 +33,15 @@ class Replicate:
 REPLICATES = {
     "demo": Replicate("demo", f"--steps {STEPS}"),
     "seed2": Replicate("seed 2", f"--seed 2 --steps {STEPS} --snapshots {SNAPSHOTS}"),
-    "seed3": Replicate("seed 3, short", f"--seed 3 --steps {PART} --snapshots {SNAPSHOTS}"),
+    "seed3": Replicate("seed 3", f"--seed 3 --steps {STEPS} --snapshots {SNAPSHOTS}"),
     "small": Replicate("6 M", f"--seed 4 --steps {PART} --hidden 96 --width 32"),
     "large": Replicate("113 M", "--seed 5 --steps 600 --hidden 512 --width 128"),
     "deep": Replicate("16 layers", "--seed 6 --steps 700 --layers 16"),
     "balance": Replicate("load balance 0.1", f"--seed 7 --steps {PART} --load-balance 0.1"),
     "norm_topk": Replicate("norm_topk_prob", f"--seed 8 --steps {PART} --norm-topk-prob"),
+    "norm_topk128": Replicate(
+        "norm_topk_prob, 128 experts", f"--seed 11 --steps {PART} --norm-topk-prob --experts 128"
+    ),
     "experts128": Replicate("128 experts", f"--seed 9 --steps {PART} --experts 128"),
     "experts16": Replicate("16 experts, top 2", f"--seed 10 --steps {PART} --experts 16 --top-k 2 --width 256"),
 }

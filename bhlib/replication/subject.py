@@ -20,7 +20,8 @@ from bhlib.levels import level_for_mean_experts
 from bhlib.loading import DEMO
 from bhlib.norms import OutputNorms
 from bhlib.pvalues import FittedNull
-from bhlib.rules import BH, Rule, Threshold
+from bhlib.rules import BH, Rule, Threshold, TopK
+from bhlib.rules.folding import Halving
 from bhlib.texts import read_text
 
 #: Shares of the model's own experts at which rules are compared: three to seven of eight.
@@ -43,6 +44,10 @@ FAMILIES = (
     "threshold, norms, compensated",
     "BH, fitted null, norms, compensated",
 )
+
+#: Of a model that divides weights by their sum, besides: by the sum of its own top's instead (`bhlib.weighting`).
+SHARES_OF_TOP = ", shares of the top"
+SHARED = tuple(name + SHARES_OF_TOP for name in ("static top-k", "threshold", "BH"))
 
 
 class Case(NamedTuple):
@@ -87,6 +92,11 @@ class Subject:
         return self.study.top_k
 
     @property
+    def families(self) -> tuple[str, ...]:
+        """Those of `FAMILIES`, and of `SHARED` where a token's weights are divided by their sum."""
+        return FAMILIES + SHARED * self.normalizes
+
+    @property
     def normalizes(self) -> bool:
         """Whether a token's weights are divided by their sum."""
         return find_moe_layers(self.model)[0].weighting == "normalized"
@@ -129,6 +139,8 @@ class Subject:
         options: dict[str, Any] = {"norms": self.norms} if "norms" in name else {}
         if "compensated" in name:
             options["compensation"] = self.compensation
+        if name.endswith(SHARES_OF_TOP):
+            options["weights"] = "share_of_top"
         if name.startswith("threshold"):
             return partial(Threshold, max_k=self.top_k), options
         make = partial(BH, method="fixed" if name.startswith("fixed cut") else "bh", max_k=self.top_k)
@@ -140,6 +152,11 @@ class Subject:
         """Rules of families at counted costs; those that no level gives are left out, and said."""
         found, costs = [], list(costs)
         for name in names:
+            if name.startswith("static"):
+                whole = [int(cost) for cost in costs if float(cost).is_integer()]
+                rules = {k: Halving(TopK(k), self.top_k, reference=self.top_k) for k in whole}
+                found += [Case(name, k, rule, {}) for k, rule in rules.items()]
+                continue
             make, options = self.family(name)
             norms = options.get("norms")
             logits = self.study.thin_logits if norms is None else norms.shown(self.study.thin_logits)
