@@ -6,8 +6,8 @@
 The corpus is that of `corpus.py`. First settings are chosen on the validation split (part E); the criterion is the
 lowest validation loss of each method by itself, over grids of equal size. Then, with these, trainings are measured on
 the test split: equally long ones of every weight (A), routers alone (B), elastic models and others for one number of
-experts each (C); and on the validation split, shorter and longer ones (D). A training is one cell; what is finished is
-read from `--out`, so that a run that was stopped goes on.
+experts each (C), A and B three times as long, too; and on the validation split, shorter and longer ones (D). A training
+is one cell; what is finished is read from `--out`, so that a run that was stopped goes on, in other parts if need be.
 
 Forward and backward run in bfloat16 with float32 copies of the weights. The trained weights are measured in float32.
 """
@@ -16,7 +16,9 @@ import argparse
 import json
 import time
 import traceback
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from bhlib.evaluation import evaluate
 from bhlib.loading import heldout_sequence_documents
 from bhlib.rules import BH, Rule, Threshold, TopK
 from bhlib.training import LevelController, Tuned, settle, tune
+from bhlib.training.loop import Training
 
 LENGTH, ROWS = 512, 64
 #: Domains are drawn as when the demo was trained, in a stream of random numbers of its own.
@@ -46,6 +49,23 @@ ELASTIC = (2, 7.5)  # no level of BH gives eight
 def rule_of(method: str) -> Rule:
     """``"BH"``, ``"threshold"``, or ``"top-4"``."""
     return {"BH": BH, "threshold": Threshold}[method]() if method[:3] != "top" else TopK(int(method[4:]))
+
+
+@contextmanager
+def drawn(how: str) -> Iterator[None]:
+    """Within the block an elastic training draws its means evenly, or ``"low"``: with chances as one over the mean."""
+
+    def targets(self, step, rows):
+        share = 1 / np.array(self.plan.mean_ks)
+        generator = np.random.default_rng([self.plan.seed, step, self.state.process_index, 1])
+        return generator.choice(len(share), size=rows, p=share / share.sum())
+
+    own = Training.targets
+    Training.targets = targets if how == "low" else own
+    try:
+        yield
+    finally:
+        Training.targets = own
 
 
 class Runs:
@@ -64,7 +84,7 @@ class Runs:
         text = self.corpus.batch(cell["seed"], DRAW, rows, LENGTH - 1).cpu()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with gated(self.model, cell["gate"]):
+        with gated(self.model, cell["gate"]), drawn(cell.get("draw", "even")):
             tuned = tune(
                 self.model, text, rule_of(cell["method"]), mean_k=cell["k"], train=cell["train"], seed=cell["seed"],
                 tokens=cell["tokens"], batch_size=ROWS, learning_rate=cell["lr"], distillation=cell["w"],
@@ -93,13 +113,18 @@ class Runs:
         return {mean: rule.at(level) for mean, level in zip(means, controller.levels, strict=True)}
 
     def on_validation(self, cell: dict, tuned: Tuned | None) -> None:
-        """Loss on the validation split, at a level that was found on that split."""
+        """Loss on the validation split, at levels found on that split; of an elastic model a list of losses."""
         text = load_heldout("validation", LENGTH)
+        wanted = [mean for mean in cell["at"] if mean < 8] if cell["k"] == ELASTIC else [cell["k"]]
         with tuned.in_place(self.wide) if tuned else nullcontext():
-            (rule,) = self.rules(cell["method"], [cell["k"]], text).values()
-            frame = evaluate(self.wide, text, rule, batch_size=64, kernels=False)
-        cell["valid_loss"] = float(np.average(frame["loss"], weights=frame["tokens"]))
-        cell |= {"valid_k": frame["mean_k"].mean(), "entropy": frame["load_entropy"].mean()}
+            rules = self.rules(cell["method"], wanted, text)
+            frames = [evaluate(self.wide, text, rule, batch_size=64, kernels=False) for rule in rules.values()]
+        losses = [float(np.average(frame["loss"], weights=frame["tokens"])) for frame in frames]
+        if cell["k"] == ELASTIC:
+            cell["valid_losses"] = losses
+        else:
+            (cell["valid_loss"],), (frame,) = losses, frames
+            cell |= {"valid_k": frame["mean_k"].mean(), "entropy": frame["load_entropy"].mean()}
 
     def on_test(self, cell: dict, tuned: Tuned | None) -> pd.DataFrame:
         """Loss of every sequence of the test split, at levels that were found on the calibration split."""
@@ -162,10 +187,11 @@ def settings_from(cells: pd.DataFrame) -> dict[str, tuple[float, float]]:
 def final_cells(tokens: int, settings: dict[str, tuple[float, float]]) -> list[dict]:
     """Parts A to D, and the model without training (0), the most important first."""
 
-    def cell(part, method, train, k, seed, tokens=tokens, **more):
+    def cell(part, method, train, k, seed, tokens=tokens, gate="kept", **more):
         lr, w = settings.get(f"{train} {method.replace('threshold', 'BH')}", (None, None))
         name = f"{part} {train} {method} {'elastic' if k == ELASTIC else k} {tokens} s{seed}"
-        return {"part": part, "train": train, "method": method, "k": k, "lr": lr, "w": w, "gate": "kept", "seed": seed,
+        name += "".join(f" {word}" for word in (gate, more.get("draw", "even")) if word not in ("kept", "even"))
+        return {"part": part, "train": train, "method": method, "k": k, "lr": lr, "w": w, "gate": gate, "seed": seed,
                 "tokens": tokens, "name": name} | more  # fmt: skip
 
     whole = {"at": [2, 3, 4, 5, 6, 7, 8]}
@@ -177,10 +203,23 @@ def final_cells(tokens: int, settings: dict[str, tuple[float, float]]) -> list[d
         cells += [cell("B", "BH", "router", k, seed) for k in (4, 5)]
         one = [cell("C", "BH", "all", ELASTIC, seed, **whole), *(cell("C", "BH", "all", k, seed) for k in (3, 5, 6, 7))]
         (cells if seed == 1 else others).extend([*one, cell("B", "threshold", "router", 4, seed)])
-    for other in (tokens // 24, tokens // 12, tokens // 6, tokens // 3, tokens * 3):
+    long = tokens * 3
+    for other in (tokens // 24, tokens // 12, tokens // 6, tokens // 3, long):
         for method, train, k in (("BH", "all", 4), ("top-8", "all", 8), ("BH", "router", 4), ("top-4", "all", 4)):
             cells += [cell("D", method, train, k, 1, other)]
-    return cells + [cell("C", "BH", "router", ELASTIC, 1, **whole)] + others
+    cells += [cell("C", "BH", "router", ELASTIC, 1, **whole), *others]
+    cells += [cell("C", "BH", "all", ELASTIC, seed, draw="low", **whole) for seed in (2, 1, 3)]
+    cells += [
+        cell("D", "BH", train, 4, 1, other, "st-all") for other in (tokens // 3, tokens) for train in ("router", "all")
+    ]
+    for seed in (1, 2, 3):
+        cells += [
+            cell("A", m, "all", 8 if m == "top-8" else 4, seed, long) for m in ("BH", "top-8", "top-4", "threshold")
+        ]
+        cells += [cell("B", "BH", "router", k, seed, long, "st-all") for k in (4, 5)]
+        cells += [cell("A", "BH", "all", 4, seed, long, "st-all"), cell("B", "BH", "router", 4, seed, long)]
+        cells += [cell("B", "threshold", "router", 4, seed, long, "st-all")]
+    return cells
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -191,19 +230,20 @@ def run(runs: Runs, cells: list[dict], args: argparse.Namespace) -> None:
     told, losses = args.out / f"cells_{args.part}.csv", args.out / f"sequences_{args.part}.csv.xz"
     rows = pd.read_csv(told).to_dict("records") if told.exists() else []
     frames = [pd.read_csv(losses)] if losses.exists() else []
-    finished = {row["name"] for row in rows if not isinstance(row.get("error"), str)}
+    others = [pd.read_csv(path).to_dict("records") for path in sorted(args.out.glob("cells_*.csv"))]
+    finished = {row["name"] for row in [*rows, *chain(*others)] if not isinstance(row.get("error"), str)}
     for cell in cells[args.part :: args.of]:
         if cell["name"] in finished:
             continue
         try:
             tuned = None if cell["train"] == "none" else runs.train(cell)
-            if cell["part"] in "ED" or (cell["part"] in "AB" and cell["seed"] == 1):
+            if cell["part"] in "ED" or (cell["part"] in "ABC" and cell["seed"] == (2 if cell["part"] == "C" else 1)):
                 runs.on_validation(cell, tuned)
             if cell["part"] in "0ABC":
                 frames.append(runs.on_test(cell, tuned))
                 pd.concat(frames).to_csv(losses, index=False, float_format="%.6g")
             if cell["name"].startswith("B router BH 4 ") and cell["seed"] == 1:
-                runs.save_router(tuned, args.out / "router.safetensors")
+                runs.save_router(tuned, args.out / f"router_{cell['tokens']}_{cell['gate']}.safetensors")
         except Exception as error:
             traceback.print_exc()
             cell["error"] = f"{type(error).__name__}: {error}"[:300]

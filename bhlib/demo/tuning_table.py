@@ -8,6 +8,7 @@ logarithm of the mean, as `bhlib.comparisons.matched_difference` does.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from scipy.interpolate import CubicSpline
 
 from bhlib.comparisons import Resamples, resample
 
-#: What is trained, in words.
+#: What is trained, in words; and how the decision got a gradient, where not through the kept weights alone.
 WORDS = {"none": "untuned", "router": "routers", "all": "all weights"}
+GATES = {"kept": "", "st-all": ", gates"}
+
+#: What a measurement on the validation split is for, by the part of the cell; of the others, loss against tokens.
+KINDS = {"E": "choice", "C": "elastic"}
 
 #: Rows of the comparison: what, rule, experts, against what, rule; elastic models are compared in a loop.
 PAIRS = (
@@ -36,6 +41,13 @@ PAIRS = (
     ("routers", "BH", 5, "untuned", "BH"),
     ("routers", "BH", 5, "untuned", "top-8"),
     ("routers", "threshold", 4, "untuned", "top-8"),
+    ("all weights, gates", "BH", 4, "all weights", "top-8"),
+    ("all weights, gates", "BH", 4, "all weights", "BH"),
+    ("routers, gates", "BH", 4, "untuned", "BH"),
+    ("routers, gates", "BH", 4, "routers", "BH"),
+    ("routers, gates", "BH", 4, "routers, gates", "threshold"),
+    ("routers, gates", "BH", 5, "untuned", "BH"),
+    ("routers, gates", "BH", 5, "untuned", "top-8"),
 )
 
 
@@ -54,10 +66,11 @@ class Measured:
         told = cells.set_index("name")
         runs = sequences["rule"].str.rpartition("|")
         elastic = runs[0].str.contains(" elastic ")
+        draws = np.where(told.loc[runs[0], "draw"] == "low", "elastic", "elastic, even")
         self.frame = sequences.assign(
-            what=[WORDS[train] for train in told.loc[runs[0], "train"]],
+            what=[WORDS[row.train] + GATES[row.gate] for row in told.loc[runs[0], ["train", "gate"]].itertuples()],
             method=told.loc[runs[0], "method"].to_numpy(),
-            k=np.where(elastic, "elastic", told.loc[runs[0], "k"].astype(str)),
+            k=np.where(elastic, draws, told.loc[runs[0], "k"].astype(str)),
             seed=told.loc[runs[0], "seed"].to_numpy(),
             level=runs[2].astype(float),
         )
@@ -118,7 +131,7 @@ class Measured:
         """A row for each level of a series that was measured at all its levels for their own sake, else for its own."""
         experts, loss = self.points(series)
         wanted = range(len(experts[0]))
-        if series[0] != "untuned" and series[2] != "elastic":
+        if series[0] != "untuned" and not series[2].startswith("elastic"):
             wanted = [int(np.abs(experts[0] - float(series[2])).argmin())]  # type: ignore[assignment]
         for index in wanted:
             low, high = self.drawn.interval(loss[:, index])
@@ -145,8 +158,20 @@ def make_table(cells: pd.DataFrame, sequences: pd.DataFrame | None = None) -> pd
     cells = cells[cells["error"].isna()] if "error" in cells else cells
     if sequences is None:
         return pd.DataFrame(validation_rows(cells))
-    measured = Measured(sequences, cells)
-    rows = [row for series in measured.series for row in measured.curve(series)]
+    told, parts = cells.set_index("name")["tokens"], []
+    runs = told.loc[sequences["rule"].str.rpartition("|")[0]].to_numpy()
+    for trained in sorted(cells.loc[cells["part"] == "A", "tokens"].unique()):
+        measured = Measured(sequences[(runs == trained) | (runs == 0)], cells)
+        one = measured.frame[measured.frame["rule"] == measured.frame["rule"].iloc[0]]
+        size = {"units": measured.drawn.units, "sequences": len(one), "measured_tokens": int(one["tokens"].sum())}
+        series = [s for s in measured.series if s[0] != "untuned" or not parts]  # that it is untuned is told once
+        rows = [row for one in series for row in measured.curve(one)] + list(_differences(measured))
+        parts.append(pd.DataFrame(rows).assign(split="test", tokens=trained, **size))
+    return pd.concat([*parts, pd.DataFrame(validation_rows(cells))], ignore_index=True)
+
+
+def _differences(measured: Measured) -> Iterator[dict[str, object]]:
+    """Rows of `PAIRS` that were measured; elastic models against those for one number of experts, and none."""
 
     def find(what: str, method: str, k: object) -> tuple | None:
         near = [s for s in measured.series if s[:2] == (what, method) and s[2] in (str(k), f"{k}.0")]
@@ -156,30 +181,37 @@ def make_table(cells: pd.DataFrame, sequences: pd.DataFrame | None = None) -> pd
         whole = rival[4:] if rival.startswith("top-") else 4 if versus == "untuned" else k
         one, other = find(what, method, k), find(versus, rival, whole)
         if one and other:
-            rows.append(measured.compare(one, other, float(k)))
-    for what in ("all weights", "routers"):
-        elastic = find(what, "BH", "elastic")
+            yield measured.compare(one, other, float(k))
+    for what, draw in (("all weights", "elastic"), ("all weights", "elastic, even"), ("routers", "elastic, even")):
+        elastic = find(what, "BH", draw)
         for k in (3, 4, 5, 6, 7, 8) if elastic else ():
             single = find("all weights", "top-8" if k == 8 else "BH", k) if what == "all weights" else None
             untuned = find("untuned", "top-8" if k == 8 else "BH", 8 if k == 8 else 4)
-            rows += [measured.compare(elastic, other, float(k)) for other in (single, untuned) if other]
-    one = measured.frame[measured.frame["rule"] == measured.frame["rule"].iloc[0]]
-    size = {"units": measured.drawn.units, "sequences": len(one), "measured_tokens": int(one["tokens"].sum())}
-    trained = cells.loc[cells["part"] == "A", "tokens"].max()
-    on_test = pd.DataFrame(rows).assign(split="test", tokens=trained, **size)
-    return pd.concat([on_test, pd.DataFrame(validation_rows(cells))], ignore_index=True)
+            yield from (measured.compare(elastic, other, float(k)) for other in (single, untuned) if other)
 
 
 def validation_rows(cells: pd.DataFrame) -> list[dict[str, object]]:
-    """A row for each training that was measured on the validation split, which keeps no interval."""
+    """A row for each training that was measured on the validation split, which keeps no interval.
+
+    An elastic one has a row for each number of experts.
+    """
+    done = cells[cells["valid_loss"].notna()]
+    if "valid_losses" in cells:
+        elastic = cells[cells["valid_losses"].notna()]
+        read = elastic.assign(
+            valid_loss=elastic["valid_losses"].map(json.loads),
+            valid_k=elastic["at"].map(lambda text: [k for k in json.loads(text) if k < 8]),
+            k=np.where(elastic["draw"] == "low", "elastic", "elastic, even"),
+        )
+        done = pd.concat([done, read.explode(["valid_loss", "valid_k"])])
     return [
         {
-            "kind": "choice" if row.part == "E" else "tokens", "split": "validation", "what": WORDS[row.train],
+            "kind": KINDS.get(row.part, "tokens"), "split": "validation", "what": WORDS[row.train],
             "method": row.method, "k": row.k, "mean_k": row.valid_k, "loss": row.valid_loss, "seeds": 1,
             "tokens": 0 if row.train == "none" else row.tokens, "learning_rate": row.lr, "distillation": row.w,
             "gate": row.gate,
         }
-        for row in cells[cells["valid_loss"].notna()].itertuples()
+        for row in done.itertuples()
     ]  # fmt: skip
 
 
