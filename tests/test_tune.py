@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from bhlib.evaluation import evaluate
 from bhlib.pvalues import TokenGaussian
 from bhlib.rules import BH, StaticPerLayer, Threshold, TopK, TopP
 from bhlib.training import LevelController, Tuned, load_tuned, settle, tune
-from bhlib.training.loop import LEVEL_TOKENS, losses
+from bhlib.training.loop import LEVEL_TOKENS, Plan, Training, losses
 from bhlib.training.tuned import facts_of, rule_of
 from bhlib.training.weights import training_of
 
@@ -171,6 +172,20 @@ def test_an_elastic_model_has_a_level_for_each_mean():
     assert tuned.levels[3.0] < between < tuned.levels[4.0]
     with pytest.raises(ValueError, match="mean_k is 7, but these weights were trained for 2 to 5"):
         tuned.rule_at(7.0)
+
+
+def test_an_elastic_model_draws_few_experts_more_often(monkeypatch):
+    """With chances as one over the mean. A script has the even draws, which that was chosen over."""
+    from bhlib.loading import DEMO
+
+    monkeypatch.syspath_prepend(str(DEMO))
+    from tuning_runs import drawn
+
+    state = SimpleNamespace(plan=Plan(mean_k=(2.0, 7.5)), state=SimpleNamespace(process_index=0))
+    for how, chances in (("low", 1 / np.array(state.plan.mean_ks)), ("even", np.ones(7))):
+        with drawn(how):
+            seen = np.bincount(Training.targets(state, 3, 20_000), minlength=7) / 20_000
+        np.testing.assert_allclose(seen, chances / chances.sum(), atol=4 * np.sqrt(0.25 / 20_000))
 
 
 def test_half_precision_is_trained_in_float32():

@@ -52,8 +52,9 @@ class Plan:
         What is trained (`bhlib.training.weights`).
     mean_k : float or (float, float)
         The mean number of experts that is held, by moving the rule's level. Two numbers make an elastic model: every
-        sequence of a batch has a mean of its own, drawn from the whole numbers from the first to the second. For a
-        rule without a level it has no meaning.
+        sequence of a batch has a mean of its own, drawn from the whole numbers from the first to the second with
+        chances as one over the number, since few experts have more to learn. For a rule without a level it has no
+        meaning.
     tokens : int
         To train on; where the text has fewer, it is read again in another order.
     batch_size : int
@@ -220,7 +221,8 @@ class Training:
     def targets(self, step: int, rows: int) -> np.ndarray:
         """Which of the wanted means each sequence of a batch is routed for, int [rows]."""
         generator = np.random.default_rng([self.plan.seed, step, self.state.process_index, 1])
-        return generator.integers(len(self.plan.mean_ks), size=rows)
+        chances = 1 / np.array(self.plan.mean_ks)
+        return generator.choice(len(chances), size=rows, p=chances / chances.sum())
 
     def learning_rate(self, step: int) -> float:
         """Of a step: it rises, and falls to 0."""
