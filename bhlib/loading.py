@@ -17,8 +17,8 @@ from bhlib.sequences import cut, encode, owners
 
 DEMO = Path(str(files("bhlib") / "demo"))
 
-#: The demo's routers, trained for four experts under BH on six million tokens (notebook 10). The file is one that
-#: `bhlib.training.load_tuned` reads, too, with the levels that belong to them.
+#: The demo's routers, trained for four experts under BH on 18 million tokens by `bhlib/demo/tuning_runs.py` (notebook
+#: 10). The file is one that `bhlib.training.load_tuned` reads, too, with the levels that belong to them.
 TUNED_ROUTER = DEMO / "tuned_router.safetensors"
 
 #: Splits of the held-out text: fit a null on the first, choose settings on the second, report on the third.
