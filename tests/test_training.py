@@ -132,10 +132,11 @@ def test_the_table_reads_losses_at_the_same_number_of_experts(scripts):
     place = {"domain": domain, "sequence": np.tile(range(6), 2), "document": document, "tokens": 63}
     noise, rows, cells = np.linspace(-0.1, 0.1, 12), [], []
 
-    def add(name, train, method, k, seed, levels):
+    def add(name, train, method, k, seed, levels, draw=np.nan):
         cells.append(
-            {"name": name, "part": name[0], "train": train, "method": method, "k": k, "seed": seed, "tokens": 1000,
-             "valid_loss": np.nan, "valid_k": np.nan, "lr": 1.0, "w": 0.5, "gate": "kept"}
+            {"name": name, "part": name[0], "train": train, "method": method, "k": k, "seed": seed,
+             "tokens": 0 if train == "none" else int(name.split()[4]),
+             "valid_loss": np.nan, "valid_k": np.nan, "lr": 1.0, "w": 0.5, "gate": "kept", "draw": draw}
         )  # fmt: skip
         for level, (mean_k, loss) in levels.items():
             rows.append(pd.DataFrame(place | {"rule": f"{name}|{level}", "mean_k": mean_k, "loss": loss + noise}))
@@ -145,8 +146,16 @@ def test_the_table_reads_losses_at_the_same_number_of_experts(scripts):
         add(f"A all BH 4 1000 s{seed}", "all", "BH", 4, seed, curve)
         add(f"A all top-4 4 1000 s{seed}", "all", "top-4", 4, seed, {4: (4.0, 2.9)})
     add("0 none top-8 8 0 s0", "none", "top-8", 8, 0, {8: (8.0, 2.8)})
+    add("A all BH 4 3000 s1", "all", "BH", 4, 1, {4.0: (4.0, 2.7)})
+    add("C all BH elastic 1000 s1 low", "all", "BH", "(2, 7.5)", 1, {4.0: (4.0, 2.6), 8: (8.0, 2.5)}, "low")
     table = make_table(pd.DataFrame(cells), pd.concat(rows))
-    differences = table[table["kind"] == "difference"].set_index("versus")
+    found = table[table["kind"] == "difference"]
+    longer = found[found["tokens"] == 3000].set_index("versus")
+    assert longer["difference"].to_dict() == {"untuned top-8": pytest.approx(-0.1)}
+    elastic = found[found["k"] == "elastic"].set_index(["versus", "mean_k"])
+    assert elastic.loc[("untuned top-8", 8.0), "difference"] == pytest.approx(-0.3)
+    assert elastic.loc[("all weights BH", 4.0), "difference"] == pytest.approx(2.6 - 3 + 0.1 * np.log(4), abs=1e-6)
+    differences = found[(found["tokens"] == 1000) & (found["k"] != "elastic")].set_index("versus")
     row = differences.loc["all weights top-4"]
     assert row["difference"] == pytest.approx(3 - 0.1 * np.log(4) - 2.9, abs=1e-6)
     assert row["low"] <= row["difference"] <= row["high"]
@@ -157,7 +166,8 @@ def test_the_table_reads_losses_at_the_same_number_of_experts(scripts):
         100 * ((3 - 0.1 * np.log(4)) / 2.8 - 1), abs=1e-4
     )
     curves = table[table["kind"] == "curve"]
-    assert list(curves["mean_k"].round(2)) == [4.05, 4.0, 8.0]
+    assert list(curves["mean_k"].round(2)) == [4.05, 4.0, 8.0, 4.0, 8.0, 4.0]  # what was not trained is in it once
+    assert list(curves["tokens"]) == [1000] * 5 + [3000]
 
 
 def test_settings_are_chosen_by_validation_loss_alone(scripts):
