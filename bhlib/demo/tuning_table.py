@@ -18,9 +18,10 @@ from scipy.interpolate import CubicSpline
 
 from bhlib.comparisons import Resamples, resample
 
-#: What is trained, in words; and how the decision got a gradient, where not through the kept weights alone.
+#: What is trained, in words; and how the decision got a gradient, where not through the kept weights alone, or what
+#: was added (`tuned_stand_ins.py`).
 WORDS = {"none": "untuned", "router": "routers", "all": "all weights"}
-GATES = {"kept": "", "st-all": ", gates"}
+GATES = {"kept": "", "st-all": ", gates", "stand-ins": ", stand-ins"}
 
 #: What a measurement on the validation split is for, by the part of the cell; of the others, loss against tokens.
 KINDS = {"E": "choice", "C": "elastic"}
@@ -48,6 +49,10 @@ PAIRS = (
     ("routers, gates", "BH", 4, "routers, gates", "threshold"),
     ("routers, gates", "BH", 5, "untuned", "BH"),
     ("routers, gates", "BH", 5, "untuned", "top-8"),
+    ("routers, stand-ins", "threshold", 4, "untuned", "BH"),
+    ("routers, stand-ins", "threshold", 5, "untuned", "top-8"),
+    ("routers, stand-ins", "BH", 4, "untuned", "BH"),
+    ("routers, stand-ins", "BH", 5, "untuned", "top-8"),
 )
 
 
