@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from bhlib import figures, load_demo, load_heldout
+from bhlib.figures.drawing import sizes_caption
 from bhlib.loading import heldout_sequence_documents
 from bhlib.rules import BH, TopK
 from bhlib.specialization import observe_selection
@@ -43,6 +44,25 @@ def test_two_models_are_shown_as_they_are():
     assert {"one", "two"} <= set(texts(fig))
 
 
+def test_a_model_that_was_not_measured_at_half_is_shown_where_it_was_and_not_pooled():
+    table = rules_of([f"model {i}" for i in range(5)])
+    table = table[(table["model"] != "model 4") | (table["share"] != 0.5)]
+    fig = figures.draw_generalization(table)
+    assert {"model 3", "model 4,\nat 3/8", "pooled"} <= set(texts(fig))
+    said = "".join(text.get_text() for text in fig.texts)
+    assert "not pooled" in said and "the 4 models" in said
+
+
+def test_models_that_divide_weights_have_a_panel_with_the_weights_that_they_gave():
+    table = rules_of(["one", "two", "three"])
+    few = len(figures.draw_generalization(table).axes)
+    given = table[(table["model"] == "two") & (table["against"] == "static top-k")]
+    given = given.assign(family=given["family"] + ", shares of the top")
+    fig = figures.draw_generalization(pd.concat([table, given], ignore_index=True))
+    assert len(fig.axes) == few + 1
+    assert any("weights that the model gave" in axes.get_ylabel() for axes in fig.axes)
+
+
 def test_pooled_differences_have_a_row_for_each_rival_family_and_share():
     table = rules_of(["one", "two", "three"])
     pooled = figures.pool_models(table).set_index(["against", "family", "share"])
@@ -64,6 +84,27 @@ def test_regret_is_the_loss_above_the_best_variant_of_each_model():
     assert regret["regret"].to_dict() == pytest.approx({"BH, Dirichlet 2": 0.001, "BH, Dirichlet 4": 0.002})
     assert regret["worst"].to_dict() == pytest.approx({"BH, Dirichlet 2": 0.002, "BH, Dirichlet 4": 0.004})
     assert regret["best"].tolist() == [1, 1]
+
+
+def test_saturation_is_drawn_with_chance_for_each_rule():
+    rows = [
+        ("m", rule, step, layer, step / 100, step / 100 - 0.01, step / 100 + 0.01, k / 64, k, 9)
+        for rule, k in (("top-8", 8), ("BH, 3 experts", 3), ("BH, 4 experts", 4))
+        for step in (1, 10, 100)
+        for layer in range(4)
+    ]
+    columns = ["model", "rule", "step", "layer", "saturation", "low", "high", "chance", "mean_k", "domains"]
+    fig = figures.draw_router_saturation(pd.DataFrame(rows, columns=columns))
+    left, own, other = fig.axes
+    assert [own.get_title(), other.get_title()] == ["top-8, layer by layer", "BH, 3 experts, layer by layer"]
+    assert [text.get_text() for text in left.get_legend().get_texts()][-1] == "chance"
+    assert max(left.lines[0].get_ydata()) == 1 and set(left.lines[1].get_ydata()) == {0.125}
+
+
+def test_sizes_are_said_once_and_those_of_a_model_that_differs():
+    table = pd.DataFrame({"model": ["a", "b", "c"], "sequences": [504, 72, 504], "units": [141, 69, 141]})
+    assert sizes_caption(table) == "504 sequences of 141 documents (b: 72 of 69)"
+    assert sizes_caption(table[table["model"] != "b"]) == "504 sequences of 141 documents"
 
 
 def test_router_maps_show_each_rule_with_its_number_of_experts():

@@ -84,10 +84,18 @@ def test_tables_are_gathered(tables, tmp_path):
     metrics["arguments"] |= {"seed": 2}
     (tables / "seed2" / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     written = gather(tables, tmp_path)
-    assert {"replicates", "generalization", "defaults_again", "beyond_loss", "who_gets_many"} <= set(written)
+    assert {
+        "replicates",
+        "generalization",
+        "defaults_again",
+        "beyond_loss",
+        "who_gets_many",
+        "router_saturation",
+    } <= set(written)
     models = pd.read_csv(tmp_path / "replicates.csv")
     assert models["model"].tolist() == ["seed 2"] and models["tokens"].tolist() == [364249088]
     assert "--seed 2 --steps 5558" in models["command"][0]
+    assert pd.read_csv(tmp_path / "router_saturation.csv")["domains"].eq(9).all()
     rules = pd.read_csv(tmp_path / "generalization.csv")
     assert rules["parameters"].eq(models["parameters"][0]).all() and len(rules) == len(read(tables, "rules"))
 

@@ -31,7 +31,7 @@ def draw_beyond_loss(table: pd.DataFrame) -> Figure:
     part = table.dropna(subset=["difference"])
     part = part[part["family"].isin(FAMILIES) & (part["wanted"] == part["wanted"].min())]
     models = list(dict.fromkeys(part["model"]))
-    fig = Picture(figsize=(11.5, 2.4 + 0.5 * len(models)), layout="constrained")
+    fig = Picture(figsize=(11.5, 2.4 + 0.6 * len(models)), layout="constrained")
     grid = fig.subplots(2, 4, sharey=True)
     for axes, measure in zip(grid.flat, MEASURES, strict=True):
         _draw_measure(axes, part[part["measure"] == measure], models, measure)
@@ -58,6 +58,6 @@ def _draw_measure(axes: Axes, part: pd.DataFrame, models: list[str], measure: st
     left, right = axes.get_xlim()
     axes.axvspan(*((0, max(right, 0)) if measure in MORE_IS_BETTER else (min(left, 0), 0)), color=GREEN, alpha=0.07)
     axes.set_xlim(left, right)
-    axes.set_yticks(range(len(models)), models, fontsize=7.5)
+    axes.set_yticks(range(len(models)), [model.replace(", ", ",\n", 1) for model in models], fontsize=7.5)
     axes.set_ylim(len(models) - 0.5, -0.5)
     axes.set_xlabel(f"{measure} ({UNITS.get(measure, 'nats / 1000')})", fontsize=8)

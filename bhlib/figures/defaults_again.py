@@ -1,5 +1,8 @@
 """The figure of the default chosen again: concentration, statistic and layer weights, on every model."""
 
+from collections.abc import Mapping
+from itertools import product
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -7,7 +10,7 @@ from matplotlib.figure import Figure
 
 from bhlib.figures.drawing import Picture, error_bars, signed_ticks
 from bhlib.figures.registry import figure
-from bhlib.looks import BLACK, BLUE, RED
+from bhlib.looks import BLACK, BLUE, COLORS, LINES, RED
 
 __all__ = ["draw_defaults_again", "regret_of_defaults"]
 
@@ -48,38 +51,44 @@ def regret_of_defaults(table: pd.DataFrame) -> pd.DataFrame:
 @figure("defaults_again", None, of_model=False)
 def draw_defaults_again(table: pd.DataFrame) -> Figure:
     """Left, what each choice is worth on validation text, a line per model; right, layer weights on the test split."""
-    fig = Picture(figsize=(11, 4.4), layout="constrained")
+    fig = Picture(figsize=(11, 5), layout="constrained")
     left, middle, right = fig.subplots(1, 3, width_ratios=(1, 1, 1.1))
+    looks = dict(zip(dict.fromkeys(table["model"]), product(LINES, COLORS[:6]), strict=False))
     for axes, choice in ((left, "concentration"), (middle, "statistic")):
-        _draw_choice(axes, table, choice)
+        _draw_choice(axes, table, choice, looks)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7.5)
     left.set_ylabel("loss minus that of static top-k\n(nats / 1000, validation split)", fontsize=8)
     _draw_weights(right, table[table["choice"] == "layer weights"])
     fig.suptitle(
         f"{table['model'].nunique()} models, at half of the model's own experts or the nearest share that was "
         "measured; red: the default today, black: mean of the models\n"
-        "Right: 95 % bootstrap over documents; filled where the tuner took the weights, open where it fell back",
+        "Bars: 95 % bootstrap over documents of one model; right: filled where the tuner took the weights, open where "
+        "it fell back",
         fontsize=8,
     )
     return fig
 
 
-def _draw_choice(axes: Axes, table: pd.DataFrame, choice: str) -> None:
+def _draw_choice(axes: Axes, table: pd.DataFrame, choice: str, looks: Mapping[str, tuple[str, str]]) -> None:
     """A line per model over the variants of one choice."""
     part = table[table["choice"] == choice]
     near = (part["share"] - 0.5).abs()
     part = part[near == near.groupby(part["model"]).transform("min")]
-    wide = 1000 * part.pivot(index="model", columns="variant", values="difference")
-    wide = wide[list(dict.fromkeys(part["variant"]))]
-    place = np.arange(wide.shape[1])
-    for _, values in wide.iterrows():
-        axes.plot(place, values, color="0.7", linewidth=0.8, marker=".")
-    axes.plot(place, wide.mean(), color=BLACK, marker="o", linewidth=1.8)
-    axes.plot(list(wide.columns).index(DEFAULT[choice]), wide.mean()[DEFAULT[choice]], "o", color=RED, markersize=9)
+    variants = list(dict.fromkeys(part["variant"]))
+    for model, one in part.groupby("model", sort=False):
+        line, color = looks[model]
+        place = np.array([variants.index(variant) for variant in one["variant"]])
+        axes.errorbar(place, *error_bars(one, "difference", scale=1000), color=color, linestyle=line, linewidth=0.9,
+                      marker=".", elinewidth=0.7, label=model)  # fmt: skip
+    wide = 1000 * part.pivot(index="model", columns="variant", values="difference")[variants]
+    mean, place = wide.mean(), np.arange(wide.shape[1])
+    axes.plot(place, mean, color=BLACK, marker="o", linewidth=1.8)
+    axes.plot(variants.index(DEFAULT[choice]), mean[DEFAULT[choice]], "o", color=RED, markersize=9, zorder=5)
     axes.axhline(0, color=BLACK, linewidth=0.8)
     if np.ptp(wide.to_numpy()) > 60:  # one variant would hide the others
         axes.set_yscale("symlog", linthresh=20)
-        signed_ticks(axes, [-20, -10, 0, 10, 20, 50, 100, 200])
-    axes.set_xticks(place, [name.rpartition(" ")[2] for name in wide.columns], rotation=15)
+        signed_ticks(axes, [-40, -20, -10, 0, 10, 20, 50, 100, 200])
+    axes.set_xticks(place, [name.rpartition(" ")[2] for name in variants], rotation=15)
     axes.set_xlabel({"concentration": "concentration of the Dirichlet null", "statistic": "statistic of a fitted null"}
                     [choice], fontsize=8)  # fmt: skip
 

@@ -77,12 +77,12 @@ def sample_caption(table: pd.DataFrame, split: str) -> str:
 
 
 def sizes_caption(table: pd.DataFrame) -> str:
-    """Sequences and documents of each model."""
+    """Sequences and documents: those of most models, and of each that differs in brackets."""
     sizes = table.dropna(subset=["units"]).groupby("model", sort=False)[["sequences", "units"]].first()
-    if len(sizes.drop_duplicates()) == 1:
-        return f"{sizes['sequences'].iloc[0]:,.0f} sequences of {sizes['units'].iloc[0]:.0f} documents"
+    usual = sizes.value_counts().index[0]
     rows = zip(sizes.index, sizes["sequences"], sizes["units"], strict=True)
-    return ", ".join(f"{name}: {n:,.0f} sequences of {units:.0f} documents" for name, n, units in rows)
+    others = ", ".join(f"{name}: {n:,.0f} of {units:.0f}" for name, n, units in rows if (n, units) != usual)
+    return f"{usual[0]:,.0f} sequences of {usual[1]:.0f} documents" + f" ({others})" * bool(others)
 
 
 def interval_caption(table: pd.DataFrame, scope: str) -> str:

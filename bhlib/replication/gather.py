@@ -126,7 +126,7 @@ def defaults_table(source: Path) -> pd.DataFrame:
 
 
 def saturation_table(source: Path) -> pd.DataFrame:
-    """Router saturation by rule, layer and step, means over domains with Student's intervals over these."""
+    """Router saturation by rule, layer and step, means over ``domains`` with Student's intervals over these."""
     table = _labelled(source, "saturation")
     if not len(table):
         return table
@@ -135,7 +135,7 @@ def saturation_table(source: Path) -> pd.DataFrame:
     reach = stats.t.ppf(0.975, grouped.size() - 1) * grouped.sem()
     found = pd.DataFrame({"saturation": grouped.mean(), "low": grouped.mean() - reach, "high": grouped.mean() + reach})
     others = table.groupby(by, sort=False)[["chance", "mean_k"]].mean()
-    return found.join(others).reset_index()
+    return found.join(others).assign(domains=grouped.size()).reset_index()
 
 
 def specialization_table(source: Path) -> pd.DataFrame:
