@@ -131,16 +131,20 @@ class Subject:
         """Of what a rule is shown beside the norms."""
         return fit_each(self.study, self.norms.shown(self.study.calibration_logits))
 
+    def weights_of(self, family: str) -> dict[str, Any]:
+        """With which weights of what is kept a model is patched for a family."""
+        if family.endswith(SHARES_OF_TOP):
+            return {"weights": "share_of_top"}
+        return {"weights": "normalized"} if self.normalizes and "compensated" not in family else {}
+
     def family(self, name: str) -> tuple[Callable[..., Rule], dict[str, Any]]:
         """How a level makes a rule of a family in `FAMILIES`, and what the model is patched with besides.
 
         What a family needs is fitted when it is first asked for.
         """
-        options: dict[str, Any] = {"norms": self.norms} if "norms" in name else {}
+        options = self.weights_of(name) | ({"norms": self.norms} if "norms" in name else {})
         if "compensated" in name:
             options["compensation"] = self.compensation
-        if name.endswith(SHARES_OF_TOP):
-            options["weights"] = "share_of_top"
         if name.startswith("threshold"):
             return partial(Threshold, max_k=self.top_k), options
         make = partial(BH, method="fixed" if name.startswith("fixed cut") else "bh", max_k=self.top_k)
