@@ -174,7 +174,8 @@ def tuner_table(subject: Subject) -> pd.DataFrame:
 def defaults_table(subject: Subject) -> pd.DataFrame:
     """The default's choices on every second sequence of the validation split: concentrations, statistics, and weights.
 
-    The last where a model divides weights by their sum (`bhlib.weighting`): by that of the model's own top instead.
+    The last where a model divides weights by their sum (`bhlib.weighting`): by that of the model's own top, the default
+    of a patch, instead of that of what is kept.
 
     Returns
     -------

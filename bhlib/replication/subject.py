@@ -45,7 +45,8 @@ FAMILIES = (
     "BH, fitted null, norms, compensated",
 )
 
-#: Of a model that divides weights by their sum, besides: by the sum of its own top's instead (`bhlib.weighting`).
+#: Of a model that divides weights by their sum, besides: with its own weights, the default of a patch. Without this in
+#: their names, and where nothing stands in, families divide by the sum of what is kept (`bhlib.weighting`).
 SHARES_OF_TOP = ", shares of the top"
 SHARED = tuple(name + SHARES_OF_TOP for name in ("static top-k", "threshold", "BH"))
 
@@ -133,9 +134,8 @@ class Subject:
 
     def weights_of(self, family: str) -> dict[str, Any]:
         """With which weights of what is kept a model is patched for a family."""
-        if family.endswith(SHARES_OF_TOP):
-            return {"weights": "share_of_top"}
-        return {"weights": "normalized"} if self.normalizes and "compensated" not in family else {}
+        recomputed = self.normalizes and "compensated" not in family and not family.endswith(SHARES_OF_TOP)
+        return {"weights": "normalized"} if recomputed else {}
 
     def family(self, name: str) -> tuple[Callable[..., Rule], dict[str, Any]]:
         """How a level makes a rule of a family in `FAMILIES`, and what the model is patched with besides.
