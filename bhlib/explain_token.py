@@ -14,6 +14,7 @@ from bhlib.contributions import Contributions, measure_token
 from bhlib.discovery import find_moe_layers
 from bhlib.explain import explain
 from bhlib.rules import Rule
+from bhlib.weighting import of_model
 
 #: What `add_contributions` adds to the table of `bhlib.explain.explain`.
 MEASURED = ["own", "r", "along"]
@@ -61,7 +62,8 @@ def explain_token(
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer is {layer}, but must lie in 0..{len(layers) - 1}, the model's MoE layers")
     measured = measure_token(model, token_ids, position)
-    weighting, logits = layers[layer].weighting, measured.logits[layer, 0]
+    weighting = of_model(layers[layer].weighting, rule.max_k, layers[layer].top_k)
+    logits = measured.logits[layer, 0]
     return add_contributions(
         explain(rule, logits, layer, weighting=weighting, temperature=temperature), measured, layer
     )

@@ -51,7 +51,7 @@ from bhlib.records import MAX_RECORDED_TOKENS, Records
 from bhlib.router_hooks import CompensatedForward, RouterForward, RouterHook, Seen
 from bhlib.rules import BH, Forms, Level, Routing, Rule
 from bhlib.stats import RoutingStats
-from bhlib.weighting import WEIGHTINGS
+from bhlib.weighting import WEIGHTINGS, of_model
 
 MODES = ("patch", "analyze")
 
@@ -95,7 +95,12 @@ class RoutingPatch:
         Whether to keep the router logits with the rows, for `explain`. They take the room of all experts: 2 kB more
         per token for 16 layers of 64 experts in bfloat16, 4 kB in float32 (`bhlib.records`).
     weights : str
-        ``"model"`` (the default) for the model's own convention, or one of `bhlib.weighting.WEIGHTINGS`.
+        ``"model"`` (the default) for the weights that the model itself gives to the best `max_k` experts of a token:
+        what the rule drops of them is missing, and changes no weight of those kept. A model that divides weights by
+        their sum (``norm_topk_prob``) divides by that of these `max_k`. Where `max_k` is above its own top-k, the model
+        has no such weights, and they are computed as by the convention's name: let `max_k` be its own top-k.
+        Or one of `bhlib.weighting.WEIGHTINGS`: that convention, computed again on what is kept, so that weights which
+        are divided by their sum (``"normalized"``) sum to 1, and are the larger the more is dropped.
     kernels : bool or "auto"
         Whether something of `bhlib` may compute: on a CUDA device `bhlib.kernels` the routing and the experts, in half
         precision and without gradients, and `bhlib.sorted_pairs` the experts with gradients; on a CPU the experts.
@@ -364,7 +369,9 @@ class RoutingPatch:
         )
 
     def _weighting(self, layer: MoELayer) -> str:
-        return layer.weighting if self.weights == "model" else self.weights
+        if self.weights != "model":
+            return self.weights
+        return of_model(layer.weighting, self._rule.max_k, layer.top_k)
 
     def _check_repetition(self) -> None:
         """Raise a RuntimeError if gradient checkpointing repeats a layer, and the rule may decide otherwise now."""

@@ -7,10 +7,15 @@ weights. A `Weighting` says both, in the operations of transformers' own routers
 of models with weights of its own needs one object more::
 
     register(Weighting("softplus", "softplus of the logits", lambda logits: softplus(logits.float()), plain))
+
+A convention that divides by a sum can be followed in two ways where a rule keeps fewer experts than the model. By its
+name it divides by the sum of those kept, which makes them the larger the more is dropped. By the name that `of_top`
+makes of it, it gives them the weights that they have beside all of the best, the dropped ones simply missing: so a
+patch routes by default. Without a sum there is no difference.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +39,8 @@ class Weighting:
     kernel : int or None
         What `bhlib.kernels.routing.bh_route` is told: `KERNEL_PLAIN`, `KERNEL_NORMALIZED`, or None, which keeps
         kernels away: plain torch routes then, on every device.
+    of_top : bool
+        Whether experts have their weights among all of a token's best, kept or not. `find_weighting` makes these.
     """
 
     name: str
@@ -41,18 +48,59 @@ class Weighting:
     score: Callable[[Tensor], Tensor]
     weights: Callable[[Tensor, Tensor], Tensor]
     kernel: int | None = None
+    of_top: bool = False
 
     def scores(self, router_logits: Tensor, temperature: float = 1.0) -> Tensor:
         """`score` of the logits [tokens, experts], divided by the temperature."""
         return self.score(router_logits if temperature == 1.0 else _wide(router_logits) / temperature)
 
+    def weigh(self, scores: Tensor, experts: Tensor, kept: Tensor, *, are_best: bool = False) -> Tensor:
+        """The weights of what a rule keeps.
 
-#: Codes by which the routing kernel knows its two ways: the softmax over all experts as it is, and divided by the sum
-#: of those kept (which is also what a softmax over the kept logits gives).
-KERNEL_PLAIN, KERNEL_NORMALIZED = 0, 1
+        Parameters
+        ----------
+        scores : Tensor [tokens, experts]
+        experts : Tensor [tokens, slots], int64
+            As many as the rule may keep.
+        kept : Tensor [tokens, slots], bool
+        are_best : bool
+            Whether these are the experts of the largest scores, in their order.
+
+        Returns
+        -------
+        Tensor [tokens, slots]
+            0 in slots that are not kept. With `of_top`, the weights among the experts of the `slots` largest scores;
+            of one that is not among these, on their scale.
+        """
+        chosen = scores.gather(-1, experts)
+        if not self.of_top:
+            return self.weights(chosen, kept)
+        if are_best:
+            return self._of_all(chosen).masked_fill(~kept, 0.0)
+        top, best = scores.topk(min(experts.shape[-1], scores.shape[-1]), dim=-1)
+        same = experts[:, :, None] == best[:, None, :]
+        among_top = (self._of_all(top)[:, None, :] * same).sum(dim=-1)
+        return torch.where(same.any(dim=-1), among_top, self.beside(top, chosen)).masked_fill(~kept, 0.0)
+
+    def beside(self, top: Tensor, others: Tensor) -> Tensor:
+        """Weights of scores [tokens, others] on the scale of those of the best scores [tokens, slots], best first."""
+        together = self._of_all(torch.cat([top, others], dim=-1))
+        # The best expert is in both: by it, one sum is exchanged for the other.
+        return together[:, top.shape[-1] :] * (self._of_all(top)[:, :1] / together[:, :1])
+
+    def _of_all(self, top: Tensor) -> Tensor:
+        return self.weights(top, torch.ones_like(top, dtype=torch.bool))
+
+
+#: Codes by which the routing kernel knows its ways: the softmax over all experts as it is; divided by the sum of those
+#: kept (which is also what a softmax over the kept logits gives); and by that of the best `max_k`, kept or not.
+KERNEL_PLAIN, KERNEL_NORMALIZED, KERNEL_SHARES = 0, 1, 2
 
 #: Every weighting by its name, in the order in which they are tried on a router.
 WEIGHTINGS: dict[str, Weighting] = {}
+
+#: What `of_top` makes of them.
+_OF_TOP: dict[str, Weighting] = {}
 
 
 def register(weighting: Weighting) -> Weighting:
@@ -60,14 +108,49 @@ def register(weighting: Weighting) -> Weighting:
     if weighting.name in WEIGHTINGS:
         raise ValueError(f"a weighting called {weighting.name!r} is registered already: give yours another name.")
     WEIGHTINGS[weighting.name] = weighting
+    _OF_TOP[of_top(weighting.name)] = replace(
+        weighting,
+        name=of_top(weighting.name),
+        kernel=KERNEL_SHARES if weighting.kernel == KERNEL_NORMALIZED else weighting.kernel,
+        of_top=weighting.weights is not plain,  # which looks at no other expert
+    )
     return weighting
 
 
+def of_top(name: str) -> str:
+    """The name, for rules and `find_weighting`, of a registered weighting by which dropped experts are only missing.
+
+    A kept expert has the weight that the convention gives it among the best `max_k` of its token, whatever is dropped.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from bhlib.rules import Threshold
+    >>> from bhlib.weighting import of_top
+    >>> logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    >>> for weighting in ("normalized", of_top("normalized")):
+    ...     print([f"{weight:.2f}" for weight in Threshold(0.25, max_k=3)(logits, weighting=weighting).weights[0]])
+    ['0.62', '0.38', '0.00']
+    ['0.50', '0.30', '0.00']
+    """
+    return name + ", of the top"
+
+
+def of_model(name: str, max_k: int, top_k: int) -> str:
+    """The name by which a patch has weights as a model gives them, whose convention this is, under a rule of `max_k`.
+
+    `of_top`; but where a rule may keep more than the model's own `top_k`, the model has no such weights, and the
+    convention is computed on what is kept.
+    """
+    return of_top(name) if max_k <= top_k else name
+
+
 def find_weighting(name: str) -> Weighting:
-    """The weighting of a name; raises ValueError if there is none."""
-    if name not in WEIGHTINGS:
+    """The weighting of a name, or of what `of_top` makes of one; raises ValueError if there is none."""
+    found = WEIGHTINGS.get(name) or _OF_TOP.get(name)
+    if found is None:
         raise ValueError(f"no weighting is called {name!r}; there are: {', '.join(WEIGHTINGS)}.")
-    return WEIGHTINGS[name]
+    return found
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -102,11 +185,6 @@ def normalized(top: Tensor, kept: Tensor) -> Tensor:
     return weights / total.masked_fill(total == 0, 1.0)
 
 
-def share_of_top(top: Tensor, kept: Tensor) -> Tensor:
-    """The scores, divided by the sum of the best, kept or not."""
-    return plain(top, kept) / top.sum(dim=-1, keepdim=True)
-
-
 def _softmax(top: Tensor, kept: Tensor) -> Tensor:
     # A row that keeps nothing would be a softmax over nothing, NaN: nan_to_num gives it zeros.
     return torch.softmax(top.masked_fill(~kept, -torch.inf), dim=-1).nan_to_num(nan=0.0)
@@ -136,14 +214,5 @@ register(
     Weighting(
         "sigmoid_normalized", "sigmoid of the logits, divided by the sum of those kept", as_they_are,
         _sigmoid_normalized,
-    )
-)  # fmt: skip
-
-# What no model does by itself: a kept expert has the weight that it had if none were dropped, as long as `max_k` is the
-# model's own top-k. Better for models that divide by the sum of those kept (notebook 11).
-register(
-    Weighting(
-        "share_of_top", "softmax over all experts, divided by the sum of the best max_k, kept or not", probabilities,
-        share_of_top,
     )
 )  # fmt: skip

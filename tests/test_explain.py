@@ -26,7 +26,7 @@ from bhlib.rules import (
     TopP,
     WeightRatio,
 )
-from bhlib.weighting import WEIGHTINGS
+from bhlib.weighting import WEIGHTINGS, of_top
 
 EXPERTS, LAYER = 16, 1
 CONSTANT = ("bh", "by", "hochberg", "bonferroni", "fixed")
@@ -88,7 +88,7 @@ def check_agreement(rule, logits, table, **options):
             assert count == getattr(rule, bound)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, of_top("normalized")])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_is_explained_as_it_decides(name, weighting):
     rule, logits = RULES[name], random_logits(60, EXPERTS)

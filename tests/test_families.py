@@ -12,6 +12,7 @@ from rows import count_rows
 
 from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
 from bhlib.rules import TopK
+from bhlib.weighting import of_top
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
@@ -73,7 +74,7 @@ def test_output_is_that_of_the_dense_mask(family):
             sparse = logits_of(model, ids)
 
         def mask(router, args, output, rule=bh.rule, weighting=bh.layers[0].weighting):
-            weights, experts, _ = rule(output[0].reshape(-1, 16), weighting=weighting)
+            weights, experts, _ = rule(output[0].reshape(-1, 16), weighting=of_top(weighting))
             return output[0], weights, experts.clamp(min=0)
 
         handles = [layer.router.register_forward_hook(mask) for layer in bh.layers]

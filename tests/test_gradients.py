@@ -26,7 +26,7 @@ from bhlib.norms import LayerGuess, LayerNorms
 from bhlib.patching import BHRoutingIntegration, RoutingPatch
 from bhlib.rules import BH, Replay, Threshold, TopK
 from bhlib.rules.budgets import SeqTopK
-from bhlib.weighting import WEIGHTINGS
+from bhlib.weighting import WEIGHTINGS, of_top
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 IDS = tokens(2, 10)
@@ -215,7 +215,7 @@ def in_float64(way, weighting, rule, norms=None, compensation=None):
 
 
 @pytest.mark.parametrize("way", ("eager", "batched_mm", "loop"))  # there is no grouped product of float64
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, of_top("normalized"), of_top("softmax_selected")])
 def test_gradcheck_of_a_routed_layer(way, weighting):
     rule = Threshold(0.2, max_k=3)
     call, inputs = in_float64(way, weighting, rule)

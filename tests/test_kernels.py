@@ -33,7 +33,7 @@ from bhlib.procedures import critical_values  # noqa: E402
 from bhlib.pvalues import KDENull, TokenGaussian, null_values  # noqa: E402
 from bhlib.rules import BH, Threshold  # noqa: E402
 from bhlib.rules.routing import mark_dropped  # noqa: E402
-from bhlib.weighting import WEIGHTINGS  # noqa: E402
+from bhlib.weighting import find_weighting, of_top  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if CUDA else (torch.float32, 1e-5)
@@ -55,15 +55,15 @@ def ranges_of_loaded_numbers(monkeypatch):
 # ------------------------------------------------------------------------------------------------------- routing
 
 
-@pytest.mark.parametrize("code", [2, None, "softmax"])
+@pytest.mark.parametrize("code", [3, None, "softmax"])
 def test_the_kernel_refuses_weights_that_it_does_not_know(code):
-    with pytest.raises(ValueError, match=r"weighting must be 0 \(plain\) or 1 \(normalized\), got "):
+    with pytest.raises(ValueError, match=r"weighting must be 0 \(plain\), 1 \(normalized\) or 2 \(.*\), got "):
         bh_route(spread_logits(3, 64), torch.zeros(64), weighting=code)
 
 
 def kernel_route(rule, logits, layer=None, **options):
     """The kernel's routing with the decisions that a rule asks for."""
-    options["weighting"] = WEIGHTINGS[options.get("weighting", "softmax")].kernel
+    options["weighting"] = find_weighting(options.get("weighting", "softmax")).kernel
     thresholds = rule.thresholds(logits.shape[-1], layer, logits.device)
     statistic, exclude_top, cuts = cut_table(rule.pvalues, thresholds, logits.shape[-1])
     return bh_route(
@@ -105,8 +105,12 @@ def test_routes_as_the_rule(num_experts, max_k):
 
 
 @pytest.mark.parametrize(
-    ("weighting", "temperature", "min_k"), [("softmax", 1.7, 2), ("normalized", 1.0, 0), ("softmax_selected", 1.7, 0)]
-)
+    ("weighting", "temperature", "min_k"),
+    [
+        ("softmax", 1.7, 2), ("normalized", 1.0, 0), ("softmax_selected", 1.7, 0), (of_top("normalized"), 1.0, 0),
+        (of_top("softmax_selected"), 1.7, 2),
+    ],
+)  # fmt: skip
 def test_weights_follow_the_model(weighting, temperature, min_k):
     check_route(BH(alpha=0.05, min_k=min_k), spread_logits(TOKENS, 64, scale=1.2), weighting, temperature)
 
@@ -119,7 +123,9 @@ def test_every_statistic(statistic):
     check_route(BH(alpha=0.5, pvalues=null), logits[:TOKENS])
 
 
-@pytest.mark.parametrize(("weighting", "own_k"), [("softmax", 8), ("normalized", 8), ("softmax_selected", 6)])
+@pytest.mark.parametrize(
+    ("weighting", "own_k"), [("softmax", 8), ("normalized", 8), ("softmax_selected", 6), (of_top("normalized"), 8)]
+)
 def test_what_is_dropped_of_the_models_own_is_marked(weighting, own_k):
     rule, logits = BH(alpha=0.2, max_k=6), spread_logits(TOKENS, 64)
     sure = clear_cut(rule, logits).to(DEVICE)
@@ -278,7 +284,15 @@ def check_guess(rule, logits, norms, clear, **options):
 
 @pytest.mark.parametrize(
     ("num_experts", "near", "weighting"),
-    [(8, 3, "normalized"), (60, 16, "softmax_selected"), (64, 0, "softmax"), (64, 63, "softmax"), (100, 5, "softmax")],
+    [
+        (8, 3, "normalized"),
+        (60, 16, "softmax_selected"),
+        (64, 0, "softmax"),
+        (64, 63, "softmax"),
+        (100, 5, "softmax"),
+        (60, 0, of_top("normalized")),
+        (64, 5, of_top("softmax_selected")),
+    ],
 )
 def test_norms_are_guessed_as_in_torch(num_experts, near, weighting):
     logits = spread_logits(TOKENS, num_experts, scale=3, dtype=torch.float16).contiguous()
@@ -296,7 +310,8 @@ def test_every_statistic_is_one_of_weight_times_norm(statistic):
 
 
 @pytest.mark.parametrize(
-    ("near", "own_k", "max_k", "weighting"), [(0, 8, 3, "normalized"), (16, 8, 8, "softmax"), (5, 3, 9, "normalized")]
+    ("near", "own_k", "max_k", "weighting"),
+    [(0, 8, 3, "normalized"), (16, 8, 8, "softmax"), (5, 3, 9, "normalized"), (16, 8, 3, of_top("normalized"))],
 )
 def test_with_norms_what_is_dropped_is_marked_and_what_is_beside_comes_behind(near, own_k, max_k, weighting):
     logits, norms = spread_logits(TOKENS, 64), guess(64, near)

@@ -13,6 +13,7 @@ from bhlib.replication.evaluate import evaluate_model
 from bhlib.replication.gather import gather
 from bhlib.replication.mixed import who_gets_many
 from bhlib.replication.models import REPLICATES
+from bhlib.replication.subject import Subject
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,20 @@ def tables(folder, tmp_path_factory):
     made = evaluate_model("seed2", folder, out, sequences=3, length=64)
     assert made == ["rules", "defaults", "measures", "saturation", "specialization", "who", "tuner"]
     return out
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_of_a_model_that_divides_by_the_sum_families_say_whether_that_of_what_is_kept(folder, tmp_path, normalizes):
+    model = OlmoeForCausalLM.from_pretrained(folder)
+    model.config.norm_topk_prob = normalizes
+    model.save_pretrained(tmp_path)
+    subject = Subject(tmp_path, sequences=1, length=64)
+    assert subject.normalizes == normalizes and ("BH, shares of the top" in subject.families) == normalizes
+    recomputed = {"weights": "normalized"} if normalizes else {}
+    for name in subject.families:
+        plain = "compensated" not in name and "shares" not in name
+        assert subject.weights_of(name) == (recomputed if plain else {}), name
+    assert subject.family("threshold")[1] == recomputed and subject.family("threshold, shares of the top")[1] == {}
 
 
 def read(tables, what):

@@ -19,6 +19,7 @@ from torch import Tensor
 from bhlib.calibration import collect_router_logits
 from bhlib.discovery import find_moe_layers
 from bhlib.rules import Rule, TopK
+from bhlib.weighting import of_model
 
 __all__ = ["Passage", "RoutedPassage"]
 
@@ -105,7 +106,7 @@ class Passage:
         """What a rule would decide; `temperature` divides the logits in the softmax of the weights."""
         rule.check_model(len(self.router_logits), self.router_logits.shape[-1])
         routings = [
-            rule(logits, layer, weighting=self.weighting, temperature=temperature)
+            rule(logits, layer, weighting=of_model(self.weighting, rule.max_k, self.top_k), temperature=temperature)
             for layer, logits in enumerate(self.router_logits)
         ]
         return RoutedPassage(

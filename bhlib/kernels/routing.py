@@ -21,7 +21,7 @@ from torch import Tensor
 from bhlib.kernels import MOST_EXPERTS, on_device
 from bhlib.kernels.launch import quick
 from bhlib.pvalues import KernelForm, PValueMaker
-from bhlib.weighting import KERNEL_NORMALIZED, KERNEL_PLAIN
+from bhlib.weighting import KERNEL_NORMALIZED, KERNEL_PLAIN, KERNEL_SHARES
 
 #: Up to this many tokens, each has a program of its own.
 ONE_EACH = 1024
@@ -87,7 +87,8 @@ def bh_route(
     min_k, max_k : int
         Bounds on the number of experts per token; `max_k` cuts after the procedure has looked at all experts.
     weighting : int
-        `bhlib.weighting.KERNEL_PLAIN` or `KERNEL_NORMALIZED`, as ``Weighting.kernel`` says it.
+        `bhlib.weighting.KERNEL_PLAIN`, `KERNEL_NORMALIZED` or `KERNEL_SHARES`, as ``Weighting.kernel`` says it. With
+        `own_k` the last two are one: weights are those among the model's own.
     temperature : float
         Divides the logits in the softmax of the weights.
     weights_dtype : torch.dtype
@@ -122,10 +123,11 @@ def bh_route(
     ValueError
         If `weighting` is no code that the kernel knows, or the tokens cannot be divided among the cuts.
     """
-    if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED):
+    if weighting not in (KERNEL_PLAIN, KERNEL_NORMALIZED, KERNEL_SHARES):
         raise ValueError(
-            f"weighting must be {KERNEL_PLAIN} (plain) or {KERNEL_NORMALIZED} (normalized), got {weighting!r}: the "
-            f"kernel computes no other weights. Call the rule itself, which routes in plain torch."
+            f"weighting must be {KERNEL_PLAIN} (plain), {KERNEL_NORMALIZED} (normalized) or {KERNEL_SHARES} (shares of "
+            f"the best max_k), got {weighting!r}: the kernel computes no other weights. Call the rule itself, which "
+            f"routes in plain torch."
         )
     if cuts.dim() == 2 and len(router_logits) % len(cuts):
         raise ValueError(
@@ -135,8 +137,8 @@ def bh_route(
     # See `bhlib.kernels.forward.experts_forward`.
     route = _route_operator if torch.compiler.is_compiling() else _launch
     routed = route(
-        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting == KERNEL_NORMALIZED,
-        temperature, weights_dtype, empty, exact, own_k, *(norms or (None, None, None)), near,
+        router_logits, cuts, _STATISTICS[statistic], exclude_top, min_k, max_k, weighting, temperature, weights_dtype,
+        empty, exact, own_k, *(norms or (None, None, None)), near,
     )  # fmt: skip
     return routed if exact else routed[:3]
 
@@ -148,7 +150,7 @@ def _launch(
     exclude_top: int,
     min_k: int,
     max_k: int,
-    normalize: bool,
+    weighting: int,
     temperature: float,
     weights_dtype: torch.dtype,
     empty: int,
@@ -190,7 +192,8 @@ def _launch(
                 EMPTY=empty,
                 STATISTIC=statistic,
                 EXCLUDE_TOP=exclude_top,
-                NORMALIZE=normalize,
+                NORMALIZE=weighting != KERNEL_PLAIN,
+                SHARES=weighting == KERNEL_SHARES and not own_k,
                 TEMPERED=temperature != 1.0,
                 NEAR=near if with_norms else -1,
                 STEP=min(width, max(16, 2048 // width)),
@@ -217,7 +220,7 @@ _route_operator = torch.library.custom_op("bhlib::route", _launch, mutates_args=
 
 @_route_operator.register_fake
 def _(
-    router_logits, cuts, statistic, exclude_top, min_k, max_k, normalize, temperature, weights_dtype, empty, exact,
+    router_logits, cuts, statistic, exclude_top, min_k, max_k, weighting, temperature, weights_dtype, empty, exact,
     own_k, constant, slope, table, near,
 ):  # fmt: skip
     return _outputs(router_logits, _slots(max_k, own_k, constant is not None), weights_dtype, exact)
@@ -327,6 +330,7 @@ def _route(
     STATISTIC: tl.constexpr,
     EXCLUDE_TOP: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SHARES: tl.constexpr,  # by the sum of the best MAX_K by the logits, kept or not
     TEMPERED: tl.constexpr,
     NEAR: tl.constexpr,  # -1 without norms
     STEP: tl.constexpr,
@@ -341,7 +345,7 @@ def _route(
     if NEAR >= 0:
         own = _keys(logits, rank)
         edge = 0.0
-        if NEAR > 0 or OWN_K > 0:
+        if NEAR > 0 or OWN_K > 0 or SHARES:
             own = tl.sort(own, descending=True)
             edge = _logits_of(_at_rank(own, rank, NEAR))
         logits += _log_norms(
@@ -405,7 +409,15 @@ def _route(
         odds = tl.exp(below / temperature)
         total = tl.sum(odds, axis=1)[:, None]
     if NORMALIZE:
-        total = tl.sum(tl.where(weighted, odds, 0.0), axis=1)[:, None]
+        if not SHARES:
+            summed = tl.where(weighted, odds, 0.0)
+        elif NEAR >= 0:
+            best = _logits_of(own)
+            best = tl.where(valid, best - tl.max(best, axis=1)[:, None], float("-inf"))
+            summed = tl.where(rank < MAX_K, tl.exp(best / temperature), 0.0)
+        else:
+            summed = tl.where(rank < MAX_K, odds, 0.0)
+        total = tl.sum(summed, axis=1)[:, None]
         total = tl.where(total == 0.0, 1.0, total)
     if beside:
         slots: tl.constexpr = OWN_K + MAX_K

@@ -174,7 +174,8 @@ def tuner_table(subject: Subject) -> pd.DataFrame:
 def defaults_table(subject: Subject) -> pd.DataFrame:
     """The default's choices on every second sequence of the validation split: concentrations, statistics, and weights.
 
-    The last where a model divides weights by their sum (`bhlib.weighting`): by that of the model's own top instead.
+    The last where a model divides weights by their sum (`bhlib.weighting`): by that of the model's own top, the default
+    of a patch, instead of that of what is kept.
 
     Returns
     -------
@@ -193,11 +194,10 @@ def defaults_table(subject: Subject) -> pd.DataFrame:
         rules |= {"threshold, shares of the top": rules["threshold"], "BH, shares of the top": BH(max_k=subject.top_k)}
     cases = []
     for name, rule in rules.items():
-        options = {"weights": "share_of_top"} if "shares" in name else {}
         for cost in subject.costs((3 / 8, 4 / 8, 6 / 8)):
             try:
                 level = by_level(rule.at, subject.study)(subject.study.thin_logits, cost)
-                cases.append(Case(name, cost, level, options))
+                cases.append(Case(name, cost, level, subject.weights_of(name)))
             except ValueError as reason:
                 tqdm.write(f"{name}, {cost:g} is left out: {reason}")
     if subject.normalizes:

@@ -45,7 +45,8 @@ FAMILIES = (
     "BH, fitted null, norms, compensated",
 )
 
-#: Of a model that divides weights by their sum, besides: by the sum of its own top's instead (`bhlib.weighting`).
+#: Of a model that divides weights by their sum, besides: with its own weights, the default of a patch. Without this in
+#: their names, and where nothing stands in, families divide by the sum of what is kept (`bhlib.weighting`).
 SHARES_OF_TOP = ", shares of the top"
 SHARED = tuple(name + SHARES_OF_TOP for name in ("static top-k", "threshold", "BH"))
 
@@ -131,16 +132,19 @@ class Subject:
         """Of what a rule is shown beside the norms."""
         return fit_each(self.study, self.norms.shown(self.study.calibration_logits))
 
+    def weights_of(self, family: str) -> dict[str, Any]:
+        """With which weights of what is kept a model is patched for a family."""
+        recomputed = self.normalizes and "compensated" not in family and not family.endswith(SHARES_OF_TOP)
+        return {"weights": "normalized"} if recomputed else {}
+
     def family(self, name: str) -> tuple[Callable[..., Rule], dict[str, Any]]:
         """How a level makes a rule of a family in `FAMILIES`, and what the model is patched with besides.
 
         What a family needs is fitted when it is first asked for.
         """
-        options: dict[str, Any] = {"norms": self.norms} if "norms" in name else {}
+        options = self.weights_of(name) | ({"norms": self.norms} if "norms" in name else {})
         if "compensated" in name:
             options["compensation"] = self.compensation
-        if name.endswith(SHARES_OF_TOP):
-            options["weights"] = "share_of_top"
         if name.startswith("threshold"):
             return partial(Threshold, max_k=self.top_k), options
         make = partial(BH, method="fixed" if name.startswith("fixed cut") else "bh", max_k=self.top_k)

@@ -197,9 +197,10 @@ class Rule:
     ) -> Routing:
         """Route tokens: router logits [tokens, experts] in any float dtype -> `Routing`.
 
-        `weighting` is a name in `bhlib.weighting.WEIGHTINGS`; `temperature` divides the logits that the weights are
-        made of. `log_norms` [tokens, experts] is added to the logits that experts are selected by, and to no others
-        (`bhlib.norms`).
+        `weighting` is a name in `bhlib.weighting.WEIGHTINGS`, and where that divides by a sum, it is the sum of what is
+        kept; or what `bhlib.weighting.of_top` makes of such a name, by which a patch routes: weights are then those
+        among the best `max_k`, kept or not. `temperature` divides the logits that the weights are made of. `log_norms`
+        [tokens, experts] is added to the logits that experts are selected by, and to no others (`bhlib.norms`).
         """
         return self._route(router_logits, layer, weighting, temperature, -1, log_norms)
 
@@ -222,7 +223,7 @@ class Rule:
             looked_at = router_logits + log_norms
             order, counts = self.select(looked_at, convention.scores(looked_at, temperature), layer)
         kept = torch.arange(order.shape[-1], device=order.device) < counts[:, None]
-        weights = convention.weights(scores.gather(-1, order), kept)
+        weights = convention.weigh(scores, order, kept, are_best=self.is_prefix and log_norms is None)
         return Routing(weights, order.masked_fill(~kept, empty), counts)
 
     def prepare(self, num_experts: int, layer: int, device: torch.device) -> None:

@@ -92,9 +92,6 @@ def mark_dropped(
     if not is_prefix:
         others = ~same.any(dim=1) & (experts < num_experts)
         index = torch.cat([index, torch.where(others, experts, num_experts)], dim=1)
-        together = torch.cat([top, scores.gather(-1, experts.clamp(max=num_experts - 1))], dim=1)
-        weights = convention.weights(together, torch.ones_like(together, dtype=torch.bool))
-        # The best expert is in both: by it, one sum is exchanged for the other.
-        beside = weights[:, own_k:] * (marked[:, :1] / weights[:, :1]) * others
+        beside = convention.beside(top, scores.gather(-1, experts.clamp(max=num_experts - 1))) * others
         marked, exact = torch.cat([marked, beside], dim=1), torch.cat([exact, beside], dim=1)
     return marked, index, exact
