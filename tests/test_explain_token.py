@@ -12,7 +12,7 @@ from bhlib.contributions import measure_contributions, measure_token
 from bhlib.explain import COLUMNS, explain
 from bhlib.explain_token import MEASURED, add_contributions, explain_token
 from bhlib.rules import BH, TopK
-from bhlib.weighting import of_top
+from bhlib.weighting import of_model
 
 MODELS = {
     "olmoe": tiny_olmoe,
@@ -40,7 +40,8 @@ def test_the_table_is_the_decision_and_the_measurement(model):
     table = explain_token(model, rule, ids, 5, layer, temperature=1.3)
     whole = measure_contributions(model, ids, progress=False)
     assert table.columns.tolist() == [*COLUMNS, *MEASURED]
-    weighting = of_top(find_moe_layers(model)[layer].weighting)
+    own = find_moe_layers(model)[layer]
+    weighting = of_model(own.weighting, rule.max_k, own.top_k)
     expected = explain(rule, whole.logits[layer, 5], layer, weighting=weighting, temperature=1.3)
     pd.testing.assert_frame_equal(table[COLUMNS], expected, rtol=1e-4)
     for row in table.itertuples():

@@ -12,7 +12,7 @@ from rows import count_rows
 
 from bhlib import BHRoutingIntegration, RoutingPatch, find_moe_layers
 from bhlib.rules import TopK
-from bhlib.weighting import of_top
+from bhlib.weighting import of_model
 
 pytestmark = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
@@ -73,8 +73,11 @@ def test_output_is_that_of_the_dense_mask(family):
         with BHRoutingIntegration(model, alpha=0.2) as bh:
             sparse = logits_of(model, ids)
 
-        def mask(router, args, output, rule=bh.rule, weighting=bh.layers[0].weighting):
-            weights, experts, _ = rule(output[0].reshape(-1, 16), weighting=of_top(weighting))
+        own = bh.layers[0]
+        weighting = of_model(own.weighting, bh.rule.max_k, own.top_k)
+
+        def mask(router, args, output, rule=bh.rule, weighting=weighting):
+            weights, experts, _ = rule(output[0].reshape(-1, 16), weighting=weighting)
             return output[0], weights, experts.clamp(min=0)
 
         handles = [layer.router.register_forward_hook(mask) for layer in bh.layers]

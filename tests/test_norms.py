@@ -24,7 +24,7 @@ from bhlib.pvalues import DirichletNull
 from bhlib.rules import BH, Replay, Threshold, TopK, TopP
 from bhlib.rules.rivals import KeepMass
 from bhlib.rules.routing import mark_dropped
-from bhlib.weighting import of_top
+from bhlib.weighting import of_model
 
 EXPERTS = 64
 SOME = [family for family in PATCHED if family.model_type in ("olmoe", "mixtral", "gpt_oss")]
@@ -333,7 +333,8 @@ def test_a_patched_layer_selects_by_it(family, kernels):
         seen, _ = passes_of(model, ids)
     for layer in layers:
         logits, routing = seen[layer.index].logits, patch.records.passes[0].routings[layer.index]
-        expected = rule(logits, layer.index, weighting=of_top(layer.weighting), log_norms=norms(logits, layer.index))
+        weighting = of_model(layer.weighting, rule.max_k, layer.top_k)
+        expected = rule(logits, layer.index, weighting=weighting, log_norms=norms(logits, layer.index))
         assert torch.equal(routing.experts.long(), expected.experts)
         torch.testing.assert_close(routing.weights.float(), expected.weights.float(), rtol=1e-2, atol=1e-3)
 

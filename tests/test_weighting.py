@@ -18,6 +18,7 @@ from bhlib.weighting import (
     WEIGHTINGS,
     Weighting,
     find_weighting,
+    of_model,
     of_top,
     plain,
     probabilities,
@@ -58,6 +59,12 @@ def test_weights_are_those_of_the_definition(name, temperature):
         expected = BY_HAND[name](row[experts[:count]], row)
         torch.testing.assert_close(weights[:count], expected)
         assert (weights[count:] == 0).all() and (experts[count:] == -1).all()
+
+
+@pytest.mark.parametrize(("max_k", "expected"), [(2, of_top("normalized")), (8, "normalized")])
+def test_a_rule_that_may_keep_more_than_the_model_divides_by_what_it_keeps(max_k, expected):
+    """A model of two experts has no weight for a third: the sum of its own two would make three weigh more than 1."""
+    assert of_model("normalized", max_k, 2) == expected
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
