@@ -22,6 +22,7 @@ CURVES = (
     ("routers", "BH", "own", False, SKY, "o", "none", "routers, BH, each for its k"),
     ("routers", "BH", "elastic, even", False, SKY, "^", "-", "routers, BH, elastic"),
     ("routers, gates", "BH", "own", True, PINK, "*", "none", "routers, BH, gates, three times as long"),
+    ("routers, stand-ins", "threshold", "own", True, PINK, "D", "none", "these routers, threshold, stand-ins (cost)"),
     ("all weights", "top", "own", False, RED, "s", ":", "all weights, static"),
     ("all weights", "BH", "own", False, BLUE, "o", "none", "all weights, BH, each for its k"),
     ("all weights", "BH", "elastic", False, ORANGE, "^", "-", "all weights, BH, elastic"),
