@@ -204,7 +204,9 @@ fair.loc[["threshold, shares of the top", "BH, shares of the top"]].round(1)
 # At half of the experts static top-k is 19.2 and 20.6 better with the weights that the model gave. Against that fair rival (the second table) the
 # threshold leads by 4 with 64 experts and is *behind by 7* with 128; BH leads by 1 and is behind by 12. With fewer experts it is worse:
 # at three eighths the threshold is level and behind by 16. At three quarters it leads by 2.5 and 1.3. So it is a matter of
-# weights, not of the rule, and on a model that normalizes a plain static top-k may be the better choice. (The second table has no intervals: each
+# weights, not of the rule, and on a model that normalizes a plain static top-k may be the better choice: as
+# `Halving(TopK(4), top_k=8, reference=8)` of `bhlib.rules.folding`, since `TopK(4)` alone is the model with four experts in its configuration, which
+# divides by their sum. (The second table has no intervals: each
 # number is a difference of two columns of means on the same text.)
 #
 # What stands in for dropped experts keeps the whole weights in any case, and is ahead of the fair rival by 12 and 11 at half. A null that is fitted,
