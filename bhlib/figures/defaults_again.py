@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bhlib.figures.drawing import Picture, error_bars, signed_ticks
+from bhlib.figures.drawing import Picture, error_bars, signed_ticks, sizes_caption
 from bhlib.figures.registry import figure
 from bhlib.looks import BLACK, BLUE, COLORS, LINES, RED
 
@@ -59,11 +59,13 @@ def draw_defaults_again(table: pd.DataFrame) -> Figure:
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=7.5)
     left.set_ylabel("loss minus that of static top-k\n(nats / 1000, validation split)", fontsize=8)
     _draw_weights(right, table[table["choice"] == "layer weights"])
+    told = table.groupby("model", sort=False)["units"].count() > 0
+    untold = f" ({', '.join(told.index[~told])}: not recorded)" * (not told.all())
     fig.suptitle(
-        f"{table['model'].nunique()} models, at half of the model's own experts or the nearest share that was "
-        "measured; red: the default today, black: mean of the models\n"
-        "Bars: 95 % bootstrap over documents of one model; right: filled where the tuner took the weights, open where "
-        "it fell back",
+        f"{len(told)} models, at half of the model's own experts or the nearest share that was measured; red: the "
+        f"default today, black: mean of the models\nLeft: {sizes_caption(table)}{untold}; right: every second sequence "
+        "of the test split, filled where the tuner took the weights, open where it fell back\n"
+        "Bars: 95 % bootstrap over documents of one model",
         fontsize=8,
     )
     return fig

@@ -73,9 +73,10 @@ def draw_specialization(table: pd.DataFrame) -> Figure:
         axes.set_xlabel("layer", fontsize=8)
         axes.set_ylabel(measure, fontsize=8)
     axes.legend(fontsize=7)
-    models = ", ".join(dict.fromkeys(table["model"]))
+    sizes = table.groupby("model", sort=False)["sequences"].first()
+    models = ", ".join(f"{model}: {sequences:,} sequences" for model, sequences in sizes.items())
     fig.suptitle(
-        f"{models}; part of the test split; thin: each model; bands: 95 % bootstrap over documents, mean of the models",
+        f"{models} of the test split; thin: each model; bands: 95 % bootstrap over documents, mean of the models",
         fontsize=8,
     )
     return fig

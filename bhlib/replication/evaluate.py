@@ -190,18 +190,16 @@ def defaults_table(subject: Subject) -> pd.DataFrame:
         fitted = subject.study.fit_null(statistic=statistic)
         rules[f"BH, KDE of {statistic}"] = BH(pvalues=fitted, max_k=subject.top_k)
     rules["threshold"] = Threshold(max_k=subject.top_k)
-    if subject.normalizes:
-        rules |= {"threshold, shares of the top": rules["threshold"], "BH, shares of the top": BH(max_k=subject.top_k)}
-    cases = []
+    costs, cases = subject.costs((3 / 8, 4 / 8, 6 / 8)), []
     for name, rule in rules.items():
-        for cost in subject.costs((3 / 8, 4 / 8, 6 / 8)):
+        for cost in costs:
             try:
                 level = by_level(rule.at, subject.study)(subject.study.thin_logits, cost)
                 cases.append(Case(name, cost, level, subject.weights_of(name)))
             except ValueError as reason:
                 tqdm.write(f"{name}, {cost:g} is left out: {reason}")
     if subject.normalizes:
-        cases += subject.cases(SHARED[:1], subject.costs((3 / 8, 4 / 8, 6 / 8)))
+        cases += subject.cases(SHARED, costs)
     table = matched_compute(with_documents(_swept(subject, cases, text), documents))
     facts = {case.name: (case.family, case.wanted, case.wanted / subject.top_k) for case in cases}
     described = pd.DataFrame([facts[name] for name in table["rule"]], columns=["family", "wanted", "share"])
@@ -232,7 +230,7 @@ def router_rules(subject: Subject) -> dict[str, Rule]:
 
 
 def selection_table(subject: Subject) -> pd.DataFrame:
-    """`summarize_specialization` under each of `router_rules`, on every fourth sequence of the test split."""
+    """`summarize_specialization` under each of `router_rules`, on ``sequences``, every fourth of the test split."""
     text, documents = subject.text("test", 4)
     parts = []
     for name, rule in router_rules(subject).items():
@@ -240,4 +238,4 @@ def selection_table(subject: Subject) -> pd.DataFrame:
         parts.append(summarize_specialization(seen).assign(rule=name))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True).assign(sequences=sum(map(len, text.values())))

@@ -105,8 +105,8 @@ def defaults_table(source: Path) -> pd.DataFrame:
     pandas.DataFrame
         ``model``; ``choice``: "concentration", "statistic" or "weights", on the validation split against static top-k,
         or "layer weights", on the test split against the same rule without; ``variant``; ``share`` of the model's own
-        experts; ``difference`` with ``low`` and ``high``; ``chosen``, whether the tuner took its weights on calibration
-        text.
+        experts; ``difference`` with ``low`` and ``high``; ``sequences`` and their documents, ``units``, where the
+        model's table has them; ``chosen``, whether the tuner took its weights on calibration text.
     """
     tried = _labelled(source, "defaults")
     parts = []
@@ -121,7 +121,8 @@ def defaults_table(source: Path) -> pd.DataFrame:
         names = tuned["method"].map({"bh": "BH", "fixed": "threshold"})
         tuned = tuned.assign(choice="layer weights", variant=names, split="test", difference=tuned["test"])
         parts.append(tuned)
-    columns = ["model", "choice", "variant", "split", "wanted", "share", "difference", "low", "high", "chosen"]
+    columns = ["model", "choice", "variant", "split", "wanted", "share", "difference", "low", "high"]
+    columns += ["sequences", "units", "chosen"]
     return pd.concat(parts, ignore_index=True).reindex(columns=columns) if parts else pd.DataFrame(columns=columns)
 
 

@@ -158,8 +158,7 @@ class Subject:
         for name in names:
             if name.startswith("static"):
                 whole = [int(cost) for cost in costs if float(cost).is_integer()]
-                rules = {k: Halving(TopK(k), self.top_k, reference=self.top_k) for k in whole}
-                found += [Case(name, k, rule, {}) for k, rule in rules.items()]
+                found += [Case(name, k, Halving(TopK(k), self.top_k, reference=self.top_k), {}) for k in whole]
                 continue
             make, options = self.family(name)
             norms = options.get("norms")
