@@ -83,7 +83,7 @@ class Weighting:
         return torch.where(same.any(dim=-1), among_top, self.beside(top, chosen)).masked_fill(~kept, 0.0)
 
     def beside(self, top: Tensor, others: Tensor) -> Tensor:
-        """Weights of scores [tokens, others] on the scale of those of the best scores [tokens, slots], best first."""
+        """Weights [tokens, others] of scores, on the scale of those of the best scores [tokens, slots], best first."""
         together = self._of_all(torch.cat([top, others], dim=-1))
         # The best expert is in both: by it, one sum is exchanged for the other.
         return together[:, top.shape[-1] :] * (self._of_all(top)[:, :1] / together[:, :1])
@@ -137,10 +137,10 @@ def of_top(name: str) -> str:
 
 
 def of_model(name: str, max_k: int, top_k: int) -> str:
-    """The name by which a patch has weights as a model gives them, whose convention this is, under a rule of `max_k`.
+    """The name, for rules and `find_weighting`, by which a patch gives weights as the model does.
 
-    `of_top`; but where a rule may keep more than the model's own `top_k`, the model has no such weights, and the
-    convention is computed on what is kept.
+    It is `of_top` of the model's convention; but where a rule may keep more experts (`max_k`) than the model's own
+    routing (`top_k`), the model has no such weights, and the name is left: the convention is computed on what is kept.
     """
     return of_top(name) if max_k <= top_k else name
 

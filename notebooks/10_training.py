@@ -177,7 +177,8 @@ differences.loc[elastic & (differences["what"] == "all weights"), ["k", *columns
 # %% [markdown]
 # Drawn evenly, at three experts the elastic model was 0.54 % [0.51, 0.57] worse than one that was trained for three, and the aim
 # was 0.3 % at every number from three to eight. Three has the most to learn, and got a seventh of the training. On the validation split
-# the other draws were better at two to six and worse by 0.0004 at seven:
+# the other draws were better at two to six and worse by 0.0004 at seven (one seed; those trained for two do not exist, and those for four
+# were not measured with it):
 
 # %%
 validation = table[table["kind"] == "elastic"]
